@@ -1,0 +1,788 @@
+"""Byte-level BPE with GPT-2's split pattern: train, encode, decode, save and load, in NumPy.
+
+Text is bytes throughout. Three steps, each over whole arrays at once:
+
+1. Split. Where a word begins follows from the class of a byte (letter, number, white space, other) and of its
+   neighbours, so a handful of comparisons over an array of bytes replaces the regular expression (`word_starts`).
+2. Look up. Words are few and repeat: each is found in a hash table that holds all words met before (`WordTable`).
+   Training counts them there; encoding keeps their ids there.
+3. Merge. Only words never met before go through the merges, many at a time (`merge_words`).
+
+Files are read in pieces cut where no word can be cut, so pieces are independent: they stream, and spread over
+processes, and the result is the same for any number of them.
+"""
+
+import heapq
+import json
+import multiprocessing
+import os
+import re
+import sys
+import unicodedata
+from collections import defaultdict
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from data.cli import InputError, Progress
+
+# What `word_starts` computes, as the regular expression that tiktoken and tokenizers know as GPT-2's.
+SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+CHUNK_BYTES = 4 << 20  # a piece of work: large enough for arrays to pay, small enough for memory
+LETTER, NUMBER, OTHER, SPACE, SPECIAL = range(5)  # classes; those below SPACE are visible
+
+
+# ---- Splitting text into words ----
+
+# Unicode's White_Space property. (str.isspace() differs: it has U+001C to U+001F too.)
+WHITE_SPACE = [*range(0x09, 0x0E), 0x20, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F, 0x3000]
+
+
+@lru_cache(maxsize=1)
+def class_of_code_points():
+    """The class of every Unicode code point, from Python's own Unicode tables. → uint8 (0x110000)."""
+    by_category = {"L": LETTER, "N": NUMBER}
+    classes = np.array([by_category.get(unicodedata.category(chr(c))[0], OTHER) for c in range(0x110000)], np.uint8)
+    classes[WHITE_SPACE] = SPACE
+    return classes
+
+
+ASCII_CLASSES = bytes(SPACE if c in WHITE_SPACE else LETTER if chr(c).isalpha() else NUMBER if chr(c).isdigit() else OTHER
+                      for c in range(128)) + bytes(128)
+
+
+def byte_classes(text, special_spans):
+    """The class of the character each byte belongs to. text: valid UTF-8, special_spans (n, 2) → uint8 (len(text))."""
+    data = np.frombuffer(text, np.uint8)
+    classes = np.frombuffer(bytearray(text.translate(ASCII_CLASSES)), np.uint8)
+    leads = np.flatnonzero(data >= 0xC0)
+    if len(leads):
+        padded = np.concatenate((data, np.zeros(3, np.uint8)))
+        b0, b1, b2, b3 = (padded[leads + i].astype(np.int32) for i in range(4))
+        code_points = np.select(
+            [b0 < 0xE0, b0 < 0xF0],
+            [(b0 & 0x1F) << 6 | b1 & 0x3F, (b0 & 0x0F) << 12 | (b1 & 0x3F) << 6 | b2 & 0x3F],
+            (b0 & 0x07) << 18 | (b1 & 0x3F) << 12 | (b2 & 0x3F) << 6 | b3 & 0x3F)
+        kinds = class_of_code_points()[code_points]
+        for i, first in enumerate((0xC0, 0xC0, 0xE0, 0xF0)):  # lead byte, and the continuation bytes it announces
+            classes[leads[b0 >= first] + i] = kinds[b0 >= first]
+    for start, end in special_spans:
+        classes[start:end] = SPECIAL
+    return classes
+
+
+def word_starts(text, special_spans=()):
+    """Where words begin, as SPLIT_PATTERN cuts them, a special token being a word. text: bytes of UTF-8 → int64 (words).
+
+    A word begins where the class changes, with three amendments. The last character of a run of white space stands
+    apart from the run when something visible follows, and a blank there belongs to the word that follows. A special
+    token begins and ends a text of its own. A contraction ('s, 'll …) ends early, after its letters.
+    """
+    if not text:
+        return np.empty(0, np.int64)
+    data = np.frombuffer(text, np.uint8)
+    classes = byte_classes(text, special_spans)
+    starts = np.empty(len(text), bool)
+    starts[0] = True
+    np.not_equal(classes[1:], classes[:-1], out=starts[1:])
+
+    last_space = (classes[:-1] == SPACE) & (classes[1:] < SPACE)  # the last byte of white space before something visible
+    starts[1:] &= ~(last_space & (data[:-1] == ord(" ")))
+    wide = np.flatnonzero(last_space & (data[:-1] >= 0x80))  # of white space beyond ASCII, it's the first byte that begins
+    last_space[wide] = False
+    starts[:-1] |= last_space
+    starts[wide - np.where(data[wide - 1] >= 0xC0, 1, 2)] = True  # such characters have two or three bytes
+
+    for start, end in special_spans:
+        starts[start] = True
+        starts[end:end + 1] = True
+
+    quotes = np.flatnonzero(data == ord("'"))
+    quotes = quotes[starts[quotes]]
+    after = np.concatenate((data, np.zeros(2, np.uint8)))
+    after[:-2][classes != LETTER] = 0  # a special token may begin with a letter
+    first, second = after[quotes + 1], after[quotes + 2]
+    short = np.isin(first, list(b"sdmt"))
+    long = np.isin(first * 256.0 + second, [int.from_bytes(pair) for pair in (b"ll", b"ve", b"re")])
+    starts[quotes[short | long] + 1] = False
+    ends = np.concatenate((quotes[short] + 2, quotes[long] + 3))
+    starts[ends[ends < len(text)]] = True
+    return np.flatnonzero(starts)
+
+
+# ---- Words met before ----
+
+KEY_BYTES = 15  # words up to here are their own key: two 64-bit integers, with the length in the highest byte
+LOW_MASKS = np.array([(1 << 8 * min(n, 8)) - 1 for n in range(KEY_BYTES + 1)], np.uint64)
+HIGH_MASKS = np.array([(1 << 8 * max(n - 8, 0)) - 1 for n in range(KEY_BYTES + 1)], np.uint64)
+LENGTH_FIELDS = np.array([n << 56 for n in range(KEY_BYTES + 1)], np.uint64)
+
+
+def word_keys(text, starts, lengths):
+    """The exact key of each word of at most KEY_BYTES bytes: its bytes and its length. → two uint64 (words)."""
+    padded = np.frombuffer(text + bytes(16), np.uint8)
+    eight = np.ndarray((len(text) + 9,), np.dtype("<u8"), padded, 0, (1,))  # the 8 bytes from each position on
+    low = eight[starts] & LOW_MASKS[lengths]
+    high = eight[starts + 8] & HIGH_MASKS[lengths] | LENGTH_FIELDS[lengths]
+    return low, high
+
+
+class HashTable:
+    """A growing map from keys (low, high), two uint64 with high > 0, to 0, 1, 2 … in the order they were added.
+
+    Open addressing with linear probing, for whole arrays of keys at once.
+    """
+
+    def __init__(self):
+        self.low, self.high = np.empty(0, np.uint64), np.empty(0, np.uint64)
+        self.rehash(1 << 14)
+
+    def __len__(self):
+        return len(self.low)
+
+    def rehash(self, size):
+        """Make room: place the keys anew in `size` slots, a power of two."""
+        self.slot_low, self.slot_high = np.zeros(size, np.uint64), np.zeros(size, np.uint64)  # high 0: empty
+        self.slot_number = np.zeros(size, np.int32)
+        slots = self.place(self.low, self.high)
+        self.slot_number[slots] = np.arange(len(self.low))
+
+    def first_slot(self, low, high):
+        mixed = (low ^ high * np.uint64(0x9E3779B97F4A7C15)) * np.uint64(0xD6E8FEB86659FD93)
+        return (mixed >> np.uint64(64 - (len(self.slot_low).bit_length() - 1))).astype(np.int64)
+
+    def place(self, low, high):
+        """The slot of each key, which takes an empty one where it is new."""
+        slots = self.first_slot(low, high)
+        pending = np.arange(len(low))
+        while len(pending):
+            at, low_p, high_p = slots[pending], low[pending], high[pending]
+            empty = self.slot_high[at] == 0
+            # Where several keys want one empty slot the last one written has it; all look again at who does.
+            self.slot_high[at[empty]], self.slot_low[at[empty]] = high_p[empty], low_p[empty]
+            missed = (self.slot_low[at] != low_p) | (self.slot_high[at] != high_p)
+            pending = pending[missed]
+            slots[pending] = (slots[pending] + 1) % len(self.slot_low)
+        return slots
+
+    def find(self, low, high):
+        """The number of each key, or -1. → int32 (keys)."""
+        slots = self.first_slot(low, high)
+        numbers = self.slot_number[slots]
+        pending = np.flatnonzero((self.slot_low[slots] != low) | (self.slot_high[slots] != high))
+        slots = slots[pending]
+        while len(pending):
+            missed = (self.slot_low[slots] != low[pending]) | (self.slot_high[slots] != high[pending])
+            empty = self.slot_high[slots] == 0
+            numbers[pending[empty]] = -1
+            numbers[pending[~missed]] = self.slot_number[slots[~missed]]
+            going = missed & ~empty
+            pending, slots = pending[going], (slots[going] + 1) % len(self.slot_low)
+        return numbers
+
+    def add(self, low, high):
+        """Add keys that are not in the table; a key may stand more than once."""
+        while 3 * (len(self) + len(low)) > len(self.slot_low):
+            self.rehash(2 * len(self.slot_low))
+        slots = np.unique(self.place(low, high))
+        self.slot_number[slots] = np.arange(len(self), len(self) + len(slots))
+        self.low = np.concatenate((self.low, self.slot_low[slots]))
+        self.high = np.concatenate((self.high, self.slot_high[slots]))
+
+    def find_or_add(self, low, high):
+        """The number of each key, new ones added. → int32 (keys)."""
+        numbers = self.find(low, high)
+        new = np.flatnonzero(numbers < 0)
+        while len(new):  # a part at a time: what is frequent comes early, and the table need not grow for the rest
+            part = new[:len(self.slot_low) // 8]
+            self.add(low[part], high[part])
+            numbers[new] = self.find(low[new], high[new])
+            new = new[numbers[new] < 0]
+        return numbers
+
+    def words(self, first=0):
+        """The keys from number `first` on as bytes, filled up with zeros, and lengths. → uint8 (keys, 15), int64 (keys)."""
+        raw = np.stack((self.low[first:], self.high[first:]), 1).astype("<u8").view(np.uint8)
+        return raw[:, :KEY_BYTES], raw[:, KEY_BYTES].astype(np.int64)
+
+
+def split_words(text, special_spans):
+    """Cut text into words: starts, lengths, and which are short enough for `word_keys`."""
+    starts = word_starts(text, special_spans)
+    lengths = np.diff(starts, append=len(text))
+    return starts, lengths, lengths <= KEY_BYTES
+
+
+# ---- The tokenizer ----
+
+
+@dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """What tokenizer.json says. `tokens`: the bytes of each id. `special_tokens`: {text: id}, never split.
+
+    `merges`: int64 (merges, 3), the ids of left, right and what they make, the merge to do first in the first row.
+    """
+
+    tokens: list
+    special_tokens: dict
+    merges: np.ndarray
+
+    @property
+    def vocab_size(self):
+        return len(self.tokens)
+
+    @property
+    def dtype(self):
+        """The smallest type that holds every id: uint16 or uint32, little-endian."""
+        return np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
+
+
+END_OF_TEXT = "<|endoftext|>"
+NO_MERGE = np.iinfo(np.int32).max
+
+
+def special_pattern(special_tokens):
+    """A pattern that finds special tokens in bytes, the longest where several begin; None where there are none."""
+    longest_first = sorted((token.encode() for token in special_tokens), key=len, reverse=True)
+    return re.compile(b"|".join(map(re.escape, longest_first))) if longest_first else None
+
+
+def find_spans(pattern, text):
+    return [match.span() for match in pattern.finditer(text)] if pattern else []
+
+
+class Encoder:
+    """A tokenizer at work: the ids of every word it has met, and how to make those of one it has not.
+
+    `first` and `count` say where in `ids` the tokens of each word of `table` stand, `long` the same of longer words.
+    """
+
+    MOST_WORDS = 1 << 20  # what is remembered is dropped beyond this, so that memory has a bound
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.pattern = special_pattern(tokenizer.special_tokens)
+        id_of = {token: i for i, token in enumerate(tokenizer.tokens) if len(token) == 1}
+        self.byte_ids = np.array([id_of[bytes([b])] for b in range(256)], np.int32)
+        left, right, made = tokenizer.merges.T
+        self.made = made.astype(np.int32)
+        self.pairs = HashTable()
+        order = self.pairs.find_or_add(*self.pair_keys(left, right))
+        self.rank = np.full(len(self.pairs) + 1, NO_MERGE, np.int32)  # the last stands for a pair not found, number -1
+        self.rank[order] = np.arange(len(order))
+        self.forget()
+
+    def forget(self):
+        """Start with no words but the special tokens."""
+        self.table, self.long = HashTable(), {}
+        self.ids = self.first = self.count = np.empty(0, np.int64)
+        for text, token_id in self.tokenizer.special_tokens.items():
+            word = text.encode()
+            if len(word) <= KEY_BYTES:
+                self.table.add(*word_keys(word, np.zeros(1, np.int64), np.array([len(word)])))
+                self.remember(np.array([token_id]), np.ones(1, np.int64))
+            else:
+                self.long[word] = self.keep(np.array([token_id]))
+
+    def keep(self, ids):
+        """Store ids; returns where."""
+        self.ids = np.concatenate((self.ids, ids))
+        return len(self.ids) - len(ids), len(ids)
+
+    def remember(self, ids, counts):
+        """Store the ids of the words last added to the table, `counts` of them each."""
+        first, _ = self.keep(ids)
+        self.first = np.concatenate((self.first, first + np.cumsum(counts) - counts))
+        self.count = np.concatenate((self.count, counts))
+
+    @staticmethod
+    def pair_keys(left, right):
+        low = left.astype(np.uint32).astype(np.uint64) << np.uint64(32) | right.astype(np.uint32)
+        return low, np.ones_like(low)
+
+    def ranks(self, left, right):
+        """Which merge joins each pair of ids; NO_MERGE where none. int32 (...) twice → int32 (...)."""
+        low, high = self.pair_keys(left.ravel(), right.ravel())
+        return self.rank[self.pairs.find(low, high)].reshape(left.shape)
+
+    def merge_words(self, words, lengths):
+        """Apply the merges to many words at once. words uint8 (W, L), lengths (W) → ids of all in a row, counts (W).
+
+        In each round, each word makes its next merge: the pair of the lowest rank, of equals the leftmost.
+        """
+        width = words.shape[1]
+        columns = np.arange(width)
+        ids = np.where(columns < lengths[:, None], self.byte_ids[words], -1)  # (W, L)
+        ids = np.pad(ids, ((0, 0), (0, 1)), constant_values=-1)  # a column to move in from
+        ranks = np.pad(self.ranks(ids[:, :-2], ids[:, 1:-1]), ((0, 0), (0, 2)), constant_values=NO_MERGE)
+        result = ids.copy()
+        rows = np.arange(len(words))  # those that may have a merge left
+        while len(rows):
+            best = ranks.argmin(1)
+            rank = np.take_along_axis(ranks, best[:, None], 1)[:, 0]
+            going = rank < NO_MERGE
+            result[rows[~going]] = ids[~going]
+            rows, ids, ranks, best, rank = (a[going] for a in (rows, ids, ranks, best, rank))
+            source = np.minimum(np.arange(width + 1) + (np.arange(width + 1) > best[:, None]), width)
+            ids, ranks = np.take_along_axis(ids, source, 1), np.take_along_axis(ranks, source, 1)
+            each = np.arange(len(rows))
+            ids[each, best] = self.made[rank]
+            ranks[each, best] = self.ranks(ids[each, best], ids[each, best + 1])
+            before = best > 0
+            each, best = each[before], best[before]
+            ranks[each, best - 1] = self.ranks(ids[each, best - 1], ids[each, best])
+        used = result >= 0
+        return result[used].astype(np.int64), used.sum(1)
+
+    @property
+    @lru_cache(maxsize=4)
+    def merge_of_pair(self):
+        """{(left id, right id): (rank, made id)} for the words that are merged one by one."""
+        return {(a, b): (rank, made) for rank, (a, b, made) in reversed(list(enumerate(self.tokenizer.merges.tolist())))}
+
+    def merge_long(self, word):
+        """Apply the merges to one word of any length, in O(n log n): a heap of merges over a linked list of ids."""
+        ids = self.byte_ids[np.frombuffer(word, np.uint8)].tolist() + [-1]
+        following, preceding = list(range(1, len(ids) + 1)), list(range(-1, len(ids) - 1))
+        merge_of_pair = self.merge_of_pair
+        heap = [(merge_of_pair[pair][0], i) for i, pair in enumerate(zip(ids, ids[1:])) if pair in merge_of_pair]
+        heapq.heapify(heap)
+        while heap:
+            rank, i = heapq.heappop(heap)
+            if ids[i] < 0:
+                continue
+            j = following[i]
+            merge = merge_of_pair.get((ids[i], ids[j]))
+            if merge is None or merge[0] != rank:
+                continue  # one of the two has been merged otherwise since
+            ids[i], ids[j] = merge[1], -2
+            following[i] = after = following[j]
+            preceding[after] = i
+            for k in (preceding[i], i):
+                merge = merge_of_pair.get((ids[k], ids[following[k]])) if k >= 0 else None
+                if merge:
+                    heapq.heappush(heap, (merge[0], k))
+        return np.array([i for i in ids if i >= 0], np.int64)
+
+    def learn_long(self, words):
+        """Make and keep the ids of long words not met before."""
+        for width in (32, 64):
+            batch = [word for word in words if width // 2 <= len(word) <= width and word not in self.long]
+            if len(batch) > 8:  # fewer go faster one by one
+                matrix = np.frombuffer(b"".join(word.ljust(width, b"\0") for word in batch), np.uint8).reshape(-1, width)
+                ids, counts = self.merge_words(matrix, np.array([len(word) for word in batch]))
+                first, _ = self.keep(ids)
+                self.long.update(zip(batch, zip((first + np.cumsum(counts) - counts).tolist(), counts.tolist())))
+        for word in words:
+            if word not in self.long:
+                self.long[word] = self.keep(self.merge_long(word))
+
+    def encode(self, text):
+        """The ids of a text. bytes of UTF-8 → int64 (tokens)."""
+        starts, lengths, short = split_words(text, find_spans(self.pattern, text))
+        if len(self.table) + 4 * len(self.long) > self.MOST_WORDS:
+            self.forget()
+        known = len(self.table)
+        numbers = self.table.find_or_add(*word_keys(text, starts[short], lengths[short]))
+        if len(self.table) > known:
+            self.remember(*self.merge_words(*self.table.words(known)))
+        first, count = np.empty((2, len(starts)), np.int64)
+        first[short], count[short] = self.first[numbers], self.count[numbers]
+        if not short.all():
+            ends = (starts + lengths)[~short].tolist()
+            words = [text[start:end] for start, end in zip(starts[~short].tolist(), ends)]
+            self.learn_long({word: None for word in words if word not in self.long})
+            first[~short], count[~short] = np.array([self.long[word] for word in words]).T
+        before = np.cumsum(count) - count  # tokens before each word
+        return self.ids[np.repeat(first - before, count) + np.arange(count.sum())]
+
+
+encoder = lru_cache(maxsize=4)(Encoder)  # a tokenizer keeps what it has met from call to call
+
+
+def as_bytes(text):
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"the text has half a surrogate pair at character {error.start}, which UTF-8 can't hold; "
+                         "remove it") from None
+
+
+def encode(tokenizer, text):
+    """The ids of a text. str → tokenizer.dtype (tokens). Raises InputError for lone surrogates."""
+    text = as_bytes(text)
+    borders, position = [0], 0
+    while position < len(text):
+        position = safe_cut(text, position + CHUNK_BYTES, special_pattern(tokenizer.special_tokens)) or len(text)
+        borders.append(position)
+    pieces = [encoder(tokenizer).encode(text[a:b]).astype(tokenizer.dtype) for a, b in zip(borders, borders[1:])]
+    return np.concatenate(pieces) if pieces else np.empty(0, tokenizer.dtype)
+
+
+def decode(tokenizer, ids):
+    """The text of some ids; what is not valid UTF-8 becomes U+FFFD. Raises InputError for an id beyond the vocabulary."""
+    return b"".join(token_bytes(tokenizer, ids)).decode("utf-8", "replace")
+
+
+def token_bytes(tokenizer, ids):
+    """The bytes of each id, as a list."""
+    ids = np.asarray(ids, np.int64).tolist()
+    if ids and not 0 <= min(ids) <= max(ids) < tokenizer.vocab_size:
+        raise InputError(f"ids go from {min(ids)} to {max(ids)}; expected 0 to {tokenizer.vocab_size - 1}")
+    return [tokenizer.tokens[i] for i in ids]
+
+
+# ---- Files, in pieces, over processes ----
+
+# A word always ends between a letter and white space, whatever stands around them.
+SAFE_BORDER = re.compile(rb"[A-Za-z](?=[ \n])")
+
+
+def safe_cut(text, target, pattern):
+    """The first place from `target` on where text can be cut without changing its words; None where there is none."""
+    for match in SAFE_BORDER.finditer(text, max(0, target - 1)):
+        cut = match.end()
+        around = slice(max(0, cut - 256), cut + 256)  # a special token may hold a blank
+        if not any(start < cut - around.start < end for start, end in find_spans(pattern, text[around])):
+            return cut
+    return None
+
+
+def as_span(path):
+    """(path, start, end): a part of a file, in bytes. A path alone is the whole file."""
+    if isinstance(path, tuple):
+        return path
+    try:
+        return str(path), 0, os.path.getsize(path)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; expected a text file") from None
+
+
+def cut_spans(paths, pattern):
+    """Cut files, or parts of them, into pieces of about CHUNK_BYTES at safe borders; yields (path, start, end)."""
+    for path, start, end in map(as_span, paths):
+        with open(path, "rb") as file:
+            while end - start > 2 * CHUNK_BYTES:
+                window, cut = 1 << 16, None
+                while cut is None and start + CHUNK_BYTES + window < end:
+                    file.seek(start + CHUNK_BYTES - 256)
+                    cut = safe_cut(file.read(256 + window), 256, pattern)
+                    window *= 4
+                if cut is None:
+                    break
+                yield path, start, start + CHUNK_BYTES - 256 + cut
+                start += CHUNK_BYTES - 256 + cut
+            yield path, start, end
+
+
+def read_span(span, errors="strict"):
+    """The bytes of a span, valid UTF-8. Raises InputError with file and offset where they are not, or replaces them."""
+    path, start, end = span
+    with open(path, "rb") as file:
+        file.seek(start)
+        text = file.read(end - start)
+    try:
+        text.decode()
+    except UnicodeDecodeError as error:
+        if errors == "replace":
+            return text.decode(errors="replace").encode()
+        raise InputError(f"{path} is not valid UTF-8 at byte {start + error.start:,}; convert it to UTF-8, or pass "
+                         "--errors=replace to put U+FFFD there") from None
+    return text
+
+
+def num_cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def spread(work, spans, setup, workers, label):
+    """Yield work(span) for each span, in order, over `workers` processes (None: all cores), showing progress.
+
+    `setup` is (function, arguments) that readies each process. Little text, or one worker, starts no process.
+    """
+    total = sum(end - start for _, start, end in spans)
+    workers = min(workers or num_cores(), len(spans))
+    progress = Progress(label, total)
+    done = 0
+    pool = None
+    function, arguments = setup
+    if workers > 1:
+        pool = multiprocessing.Pool(workers, function, arguments)
+    else:
+        function(*arguments)
+    try:
+        for (_, start, end), result in zip(spans, (pool.imap if pool else map)(work, spans)):
+            done += end - start
+            progress.update(done)
+            yield result
+    finally:
+        progress.close()
+        if pool:
+            pool.terminate()
+
+
+class Job:
+    """What a process of `spread` works with: set once in each by `start_counting` or `start_encoding`."""
+
+
+def start_counting(special_tokens, errors):
+    Job.pattern, Job.errors, Job.table = special_pattern(special_tokens), errors, HashTable()
+
+
+def count_words(span):
+    """Count the words of a piece. → keys low and high and their counts, and {long word: count}."""
+    text = read_span(span, Job.errors)
+    starts, lengths, short = split_words(text, find_spans(Job.pattern, text))
+    counts = np.bincount(Job.table.find_or_add(*word_keys(text, starts[short], lengths[short])))
+    met = np.flatnonzero(counts)
+    long = defaultdict(int)
+    for start, length in zip(starts[~short].tolist(), lengths[~short].tolist()):
+        long[text[start:start + length]] += 1
+    return Job.table.low[met], Job.table.high[met], counts[met], dict(long)
+
+
+def start_encoding(tokenizer, errors):
+    Job.encoder, Job.dtype, Job.errors = encoder(tokenizer), tokenizer.dtype, errors
+
+
+def encode_span(span):
+    return Job.encoder.encode(read_span(span, Job.errors)).astype(Job.dtype)
+
+
+def encode_pieces(tokenizer, paths, workers=None, errors="strict"):
+    """Encode files, or spans (path, start, end) of them; yields (path, ids) piece by piece, in order."""
+    spans = list(cut_spans(paths, special_pattern(tokenizer.special_tokens)))
+    setup = start_encoding, (tokenizer, errors)
+    for span, ids in zip(spans, spread(encode_span, spans, setup, workers, "encoding")):
+        yield span[0], ids
+
+
+def encode_file(tokenizer, path, out, workers=None, errors="strict"):
+    """Encode a file of any size into `out`, a file of ids in tokenizer.dtype; returns how many."""
+    num_tokens = 0
+    with open(out, "wb") as file:
+        for _, ids in encode_pieces(tokenizer, [path], workers, errors):
+            file.write(ids.data)
+            num_tokens += len(ids)
+    return num_tokens
+
+
+# ---- Training ----
+
+
+def count_corpus(paths, special_tokens, workers, errors):
+    """Count the words of files, special tokens left out. → [word], int64 (words)."""
+    spans = list(cut_spans(paths, special_pattern(special_tokens)))
+    table, counts, long = HashTable(), np.zeros(0, np.int64), defaultdict(int)
+    for low, high, piece, long_piece in spread(count_words, spans, (start_counting, (special_tokens, errors)), workers,
+                                               "counting words"):
+        numbers = table.find_or_add(low, high)
+        counts = np.pad(counts, (0, len(table) - len(counts)))
+        np.add.at(counts, numbers, piece)
+        for word, count in long_piece.items():
+            long[word] += count
+    matrix, lengths = table.words()
+    words = [row[:length] for row, length in zip(map(bytes, matrix), lengths.tolist())] + list(long)
+    counts = np.concatenate((counts, np.fromiter(long.values(), np.int64, len(long))))
+    keep = np.array([len(word) > 1 for word in words], bool)
+    for token in special_tokens:
+        keep &= np.array([word != token.encode() for word in words], bool)
+    return [word for word, kept in zip(words, keep) if kept], counts[keep]
+
+
+def grouped(neighbours, weights, places):
+    """Sum weights by neighbour; yields (neighbour, sum, its places in order). Neighbours below 0 are no tokens."""
+    real = neighbours >= 0
+    neighbours, weights, places = neighbours[real], weights[real], places[real]
+    if not len(neighbours):
+        return
+    order = np.argsort(neighbours, kind="stable")
+    neighbours, weights, places = neighbours[order], weights[order], places[order]
+    begins = np.flatnonzero(np.diff(neighbours, prepend=-1))
+    sums = np.add.reduceat(weights, begins)
+    yield from zip(neighbours[begins].tolist(), sums.tolist(), np.split(places, begins[1:]))
+
+
+def sort_key(token):
+    """A string that sorts the other way round than `token`: the greatest bytes first, the longer before its beginning."""
+    return token.translate(bytes(range(255, -1, -1))).decode("latin-1") + "\u0100"
+
+
+def train_merges(words, counts, tokens, num_merges):
+    """Learn merges: join the pair with the highest count, of equals the greatest pair of byte strings, again and again.
+
+    All words stand in one array of ids with -1 between them, linked to their neighbours still alive. Each pair knows
+    the places it was seen at: all of them are found when the later of its two tokens is made, and later merges can
+    only take some away; so a merge touches just its own places and their neighbours.
+    words: [bytes], counts (words), tokens: [bytes] of the first ids, the 256 bytes leading → [(left id, right id)].
+    `tokens` grows by what each merge makes.
+    """
+    text = b"".join(words)
+    lengths = np.array([len(word) for word in words], np.int64)
+    ids = np.full(len(text) + len(words) + 1, -1, np.int32)
+    word_of = np.repeat(np.arange(len(words), dtype=np.int32), lengths)
+    ids[np.arange(len(text)) + word_of + 1] = np.frombuffer(text, np.uint8)  # a -1 before each word and at the end
+    weight = np.zeros(len(ids), np.int64)
+    weight[np.arange(len(text)) + word_of + 1] = counts[word_of]
+    following = np.arange(1, len(ids) + 1, dtype=np.int32)
+    preceding = np.arange(-1, len(ids) - 1, dtype=np.int32)
+    del text, word_of
+
+    count_of, places_of, heap = {}, {}, []
+    keys = [sort_key(token) for token in tokens]
+
+    def add(left, right, count, places):
+        count_of[left, right], places_of[left, right] = count, places
+        heapq.heappush(heap, (-count, keys[left], keys[right], left, right))
+
+    places = np.flatnonzero((ids[:-1] >= 0) & (ids[1:] >= 0))
+    pairs = ids[places].astype(np.int64) * 256 + ids[places + 1]
+    for pair, count, at in grouped(pairs, weight[places], places):
+        add(*divmod(pair, 256), count, at)
+
+    merges = []
+    progress = Progress("merging", num_merges, "merges", 1)
+    while len(merges) < num_merges and heap:
+        count, _, _, left, right = heapq.heappop(heap)
+        now = count_of.get((left, right), 0)
+        if now != -count:  # merges since have taken some of its places
+            if now > 0:
+                heapq.heappush(heap, (-now, keys[left], keys[right], left, right))
+            continue
+        made = len(tokens)
+        tokens.append(tokens[left] + tokens[right])
+        keys.append(sort_key(tokens[made]))
+        merges.append((left, right))
+        progress.update(len(merges))
+
+        at = places_of.pop((left, right))
+        at = at[(ids[at] == left) & (ids[following[at]] == right)]
+        if left == right:  # of overlapping pairs, as in aaaa, every other one merges
+            joined = np.concatenate(([False], following[at[:-1]] == at[1:]))
+            index = np.arange(len(at))
+            at = at[(index - np.maximum.accumulate(np.where(joined, 0, index))) % 2 == 0]
+        gone = following[at]
+        old_left, old_right, weights = ids[preceding[at]], ids[following[gone]], weight[at]
+        ids[at], ids[gone] = made, -2
+        following[at] = following[gone]
+        preceding[following[at]] = at
+        new_left, new_right = ids[preceding[at]], ids[following[at]]
+        # Where the right neighbour was merged too, the pair between the two is counted there, as its left one.
+        alone = new_right != made
+        for token, lost, _ in grouped(old_left, weights, at):
+            if (token, left) in count_of:
+                count_of[token, left] -= lost
+        for token, lost, _ in grouped(old_right[alone], weights[alone], at[alone]):
+            if (right, token) in count_of:
+                count_of[right, token] -= lost
+        del count_of[left, right]
+        for token, found, places in grouped(new_left, weights, preceding[at]):
+            add(token, made, found, places)
+        for token, found, places in grouped(new_right[alone], weights[alone], at[alone]):
+            add(made, token, found, places)
+    progress.close()
+    return merges
+
+
+def train(paths, vocab_size, special_tokens=(END_OF_TEXT,), workers=None, errors="strict"):
+    """Learn a tokenizer from text files, or spans (path, start, end) of them: the 256 bytes, special tokens, merges.
+
+    The vocabulary stays smaller where the text has no more pairs to merge. Raises InputError for a vocabulary too
+    small for the bytes and the special tokens, and for special tokens that are empty or stand twice.
+    """
+    special_tokens = list(special_tokens)
+    if len(set(special_tokens)) < len(special_tokens) or any(len(token.encode()) < 2 for token in special_tokens):
+        raise InputError(f"special tokens {special_tokens}: expected different ones of two bytes or more")
+    if vocab_size < 256 + len(special_tokens):
+        raise InputError(f"vocab_size is {vocab_size}; expected at least {256 + len(special_tokens)}: "
+                         f"the 256 bytes and {len(special_tokens)} special token(s)")
+    tokens = [bytes([b]) for b in range(256)] + [token.encode() for token in special_tokens]
+    num_merges = vocab_size - len(tokens)
+    merges = train_merges(*count_corpus(paths, special_tokens, workers, errors), tokens, num_merges) if num_merges else []
+    first = 256 + len(special_tokens)
+    table = np.array([(*pair, first + i) for i, pair in enumerate(merges)], np.int64).reshape(-1, 3)
+    return Tokenizer(tokens, {token: 256 + i for i, token in enumerate(special_tokens)}, table)
+
+
+# ---- tokenizer.json, as Hugging Face's tokenizers has it ----
+
+
+def byte_alphabet():
+    """GPT-2's printable character for each byte, in which tokenizer.json writes tokens. → 256 characters."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    return [chr(b) if b in printable else chr(next(others)) for b in range(256)]
+
+
+def save(tokenizer, path):
+    """Write tokenizer.json."""
+    alphabet = byte_alphabet()
+    spell = lambda token: "".join(alphabet[b] for b in token)
+    special = {i: text for text, i in tokenizer.special_tokens.items()}
+    spelled = [special.get(i) or spell(token) for i, token in enumerate(tokenizer.tokens)]
+    if len(set(spelled)) < len(spelled):
+        raise InputError("a special token is spelled like another token in tokenizer.json; rename the special token")
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    description = {
+        "version": "1.0", "truncation": None, "padding": None,
+        "added_tokens": [{"id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False,
+                          "normalized": False, "special": True} for i, text in special.items()],
+        "normalizer": None, "pre_tokenizer": byte_level, "post_processor": None, "decoder": byte_level,
+        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+                  "vocab": {token: i for i, token in enumerate(spelled)},
+                  "merges": [[spelled[left], spelled[right]] for left, right, _ in tokenizer.merges.tolist()]},
+    }
+    Path(path).write_text(json.dumps(description, ensure_ascii=False, indent=1), encoding="utf-8")
+
+
+def load(path):
+    """Read a tokenizer.json of a byte-level BPE with our split pattern.
+
+    Raises InputError where it is missing, damaged, or of a kind this tokenizer is not, named.
+    """
+    try:
+        description = json.loads(Path(path).read_text(encoding="utf-8"))
+        return from_description(description)
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing; expected a tokenizer.json that data/prepare.py wrote") from None
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        reason = error if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        raise InputError(f"{path} can't be used ({reason}); expected a byte-level BPE tokenizer.json") from None
+
+
+def from_description(description):
+    """The tokenizer that a parsed tokenizer.json describes. Raises ValueError or the like where it can't be."""
+    model, steps = description["model"], description.get("pre_tokenizer") or {}
+    only_step = steps.get("pretokenizers", [steps])
+    if model.get("type", "BPE") != "BPE":
+        raise ValueError(f"its model is {model['type']}")
+    if len(only_step) != 1 or only_step[0].get("type") != "ByteLevel" or not only_step[0].get("use_regex", True):
+        raise ValueError("its split pattern is not GPT-2's")
+    options = {"normalizer": description.get("normalizer"), "add_prefix_space": only_step[0].get("add_prefix_space"),
+               "dropout": model.get("dropout"), "continuing_subword_prefix": model.get("continuing_subword_prefix"),
+               "end_of_word_suffix": model.get("end_of_word_suffix"), "ignore_merges": model.get("ignore_merges")}
+    for option, value in options.items():
+        if value:
+            raise ValueError(f"it asks for {option}, which this tokenizer has not")
+    special = {token["content"]: token["id"] for token in description.get("added_tokens", [])}
+    vocab = model["vocab"] | special
+    size = len(vocab)
+    if sorted(vocab.values()) != list(range(size)):
+        raise ValueError("its ids are not 0, 1, 2 …")
+    byte_of = {char: b for b, char in enumerate(byte_alphabet())}
+    tokens = [b""] * size
+    for text, i in vocab.items():
+        tokens[i] = text.encode() if text in special else bytes(byte_of[char] for char in text)
+    if any(alone not in vocab for alone in byte_of) or not all(tokens):
+        raise ValueError("it lacks tokens for some bytes, or has an empty one")
+    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+    merges = [(vocab[left], vocab[right], vocab[left + right]) for left, right in pairs]
+    if len({(left, right) for left, right, _ in merges}) < len(merges):
+        raise ValueError("a merge stands twice")
+    made = {merge[2] for merge in merges} | set(special.values()) | {vocab[char] for char in byte_of}
+    if len(made) < size:
+        raise ValueError(f"merges are missing: nothing makes {size - len(made)} of its tokens")
+    return Tokenizer(tokens, special, np.array(merges, np.int64).reshape(-1, 3))

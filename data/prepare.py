@@ -1,0 +1,298 @@
+"""A corpus → data/NAME/: tokenizer.json, train.bin, val.bin and meta.json. See `prepare` for the flags."""
+
+import hashlib
+import http.client
+import json
+import os
+import shutil
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+
+from data import bpe, cli, stories
+from data.cli import InputError
+
+DATA = Path(__file__).resolve().parent
+TINYSTORIES = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-"
+SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+# The files to download: address and size in bytes, for training and, where the corpus has one, for validation.
+DOWNLOADS = {"tinystories": [(TINYSTORIES + "train.txt", 2_227_753_162), (TINYSTORIES + "valid.txt", 22_502_601)],
+             "shakespeare": [(SHAKESPEARE, 1_115_394)]}
+VOCAB_SIZES = {"stories": 2048, "tinystories": 10000, "shakespeare": 1024}
+NUM_STORIES = {"train.txt": 30_000, "val.txt": 1_000}
+
+
+# ---- Where text comes from ----
+
+
+def download(url, path, size, attempts=8, pause=1):
+    """Fetch a file of a known size into `path`, going on where an earlier try stopped; once there, it stays.
+
+    A try that brings nothing is repeated after a pause, in seconds, that doubles. Raises InputError where it can't be
+    had, saying how far it came.
+    """
+    path = Path(path)
+    if path.is_file() and path.stat().st_size == size:
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".part")
+    for attempt in range(attempts):
+        begin = partial.stat().st_size if partial.exists() else 0
+        if begin > size:
+            partial.unlink()
+            begin = 0
+        if begin == size:
+            break
+        if shutil.disk_usage(path.parent).free < size - begin:
+            raise InputError(f"{path.parent} has no room for the {(size - begin) / 1e6:,.0f} MB of {url}; make some and run "
+                             "the command again")
+        try:
+            request = urllib.request.Request(url, headers={"Range": f"bytes={begin}-"} if begin else {})
+            with urllib.request.urlopen(request, timeout=30) as response:
+                receive(response, partial, begin if response.status == 206 else 0, size, path.name)
+            error = "the connection closed early"
+        except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as problem:
+            error = problem
+            if isinstance(problem, urllib.error.HTTPError) and 400 <= problem.code < 500:
+                break
+        done = partial.stat().st_size if partial.exists() else 0
+        if done < size and done == begin:
+            time.sleep(min(pause * 2**attempt, 30))
+    done = partial.stat().st_size if partial.exists() else 0
+    if done != size:
+        raise InputError(f"{url} stopped at {done:,} of {size:,} bytes ({error}); run the command again to go on")
+    os.replace(partial, path)
+    return path
+
+
+def receive(response, partial, begin, size, label):
+    """Write what a response sends behind the first `begin` bytes of `partial`, no more than `size` bytes in all."""
+    progress = cli.Progress(f"downloading {label}", size)
+    with open(partial, "r+b" if begin else "wb") as file:
+        file.seek(begin)
+        done = begin
+        try:
+            while done < size and (block := response.read(min(1 << 20, size - done))):
+                file.write(block)
+                done += len(block)
+                progress.update(done, begin)
+        finally:
+            progress.close()
+
+
+def write_stories(folder):
+    """Write the built-in corpus into a folder; returns the paths for training and validation."""
+    progress = cli.Progress("writing stories", sum(NUM_STORIES.values()), "stories", 1)
+    first = 0
+    for name, count in NUM_STORIES.items():
+        with open(folder / name, "w", encoding="utf-8") as file:
+            for number in range(first, first + count):
+                file.write(stories.story(0, number) + bpe.END_OF_TEXT)
+                progress.update(number)
+        first += count
+    progress.close()
+    return [folder / name for name in NUM_STORIES]
+
+
+def text_files(source):
+    """The file, or all files below the folder in order of name (hidden ones left out), that a user named."""
+    source = Path(source)
+    if source.is_file():
+        return [source]
+    if not source.is_dir():
+        raise InputError(f"{source} is not there; expected a text file, or a folder of them")
+    files = [path for path in sorted(source.rglob("*")) if path.is_file()
+             and not any(part.startswith(".") for part in path.relative_to(source).parts)]
+    if not files:
+        raise InputError(f"{source} has no files in it; expected a text file, or a folder of them")
+    return files
+
+
+def whole_spans(paths):
+    """Files as spans (path, start, end), without the empty ones. Raises InputError where no text is left."""
+    spans = [(path, start, end) for path, start, end in map(bpe.as_span, paths) if end > start]
+    if not spans:
+        raise InputError(f"{', '.join(map(str, paths[:3]))}: no text in it; expected some")
+    return spans
+
+
+def split_spans(spans, val_fraction):
+    """Cut spans into those for training and those for validation, the last `val_fraction` of all bytes.
+
+    The cut is moved on to the next end of a document, or of a line, or of a character, whichever there is.
+    """
+    to_go = int(sum(end - start for _, start, end in spans) * (1 - val_fraction))
+    train, val = [], []
+    for path, start, end in spans:
+        cut = end if end - start <= to_go else cut_point(path, start, start + to_go, end) if to_go > 0 else start
+        to_go -= end - start
+        train += [(path, start, cut)] if cut > start else []
+        val += [(path, cut, end)] if end > cut else []
+    return train, val
+
+
+def cut_point(path, start, target, end):
+    """The first good place from `target` on to cut a file in two."""
+    with open(path, "rb") as file:
+        file.seek(target)
+        text = file.read(min(end - target, 1 << 22))
+    for border in (bpe.END_OF_TEXT.encode(), b"\n"):
+        if border in text[:-len(border)]:
+            return target + text.index(border) + len(border)
+    while text and text[0] & 0xC0 == 0x80:
+        target, text = target + 1, text[1:]
+    return target
+
+
+# ---- What is written ----
+
+
+def write_ids(tokenizer, spans, path, workers, errors):
+    """Encode spans into a file of ids, each file's text ended by the end-of-text token; returns tokens and bytes."""
+    end = np.array([tokenizer.special_tokens[bpe.END_OF_TEXT]], tokenizer.dtype)
+    sizes = np.array([0 if i in tokenizer.special_tokens.values() else len(token) for i, token in enumerate(tokenizer.tokens)])
+    counts = {"tokens": 0, "bytes": 0}
+    before, last = None, end
+    with open(path, "wb") as file:
+
+        def write(ids):
+            file.write(ids.data)
+            counts["tokens"] += len(ids)
+            counts["bytes"] += int(sizes[ids].sum())
+
+        for source, ids in bpe.encode_pieces(tokenizer, spans, workers, errors):
+            if source != before and last[-1:] != end:
+                write(end)
+            write(ids)
+            before, last = source, ids if len(ids) else last
+        if last[-1:] != end:
+            write(end)
+    return counts
+
+
+def prepare(*, dataset: str = "", input: str = "", val_input: str = "", val_fraction: float | None = None, output: str = "",
+            vocab_size: int | None = None, workers: int | None = None, errors: str = "strict"):
+    """Turn a corpus into tokens: a folder data/NAME/ that train.py trains on.
+
+    Where the text comes from:
+    dataset: stories (built in, no download; the default), tinystories (2.2 GB) or shakespeare (1 MB), downloaded once
+    input: a text file, or a folder of them, of your own instead; <|endoftext|> in it ends a document, as each file does
+    val_input: text to validate on
+    val_fraction: or the part of the text to keep for validation, its end, between 0 and 1 [0.1]
+    errors: strict, or replace to put U+FFFD where a file is not valid UTF-8
+
+    What is made of it:
+    vocab_size: tokens in the vocabulary, from 257 (bytes) on [2048; tinystories 10000, shakespeare 1024]
+    output: the folder to write [data/ and the name of the dataset or input]
+    workers: processes to use [one a core]
+    """
+    if dataset and input:
+        raise InputError(f"--dataset={dataset} and --input={input}: give one of the two")
+    if val_input and (val_fraction is not None or not input):
+        raise InputError(f"--val_input={val_input} goes with --input, and without --val_fraction")
+    val_fraction = 0.1 if val_fraction is None else val_fraction
+    if not 0 < val_fraction < 1:
+        raise InputError(f"--val_fraction={val_fraction}: expected a number between 0 and 1")
+    if errors not in ("strict", "replace"):
+        raise InputError(f"--errors={errors}: expected strict or replace")
+    if workers is not None and workers < 1:
+        raise InputError(f"--workers={workers}: expected 1 or more")
+    dataset = dataset or ("" if input else "stories")
+    if dataset and dataset not in VOCAB_SIZES:
+        raise InputError(f"--dataset={dataset}: expected one of {', '.join(VOCAB_SIZES)}, or your own text with --input")
+    vocab_size = vocab_size or VOCAB_SIZES.get(dataset, 2048)
+    if vocab_size < 257:
+        raise InputError(f"--vocab_size={vocab_size}: expected 257 or more: the 256 bytes and {bpe.END_OF_TEXT}")
+    output = Path(output or DATA / (dataset or Path(input).resolve().stem))
+    if output.exists() and not (output / "meta.json").is_file() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"{output} is there and was not written by this command; choose another --output")
+    sources = [text_files(source) for source in (input, val_input) if source]
+    for files in sources:
+        whole_spans(files)
+
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        if dataset == "stories":
+            sources = [[path] for path in write_stories(partial)]
+        elif dataset:
+            sources = [[download(url, DATA / "downloads" / f"{dataset}-{url.split('/')[-1]}", size)] for url, size in DOWNLOADS[dataset]]
+        spans = [whole_spans(files) for files in sources]
+        train, val = spans if len(spans) == 2 else split_spans(spans[0], val_fraction)
+        if not train or not val:
+            raise InputError(f"{input or dataset}: too little text to keep {val_fraction} of it for validation; use more text "
+                             "or another --val_fraction")
+        write_data(partial, dataset or input, train, val, vocab_size, workers, errors)
+        shutil.rmtree(output, ignore_errors=True)
+        os.replace(partial, output)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    report(output, vocab_size)
+
+
+def write_data(folder, source, train, val, vocab_size, workers, errors):
+    """Write tokenizer.json, train.bin, val.bin and, when all is there, meta.json."""
+    tokenizer = bpe.train(train, vocab_size, workers=workers, errors=errors)
+    bpe.save(tokenizer, folder / "tokenizer.json")
+    meta = {"source": str(source), "vocab_size": tokenizer.vocab_size, "dtype": tokenizer.dtype.name,
+            "end_of_text_id": tokenizer.special_tokens[bpe.END_OF_TEXT],
+            "tokenizer_sha256": hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()}
+    for split, spans in (("train", train), ("val", val)):
+        meta[split] = write_ids(tokenizer, spans, folder / f"{split}.bin", workers, errors)
+    (folder / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
+
+
+def report(folder, asked):
+    """Say what a data folder holds."""
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    if meta["vocab_size"] < asked:
+        print(f"the text has no more pairs to merge: a vocabulary of {meta['vocab_size']}, not {asked}")
+    print(f"{folder}: a vocabulary of {meta['vocab_size']} tokens")
+    for split in ("train", "val"):
+        tokens, size = meta[split]["tokens"], meta[split]["bytes"]
+        print(f"  {split}.bin: {tokens:,} tokens for {size:,} bytes, {size / tokens:.2f} bytes a token")
+
+
+# ---- Reading it back ----
+
+
+def open_data(folder):
+    """Open a data folder → (meta, {"train": ids, "val": ids} as np.memmap). Checks all of it first.
+
+    Raises InputError where a file is missing, cut short, holds ids beyond the vocabulary, or where the tokenizer is
+    not the one the ids were made with.
+    """
+    folder = Path(folder)
+    again = "run data/prepare.py again"
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        digest = hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
+        if digest != meta["tokenizer_sha256"]:
+            raise InputError(f"{folder}/tokenizer.json is not the tokenizer that made train.bin and val.bin; {again}")
+        ids = {}
+        for split in ("train", "val"):
+            path, count, dtype = folder / f"{split}.bin", meta[split]["tokens"], np.dtype(meta["dtype"]).newbyteorder("<")
+            if path.stat().st_size != count * dtype.itemsize or not count:
+                raise InputError(f"{path} has {path.stat().st_size:,} bytes; expected {count * dtype.itemsize:,}; {again}")
+            ids[split] = np.memmap(path, dtype, "r")
+            highest = max(int(ids[split][i:i + (1 << 24)].max()) for i in range(0, count, 1 << 24))
+            if highest >= meta["vocab_size"]:
+                raise InputError(f"{path} holds the id {highest}, beyond the vocabulary of {meta['vocab_size']}; {again}")
+    except FileNotFoundError as error:
+        raise InputError(f"{error.filename} is missing; expected a folder that data/prepare.py wrote") from None
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise InputError(f"{folder}/meta.json is damaged ({type(error).__name__}: {error}); {again}") from None
+    return meta, ids
+
+
+if __name__ == "__main__":
+    cli.run(prepare)

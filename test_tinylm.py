@@ -1,0 +1,986 @@
+"""The tests: every part against something independent. pytest test_tinylm.py"""
+
+import collections
+import glob
+import hashlib
+import http.server
+import inspect
+import json
+import math
+import os
+import random
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import numpy as np
+import pytest
+import tiktoken
+import tokenizers
+import torch
+import torch.nn.functional as F
+import transformers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import sample
+import tinylm
+import train
+from data import bpe, cli, prepare, stories
+
+ROOT = Path(__file__).resolve().parent
+END = bpe.END_OF_TEXT
+settings.register_profile("tinylm", deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
+settings.load_profile("tinylm")
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(shape, generator=generator(seed + sum(shape)), dtype=dtype)
+
+
+def leaf(*shape, seed=0):
+    return randn(*shape, seed=seed).requires_grad_()
+
+
+def same(actual, expected, tolerance=1e-9):
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def same_with_gradients(ours, theirs, *inputs, tolerance=1e-9):
+    """Values and gradients of two functions agree, for a random weighting of the output."""
+    actual, expected = ours(*inputs), theirs(*inputs)
+    same(actual, expected, tolerance)
+    weights = randn(*expected.shape, seed=7)
+    for a, e in zip(torch.autograd.grad((actual * weights).sum(), inputs), torch.autograd.grad((expected * weights).sum(), inputs)):
+        same(a, e, tolerance)
+
+
+leading = st.lists(st.integers(1, 3), max_size=3).map(tuple)
+
+
+# ---- Operations ----
+
+
+@given(leading, st.integers(1, 9), st.integers(1, 9))
+def test_linear(lead, d_in, d_out):
+    same_with_gradients(tinylm.linear, F.linear, leaf(*lead, d_in), leaf(d_out, d_in, seed=1))
+
+
+@given(leading, st.integers(1, 9), st.integers(1, 9))
+def test_embedding(lead, vocab_size, d_model):
+    tokens = torch.randint(vocab_size, lead, generator=generator())
+    same_with_gradients(lambda w: tinylm.embedding(tokens, w), lambda w: F.embedding(tokens, w), leaf(vocab_size, d_model))
+
+
+@given(leading, st.integers(1, 33), st.sampled_from([1e-5, 1e-2]))
+def test_rmsnorm(lead, d, eps):
+    same_with_gradients(lambda x, g: tinylm.rmsnorm(x, g, eps), lambda x, g: F.rms_norm(x, (d,), g, eps), leaf(*lead, d),
+                        leaf(d, seed=1))
+
+
+def test_rmsnorm_takes_the_mean_in_float32():
+    x = torch.full((4096,), 256.0, dtype=torch.bfloat16)
+    same(tinylm.rmsnorm(x, torch.ones(4096), 1e-5).float(), torch.ones(4096), 1e-3)
+
+
+@given(leading, st.integers(1, 7), st.integers(1, 5))
+def test_softmax(lead, n, dim_from_end):
+    x = leaf(*lead, n, 2)
+    dim = -min(dim_from_end, x.ndim)
+    same_with_gradients(lambda x: tinylm.softmax(x, dim), lambda x: F.softmax(x, dim), x)
+
+
+def test_softmax_does_not_overflow():
+    same(tinylm.softmax(torch.tensor([1e4, 1e4, -1e4])), torch.tensor([0.5, 0.5, 0.0]))
+
+
+@given(leading, st.integers(1, 9))
+def test_silu(lead, n):
+    same_with_gradients(tinylm.silu, F.silu, leaf(*lead, n))
+
+
+@given(leading, st.integers(1, 9), st.integers(1, 9))
+def test_swiglu(lead, d, d_ff):
+    same_with_gradients(tinylm.swiglu, lambda x, gate, up, down: F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down),
+                        leaf(*lead, d), leaf(d_ff, d, seed=1), leaf(d_ff, d, seed=2), leaf(d, d_ff, seed=3))
+
+
+@given(leading, st.integers(1, 3), st.integers(1, 3), st.integers(1, 9), st.integers(0, 5), st.integers(1, 5))
+def test_attention(lead, kv_heads, group, T, before, D):
+    q, k, v = leaf(*lead, kv_heads * group, T, D), leaf(*lead, kv_heads, before + T, D, seed=1), leaf(*lead, kv_heads, before + T, D, seed=2)
+    mask = torch.ones(T, before + T, dtype=torch.bool).tril(before)
+    theirs = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    same_with_gradients(tinylm.attention, theirs, q, k, v)
+
+
+def test_attention_gradcheck():
+    assert torch.autograd.gradcheck(tinylm.attention, (leaf(2, 4, 3, 2), leaf(2, 2, 5, 2, seed=1), leaf(2, 2, 5, 2, seed=2)))
+
+
+@given(leading, st.integers(1, 6), st.integers(1, 4), st.integers(0, 1000))
+def test_rope_is_a_rotation_by_the_position(lead, T, half, start):
+    """As complex numbers, each pair is multiplied by exp(i · position · theta^(-2i/D))."""
+    x = leaf(*lead, T, 2 * half)
+    cos, sin = tinylm.rope_angles(torch.arange(start, start + T), 2 * half, 100.0)
+    angles = torch.arange(start, start + T).double()[:, None] * 100.0 ** (-torch.arange(half).double() / half)
+
+    def theirs(x):
+        pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
+
+    same_with_gradients(lambda x: tinylm.rope(x, cos, sin), theirs, x, tolerance=2e-3 if start > 100 else 1e-4)
+
+
+@given(leading, st.integers(1, 30))
+def test_cross_entropy(lead, vocab_size):
+    targets = torch.randint(vocab_size, lead, generator=generator())
+    theirs = lambda x: F.cross_entropy(x.view(-1, vocab_size), targets.view(-1))
+    same_with_gradients(lambda x: tinylm.cross_entropy(x, targets), theirs, leaf(*lead, vocab_size))
+    same(tinylm.token_losses(randn(*lead, vocab_size), targets),
+         F.cross_entropy(randn(*lead, vocab_size).view(-1, vocab_size), targets.view(-1), reduction="none").view(lead))
+
+
+def test_cross_entropy_of_large_logits():
+    logits = torch.tensor([[1e4, -1e4, 0.0]])
+    same(tinylm.cross_entropy(logits, torch.tensor([2])), torch.tensor(1e4))
+
+
+# ---- Learning ----
+
+
+def random_tree(seed=0):
+    return {"a": randn(4, 3, seed=seed), "b": {"c": randn(5, seed=seed + 1), "d": {"e": randn(2, 6, seed=seed + 2)}}}
+
+
+def test_trees():
+    tree = random_tree()
+    paths, leaves = zip(*tinylm.tree_leaves(tree))
+    assert paths == ("a", "b.c", "b.d.e")
+    again = tinylm.tree_build(paths, leaves)
+    same(again, tree)
+    same(tinylm.tree_map(torch.add, tree, tree), tinylm.tree_map(lambda x: 2 * x, tree))
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+def test_adamw_over_50_steps(weight_decay):
+    """PyTorch's AdamW, with decay for matrices only; the arguments stay as they were."""
+    tree = tinylm.tree_map(torch.Tensor.float, random_tree())
+    theirs = [t.clone().requires_grad_() for _, t in tinylm.tree_leaves(tree)]
+    groups = [{"params": [t for t in theirs if t.ndim == 2], "weight_decay": weight_decay},
+              {"params": [t for t in theirs if t.ndim == 1], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=0.01, betas=(0.8, 0.95), eps=1e-6)
+    state, copy = tinylm.adamw_init(tree), tinylm.tree_map(torch.clone, tree)
+    params = tree
+    for step in range(50):
+        grads = tinylm.tree_map(torch.Tensor.float, random_tree(100 + step))
+        for t, (_, g) in zip(theirs, tinylm.tree_leaves(grads)):
+            t.grad = g.clone()
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = lr = 0.01 * (step + 1)
+        optimizer.step()
+        params, state = tinylm.adamw_update(params, grads, state, lr, 0.8, 0.95, 1e-6, weight_decay)
+    same([t for _, t in tinylm.tree_leaves(params)], [t.detach() for t in theirs], 1e-5)
+    same(tree, copy, 0)
+
+
+@given(st.floats(1e-3, 100))
+def test_clip_gradients(max_norm):
+    tree = random_tree()
+    theirs = [t.clone().requires_grad_() for _, t in tinylm.tree_leaves(tree)]
+    for t in theirs:
+        t.grad = t.detach().clone()
+    expected = torch.nn.utils.clip_grad_norm_(theirs, max_norm)
+    clipped, norm = tinylm.clip_gradients(tree, max_norm)
+    same(norm.double(), expected, 1e-5)
+    same([t for _, t in tinylm.tree_leaves(clipped)], [t.grad for t in theirs], 1e-5)
+
+
+def test_cosine_lr():
+    lr = lambda step: tinylm.cosine_lr(step, 1.0, 0.1, 10, 110)
+    assert [lr(0), lr(9), lr(10)] == pytest.approx([0.1, 1.0, 1.0])
+    assert lr(60) == pytest.approx(0.55) and lr(110) == pytest.approx(0.1) and lr(1000) == pytest.approx(0.1)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100, 0.1)
+    for step in range(10, 110):
+        assert lr(step) == pytest.approx(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+
+
+@given(st.integers(1, 300), st.integers(0, 2**64 - 1))
+def test_permute_visits_everything_once(length, key):
+    assert sorted(tinylm.permute(np.arange(length), length, key).tolist()) == list(range(length))
+
+
+@given(st.integers(10, 400), st.integers(1, 9), st.integers(1, 7), st.integers(0, 2**62))
+def test_get_batch(num_tokens, context_length, batch_size, seed):
+    """Batches are windows of the text; an epoch visits each of its windows once; ranks share out the step's batch."""
+    tokens = np.arange(num_tokens, dtype=np.uint16)
+    num_windows = max(1, (num_tokens - 1) // context_length - 1)
+    starts = []
+    for step in range(-(-num_windows // batch_size)):
+        inputs, targets = tinylm.get_batch(tokens, batch_size, context_length, seed, step)
+        assert inputs.shape == (batch_size, context_length) and inputs.dtype == torch.int64
+        same(inputs[:, 1:], inputs[:, :-1] + 1)
+        same(targets, inputs + 1)
+        starts += inputs[:, 0].tolist()
+    assert len(set(starts[:num_windows])) == num_windows
+    assert len({start % context_length for start in starts[:num_windows]}) == 1
+    whole = tinylm.get_batch(tokens, 2 * batch_size, context_length, seed, 3)
+    parts = [tinylm.get_batch(tokens, batch_size, context_length, seed, 3, rank, 2) for rank in range(2)]
+    same(torch.cat([part[0] for part in parts]), whole[0])
+
+
+@given(st.integers(2, 200), st.integers(1, 9), st.integers(1, 5))
+def test_eval_batches_cover_each_token_once(num_tokens, context_length, batch_size):
+    targets = []
+    for inputs, following, real in tinylm.eval_batches(np.arange(num_tokens), batch_size, context_length):
+        assert inputs.shape == following.shape == (batch_size, context_length)
+        targets += following.flatten()[:real].tolist()
+        same(inputs.flatten()[:real] + 1, following.flatten()[:real])
+    assert targets == list(range(1, num_tokens))
+
+
+# ---- Model ----
+
+SIZES = [dict(), dict(tie_embeddings=True), dict(num_heads=4, num_kv_heads=2), dict(num_heads=4, num_kv_heads=1, d_ff=40)]
+
+
+def small_config(**changes):
+    return tinylm.Config(**dict(vocab_size=300, context_length=32, d_model=32, num_layers=2, num_heads=4) | changes)
+
+
+def random_params(config, seed=0):
+    """Parameters far enough from the start that every part of the model matters, gains included."""
+    noise = generator(seed + 1)
+    return tinylm.tree_map(lambda p: p + 0.2 * torch.randn(p.shape, generator=noise), tinylm.init_params(config, generator(seed)))
+
+
+def random_tokens(config, *shape, seed=0):
+    return torch.randint(config.vocab_size, shape, generator=generator(seed))
+
+
+def hf_model(folder, **options):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer_file(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    (folder / "text.txt").write_text("".join(stories.story(0, i) + END for i in range(100)))
+    bpe.save(bpe.train([folder / "text.txt"], 300), folder / "tokenizer.json")
+    return folder / "tokenizer.json"
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_model_is_transformers_llama(sizes, tmp_path, tokenizer_file, caplog):
+    config = small_config(**sizes)
+    params = random_params(config)
+    tinylm.save_checkpoint(tmp_path / "model", params, config, tokenizer_file, (END, 256))
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not any(report.values()), report
+    tokens = random_tokens(config, 3, 20)
+    with torch.no_grad():
+        same(tinylm.forward(params, tokens, config), model.eval()(tokens).logits, 1e-4)
+    greedy = torch.stack(list(tinylm.generate(params, tokens[:, :5], config, 12, temperature=0)), 1)
+    theirs = model.generate(tokens[:, :5], attention_mask=torch.ones(3, 5), max_new_tokens=12, min_new_tokens=12, do_sample=False,
+                            eos_token_id=None, pad_token_id=0)
+    same(greedy, theirs[:, 5:])
+    text = "Once upon a time, there was a naïve 🦊.<|endoftext|>"
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert theirs(text).input_ids == bpe.encode(bpe.load(tokenizer_file), text).tolist()
+    assert theirs.eos_token == END
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("d_model, vocab_size", [(64, 257), (128, 2048), (512, 10000), (768, 50304)])
+def test_first_loss_is_that_of_a_uniform_guess(tied, d_model, vocab_size):
+    config = tinylm.Config(vocab_size, 32, d_model, 2, d_model // 32, tie_embeddings=tied)
+    params, tokens = tinylm.init_params(config, generator()), random_tokens(config, 4, 33)
+    assert tinylm.loss_fn(params, tokens[:, :-1], tokens[:, 1:], config).item() == pytest.approx(math.log(vocab_size), abs=0.1)
+    assert sum(p.numel() for _, p in tinylm.tree_leaves(params)) == tinylm.num_params(config)
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_cache_gives_the_same_logits(sizes):
+    config = small_config(**sizes)
+    params, tokens = random_params(config), random_tokens(config, 2, 24)
+    whole = tinylm.forward(params, tokens, config)
+    cache, pieces, start = tinylm.init_cache(config, 2, 32), [], 0
+    for size in (7, 1, 1, 10, 5):
+        logits, cache = tinylm.forward(params, tokens[:, start:start + size], config, cache=cache)
+        pieces.append(logits)
+        start += size
+    same(torch.cat(pieces, 1), whole, 1e-5)
+
+
+def test_bfloat16_is_close_to_float32():
+    config = small_config()
+    params, tokens = tinylm.init_params(config, generator()), random_tokens(config, 2, 24)
+    args = tokens[:, :-1], tokens[:, 1:], config
+    loss, grads = tinylm.value_and_grad(tinylm.loss_fn, params, *args)
+    half, half_grads = tinylm.value_and_grad(tinylm.loss_fn, params, *args, torch.bfloat16)
+    assert half.dtype == torch.float32 and half.item() == pytest.approx(loss.item(), rel=1e-2)
+    for (_, g), (path, h) in zip(tinylm.tree_leaves(grads), tinylm.tree_leaves(half_grads)):
+        assert h.dtype == torch.float32 and (g - h).norm() < 0.05 * g.norm(), path
+
+
+@given(st.integers(0, 5), st.floats(0.1, 3), st.integers(0, 12), st.floats(0.01, 1))
+def test_sample_token_draws_from_the_nucleus(seed, temperature, top_k, top_p):
+    logits = randn(2000, 12, seed=seed)[:1].expand(4000, -1)
+    drawn = torch.bincount(tinylm.sample_token(logits, temperature, top_k, top_p, generator(seed)), minlength=12) / 4000
+    p = F.softmax(logits[0] / temperature, 0)
+    ranked = sorted(range(12), key=lambda i: -p[i])[:top_k or 12]
+    kept, mass = [], 0.0
+    for i in ranked:
+        if mass >= top_p - 1e-6:
+            break
+        kept.append(i)
+        mass += p[i].item() / p[ranked].sum().item()
+    expected = torch.zeros(12, dtype=torch.float64)
+    expected[kept] = p[kept] / p[kept].sum()
+    assert (drawn.double() - expected).abs().max() < 0.05
+
+
+def test_generate_slides_and_stops():
+    """Beyond the context the older half goes: the next token is that of a fresh pass over the newer half."""
+    config = small_config(context_length=8)
+    params, prompt = random_params(config), random_tokens(config, 2, 5)
+    tokens = torch.cat([prompt] + [row[:, None] for row in tinylm.generate(params, prompt, config, 20, temperature=0)], 1)
+    window = prompt
+    for i in range(5, 25):
+        if window.shape[1] > 8:
+            window = window[:, -4:]
+        assert tinylm.forward(params, window, config)[:, -1].argmax(-1).equal(tokens[:, i])
+        window = torch.cat((window, tokens[:, i:i + 1]), 1)
+    stop = tokens[0, 8].item()
+    row = torch.stack(list(tinylm.generate(params, prompt[:1], config, 20, temperature=0, stop_token=stop)), 1)[0].tolist()
+    assert row == tokens[0, 5:5 + len(row)].tolist() and row.index(stop) == len(row) - 1
+
+
+@pytest.mark.parametrize("changes", [dict(d_model=30), dict(d_model=12), dict(num_kv_heads=3), dict(vocab_size=0),
+                                     dict(num_layers=-1), dict(d_model=2.5), dict(rope_theta=0.0), dict(norm_eps=math.nan)])
+def test_config_refuses_what_cannot_be(changes):
+    with pytest.raises(tinylm.InputError):
+        small_config(**changes)
+
+
+# ---- Checkpoints ----
+
+
+@given(st.dictionaries(st.text(min_size=1, max_size=8).filter(lambda s: s != "__metadata__" and s.isprintable()),
+                       st.tuples(st.sampled_from(list(tinylm.SAFETENSORS_DTYPES.values())), st.lists(st.integers(0, 4), max_size=3)),
+                       max_size=4))
+def test_safetensors_files_are_those_of_the_library(tmp_path_factory, kinds):
+    folder = tmp_path_factory.mktemp("safetensors")
+    tensors = {name: (randn(*shape) * 9).to(dtype) for name, (dtype, shape) in kinds.items()}
+    tinylm.write_safetensors(folder / "ours", tensors)
+    save_file(tensors, folder / "theirs")
+    for read in (load_file(folder / "ours"), tinylm.read_safetensors(folder / "theirs"), tinylm.read_safetensors(folder / "ours")):
+        assert read.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            assert read[name].dtype == tensor.dtype and torch.equal(read[name], tensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tied, shard", [(False, "1GB"), (True, "1GB"), (False, "40KB")])
+def test_llama_folders_of_transformers_open(tmp_path, dtype, tied, shard):
+    llama = transformers.LlamaConfig(vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                                     num_key_value_heads=2, tie_word_embeddings=tied, rope_theta=500.0)
+    model = transformers.LlamaForCausalLM(llama).to(dtype)
+    model.save_pretrained(tmp_path, max_shard_size=shard)
+    assert (len(glob.glob(f"{tmp_path}/*.safetensors")) > 1) == (shard == "40KB")
+    params, config = tinylm.load_checkpoint(tmp_path)
+    tokens = random_tokens(config, 2, 20)
+    with torch.no_grad():
+        same(tinylm.forward(params, tokens, config), model.float()(tokens).logits, 1e-4)
+
+
+@pytest.mark.parametrize("change", [{"attention_bias": True}, {"hidden_act": "gelu"}, {"model_type": "gpt2"}, {"head_dim": 64},
+                                    {"rope_parameters": {"rope_type": "yarn"}}, {"rope_scaling": {"type": "linear"}}, {"hidden_size": "x"}])
+def test_other_models_are_refused_by_name(tmp_path, tokenizer_file, change):
+    config = small_config()
+    tinylm.save_checkpoint(tmp_path / "m", tinylm.init_params(config, generator()), config, tokenizer_file, (END, 256))
+    description = json.loads((tmp_path / "m/config.json").read_text()) | change
+    (tmp_path / "m/config.json").write_text(json.dumps(description))
+    named = {"rope_parameters": "rope_type", "hidden_size": "d_model"}
+    with pytest.raises(tinylm.InputError, match=named.get(*[next(iter(change))] * 2)):
+        tinylm.load_checkpoint(tmp_path / "m")
+
+
+# ---- Tokenizer ----
+
+
+def naive_words(text, special_tokens):
+    """The definition: cut at special tokens, then at the split pattern, by the regex module."""
+    import regex
+    parts = regex.split("(" + "|".join(map(regex.escape, special_tokens)) + ")", text) if special_tokens else [text]
+    return [word for i, part in enumerate(parts) if i % 2 == 0 for word in regex.findall(bpe.SPLIT_PATTERN, part)]
+
+
+def naive_train(text, num_merges, special_tokens):
+    """The definition: the most frequent pair, of equals the greatest, merged in every word, again and again."""
+    words = collections.Counter(tuple(bytes([b]) for b in word.encode()) for word in naive_words(text, special_tokens))
+    merges = []
+    while len(merges) < num_merges:
+        pairs = collections.Counter()
+        for word, count in words.items():
+            for pair in zip(word, word[1:]):
+                pairs[pair] += count
+        if not pairs:
+            break
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        merges.append(best)
+        merged = collections.Counter()
+        for word, count in words.items():
+            out, i = [], 0
+            while i < len(word):
+                join = word[i:i + 2] == best
+                out.append(word[i] + word[i + 1] if join else word[i])
+                i += 1 + join
+            merged[tuple(out)] += count
+        words = merged
+    return merges
+
+
+def spelled_merges(tokenizer):
+    return [(tokenizer.tokens[left], tokenizer.tokens[right]) for left, right, _ in tokenizer.merges.tolist()]
+
+
+def train_on(text, folder, vocab_size, special_tokens=(END,), **options):
+    path = Path(folder) / "text.txt"
+    path.write_bytes(text.encode())
+    return bpe.train([path], vocab_size, special_tokens, **options)
+
+
+nasty = st.lists(st.one_of(
+    st.text(max_size=6), st.text("aab 'sltver\n", max_size=12), st.sampled_from(
+        ["'s", "'ll", "'re", "'", " '", "  ", "\r\n", "\t", "\u00a0", "\u3000", "\u2003 ", "\x1c", "\x85", "١٢", "½", "Ⅷ", "e\u0301",
+         "👩‍👩‍👧", "🇫🇷", "你好，", "Привет", "ß", "ﬁ", END, END[:5], "<|end" + END, "a" * 40, " " * 20, "ab" * 50, "\0", "\U0010fffd", "𝒳"])),
+    max_size=12).map("".join)
+
+
+@given(nasty)
+def test_training_is_the_definition(tmp_path_factory, text):
+    tokenizer = train_on(text, tmp_path_factory.mktemp("bpe"), 300)
+    assert spelled_merges(tokenizer) == naive_train(text, 300 - 257, [END])
+    assert len(set(tokenizer.tokens)) == len(tokenizer.tokens)
+
+
+def test_training_is_the_definition_on_stories(tmp_path):
+    text = "".join(stories.story(3, i) + END for i in range(60))
+    assert spelled_merges(train_on(text, tmp_path, 500)) == naive_train(text, 500 - 257, [END])
+
+
+@pytest.fixture(scope="module")
+def three_tokenizers(tmp_path_factory):
+    """Ours, and tokenizers' and tiktoken's made from ours, with two special tokens of which one begins the other."""
+    folder = tmp_path_factory.mktemp("bpe")
+    mixed = "aaa aaaa abab ababab 你好，你好 Привет, мир! naïve café ½ 123 1234 'll don't they're\r\n\r\n\t👩‍👩‍👧 " * 30
+    text = "".join(stories.story(3, i) for i in range(200)) + mixed
+    tokenizer = train_on(text, folder, 900, [END, END + "x"])
+    bpe.save(tokenizer, folder / "tokenizer.json")
+    ranks = {token: i for i, token in enumerate(tokenizer.tokens) if i not in tokenizer.special_tokens.values()}
+    theirs = tiktoken.Encoding("same", pat_str=bpe.SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=tokenizer.special_tokens)
+    return bpe.load(folder / "tokenizer.json"), tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), theirs
+
+
+@settings(max_examples=400)
+@given(nasty)
+def test_ids_are_those_of_tokenizers_and_tiktoken(three_tokenizers, text):
+    ours, hugging_face, tik = three_tokenizers
+    ids = bpe.encode(ours, text)
+    assert ids.dtype == np.uint16
+    assert ids.tolist() == tik.encode(text, allowed_special="all")
+    assert ids.tolist() == hugging_face.encode(text).ids
+    assert bpe.decode(ours, ids) == text
+
+
+def test_ids_of_long_texts_in_pieces_and_processes(three_tokenizers, tmp_path, monkeypatch):
+    """Pieces, processes and what is remembered don't change ids, nor does a file differ from its text."""
+    ours, _, tik = three_tokenizers
+    text = ("".join(stories.story(5, i) + random.Random(i).choice([END, "\n", "", "é ", "'"]) for i in range(300)) + "x" * 3000 +
+            "ab " * 100 + "".join(map(chr, random.Random(0).choices(range(0x20, 0x2000), k=20000))))
+    expected = tik.encode(text, allowed_special="all")
+    monkeypatch.setattr(bpe, "CHUNK_BYTES", 10_000)
+    monkeypatch.setattr(bpe.Encoder, "MOST_WORDS", 3000)
+    assert bpe.encode(ours, text).tolist() == expected
+    path = tmp_path / "long.txt"
+    path.write_bytes(text.encode())
+    for workers in (1, 2):
+        assert bpe.encode_file(ours, path, tmp_path / "ids", workers=workers) == len(expected)
+        assert np.fromfile(tmp_path / "ids", np.uint16).tolist() == expected
+    again = [bpe.train([path], 500, workers=workers) for workers in (1, 2)]
+    assert spelled_merges(again[0]) == spelled_merges(again[1]) == spelled_merges(train_on(text, tmp_path, 500, workers=1))
+
+
+def test_decoding_replaces_what_is_not_utf8(three_tokenizers):
+    ours = three_tokenizers[0]
+    assert bpe.decode(ours, [0xF0, 0x9F, ord("a")]) == b"\xf0\x9fa".decode(errors="replace")
+    with pytest.raises(cli.InputError, match="0 to 899"):
+        bpe.decode(ours, [900])
+
+
+def test_invalid_utf8_is_reported_or_replaced(tmp_path):
+    path = tmp_path / "bad.txt"
+    path.write_bytes("é".encode() * 10 + b"\xff ok")
+    with pytest.raises(cli.InputError, match="bad.txt is not valid UTF-8 at byte 20"):
+        bpe.train([path], 300)
+    tokenizer = bpe.train([path], 300, errors="replace")
+    (_, ids), = bpe.encode_pieces(tokenizer, [path], errors="replace")
+    assert bpe.decode(tokenizer, ids) == path.read_bytes().decode(errors="replace")
+
+
+# ---- Corpora ----
+
+
+def test_stories():
+    texts = [stories.story(0, i) for i in range(100_000)]
+    assert len(set(texts)) == 100_000
+    assert texts[:50] == [stories.story(0, i) for i in range(50)] and texts[0] != stories.story(1, 0)
+    assert len(stories.PLOTS) >= 40
+    assert len({word for text in texts[:20_000] for word in re.findall("[a-z]+", text.lower())}) >= 1500
+    for text in texts[:2000]:
+        assert not set(text) & set("{}[]|~") and text.count("\n\n") == 2 and text.isascii()
+        assert not re.search(r"\ba [aeiou]|\ban [^aeiou\W]|  | [.,]", text), text
+
+
+def prepared(tmp_path, text="", **flags):
+    """A data folder of some stories, or of `text`."""
+    (tmp_path / "corpus.txt").write_text(text or "".join(stories.story(0, i) + END for i in range(150)), newline="")
+    prepare.prepare(input=str(tmp_path / "corpus.txt"), output=str(tmp_path / "data"), **dict(vocab_size=400) | flags)
+    return tmp_path / "data"
+
+
+def test_prepare_keeps_every_byte(tmp_path):
+    data = prepared(tmp_path)
+    meta, ids = prepare.open_data(data)
+    tokenizer = bpe.load(data / "tokenizer.json")
+    text = (tmp_path / "corpus.txt").read_text()
+    assert bpe.decode(tokenizer, ids["train"]) + bpe.decode(tokenizer, ids["val"]) == text
+    assert ids["train"][-1] == ids["val"][-1] == meta["end_of_text_id"] == 256
+    for split in ("train", "val"):
+        assert meta[split]["tokens"] == len(ids[split])
+        assert meta[split]["bytes"] == len(bpe.decode(tokenizer, ids[split]).replace(END, ""))
+    assert 0.08 < meta["val"]["bytes"] / (meta["train"]["bytes"] + meta["val"]["bytes"]) < 0.12
+
+
+def test_prepare_a_folder_with_its_own_validation(tmp_path):
+    (tmp_path / "in/sub").mkdir(parents=True)
+    for name, text in (("b.txt", "second"), ("a.txt", "first"), ("sub/c.txt", "third"), (".hidden", "no"), ("empty", "")):
+        (tmp_path / "in" / name).write_text(text)
+    (tmp_path / "val.txt").write_text("validation")
+    prepare.prepare(input=str(tmp_path / "in"), val_input=str(tmp_path / "val.txt"), output=str(tmp_path / "out"), vocab_size=257)
+    meta, ids = prepare.open_data(tmp_path / "out")
+    tokenizer = bpe.load(tmp_path / "out/tokenizer.json")
+    assert bpe.decode(tokenizer, ids["train"]) == f"first{END}second{END}third{END}"
+    assert bpe.decode(tokenizer, ids["val"]) == f"validation{END}"
+
+
+def test_prepare_leaves_the_old_data_when_it_fails(tmp_path):
+    data = prepared(tmp_path)
+    before = {path.name: path.read_bytes() for path in data.iterdir()}
+    (tmp_path / "bad.txt").write_bytes(b"good text\n" * 99 + b"\xff")
+    with pytest.raises(cli.InputError, match="UTF-8"):
+        prepare.prepare(input=str(tmp_path / "bad.txt"), output=str(data))
+    assert {path.name: path.read_bytes() for path in data.iterdir()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.txt", "corpus.txt", "data"]
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Serves `content`; breaks each connection after `limit` bytes; knows ranges or not."""
+
+    content, limit, ranges, requests = b"", None, True, []
+
+    def do_GET(self):
+        asked = self.headers["Range"]
+        self.requests.append(asked)
+        if self.path == "/missing":
+            return self.send_error(404)
+        begin = int(asked[6:-1]) if asked and self.ranges else 0
+        body = self.content[begin:]
+        self.send_response(206 if asked and self.ranges else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[:self.limit])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    handler = type("Handler", (Server,), {"requests": []})
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    yield handler, f"http://127.0.0.1:{httpd.server_port}"
+    httpd.shutdown()
+
+
+def test_download_resumes(server, tmp_path):
+    handler, url = server
+    handler.content, handler.limit = bytes(range(256)) * 400, 40_000
+    path = prepare.download(f"{url}/file", tmp_path / "file", len(handler.content), pause=0)
+    assert path.read_bytes() == handler.content
+    assert handler.requests == [None, "bytes=40000-", "bytes=80000-"]
+    prepare.download(f"{url}/file", tmp_path / "file", len(handler.content))
+    assert len(handler.requests) == 3, "a whole file is not fetched again"
+
+
+def test_download_from_a_server_without_ranges(server, tmp_path):
+    handler, url = server
+    handler.content, handler.ranges = bytes(range(256)) * 400, False
+    (tmp_path / "file.part").write_bytes(b"x" * 5000)
+    assert prepare.download(f"{url}/file", tmp_path / "file", len(handler.content), pause=0).read_bytes() == handler.content
+
+
+def test_download_says_how_far_it_came(server, tmp_path):
+    handler, url = server
+    handler.content = b"short"
+    with pytest.raises(cli.InputError, match="stopped at 5 of 10 bytes.*run the command again"):
+        prepare.download(f"{url}/file", tmp_path / "file", 10, attempts=2, pause=0)
+    with pytest.raises(cli.InputError, match="404"):
+        prepare.download(f"{url}/missing", tmp_path / "other", 10)
+    assert not (tmp_path / "file").exists()
+
+
+@pytest.mark.parametrize("name", ["tinystories", "shakespeare"])
+def test_known_corpora_download_and_prepare(server, tmp_path, monkeypatch, name):
+    handler, url = server
+    handler.content = "".join(stories.story(0, i) + f"\n{END}\n" for i in range(100)).encode()
+    monkeypatch.setattr(prepare, "DATA", tmp_path)
+    files = [(f"{url}/{file.split('/')[-1]}", len(handler.content)) for file, _ in prepare.DOWNLOADS[name]]
+    monkeypatch.setitem(prepare.DOWNLOADS, name, files)
+    folder = train.find_data(name)
+    meta, ids = prepare.open_data(folder)
+    whole = meta["train"]["bytes"] + (meta["val"]["bytes"] if name == "shakespeare" else 0)
+    assert whole == len(handler.content.replace(END.encode(), b""))
+
+
+# ---- Training and sampling ----
+
+TINY = dict(d_model=32, num_layers=1, num_heads=2, context_length=32, batch_size=4, num_steps=6, log_interval=1, eval_interval=3, device="cpu")
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_time(lines):
+    return [{key: value for key, value in line.items() if key not in ("seconds", "tokens_per_second")} for line in lines]
+
+
+def test_thirty_steps_lower_the_loss(tmp_path, capsys):
+    data = prepared(tmp_path)
+    train.train(data=str(data), output_dir=str(tmp_path / "run"), **TINY | dict(num_steps=30, d_model=64, eval_interval=15))
+    lines = metrics(tmp_path / "run")
+    losses = [line["train_loss"] for line in lines if "train_loss" in line]
+    assert len(losses) == 30 and losses[0] == pytest.approx(math.log(400), abs=0.1) and losses[-1] < losses[0] - 0.8
+    last = lines[-1]
+    assert last["step"] == 30 and last["tokens"] == 30 * 4 * 32 and last["val_loss"] < losses[0] - 0.8
+    meta = json.loads((data / "meta.json").read_text())["val"]
+    assert last["val_bits_per_byte"] == pytest.approx(last["val_loss"] / math.log(2) * meta["tokens"] / meta["bytes"])
+    out = capsys.readouterr().out
+    for word in ("parameters", "cpu, float32", "128 tokens", str(tmp_path / "run"), "tokens/s", "left", "bits per byte"):
+        assert word in out
+
+
+def test_evaluation_is_the_mean_over_the_whole_split(tmp_path):
+    data = prepared(tmp_path)
+    train.train(data=str(data), output_dir=str(tmp_path / "run"), **TINY)
+    model = hf_model(tmp_path / "run/latest")
+    val = torch.from_numpy(prepare.open_data(data)[1]["val"].astype(np.int64))
+    total = 0.0
+    with torch.no_grad():
+        for i in range(0, len(val) - 1, 32):
+            targets = val[i + 1:i + 33]
+            total += F.cross_entropy(model(val[i:i + 32][None, :len(targets)]).logits[0], targets, reduction="sum").item()
+    assert metrics(tmp_path / "run")[-1]["val_loss"] == pytest.approx(total / (len(val) - 1), abs=1e-4)
+
+
+def test_gradient_accumulation_is_one_large_batch(tmp_path):
+    data = prepared(tmp_path)
+    for name, batch_size, count in (("whole", 8, 1), ("parts", 2, 4)):
+        train.train(data=str(data), output_dir=str(tmp_path / name), **TINY | dict(batch_size=batch_size, grad_accum_steps=count))
+    for a, b in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "parts")):
+        assert a.get("train_loss", 0) == pytest.approx(b.get("train_loss", 0), abs=1e-4)
+
+
+def test_resuming_gives_the_uninterrupted_run(tmp_path):
+    data = prepared(tmp_path)
+    train.train(data=str(data), output_dir=str(tmp_path / "whole"), **TINY | dict(checkpoint_interval=2))
+
+    class Stop(Exception):
+        pass
+
+    def stop_after_four(*args):
+        saving(*args)
+        if args[1] == 4:
+            raise Stop
+
+    with pytest.MonkeyPatch.context() as patch:
+        saving = train.save
+        patch.setattr(train, "save", stop_after_four)
+        with pytest.raises(Stop):
+            train.train(data=str(data), output_dir=str(tmp_path / "parts"), **TINY | dict(checkpoint_interval=2))
+    train.train(resume=str(tmp_path / "parts"))
+    assert without_time(metrics(tmp_path / "whole")) == without_time(metrics(tmp_path / "parts"))
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        digests = {hashlib.sha256((tmp_path / run / "latest" / name).read_bytes()).hexdigest() for run in ("whole", "parts")}
+        assert len(digests) == 1
+    with pytest.raises(cli.InputError, match="larger --num_steps"):
+        train.train(resume=str(tmp_path / "parts"))
+    with pytest.raises(cli.InputError, match="--lr_max=0.5.*start a new run"):
+        train.train(resume=str(tmp_path / "parts"), lr_max=0.5)
+
+
+def test_compiled_training_is_the_same(tmp_path):
+    data = prepared(tmp_path)
+    for name, compiled in (("eager", False), ("compiled", True)):
+        train.train(data=str(data), output_dir=str(tmp_path / name), compile=compiled, **TINY)
+    for a, b in zip(metrics(tmp_path / "eager"), metrics(tmp_path / "compiled")):
+        assert a.get("train_loss", 0) == pytest.approx(b.get("train_loss", 0), abs=1e-3)
+
+
+def read_wandb(path):
+    """The history rows and the config in a .wandb file: records in LevelDB's log format, of W&B's own protobufs."""
+    from wandb.proto import wandb_internal_pb2
+    content, position, whole = Path(path).read_bytes(), 7, b""
+    rows, config = [], {}
+    while position + 7 <= len(content):
+        if -position % 32768 < 7:  # a header is never split between blocks
+            position += -position % 32768
+        length, kind = int.from_bytes(content[position + 4:position + 6], "little"), content[position + 6]
+        whole += content[position + 7:position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # the whole record, or its last part
+            record = wandb_internal_pb2.Record.FromString(whole)
+            whole = b""
+            if record.WhichOneof("record_type") == "history":
+                rows.append({item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item})
+            config |= {update.key: json.loads(update.value_json) for update in record.run.config.update}
+    return rows, config
+
+
+def test_wandb_offline_has_what_was_measured(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    data = prepared(tmp_path)
+    train.train(data=str(data), output_dir=str(tmp_path / "run"), use_wandb=True, **TINY)
+    rows, config = read_wandb(glob.glob(f"{tmp_path}/run/wandb/*/*.wandb")[0])
+    assert config["d_model"] == 32 and config["lr_max"] > 0
+    expected = metrics(tmp_path / "run")
+    assert [row["train_loss"] for row in rows if "train_loss" in row] == [line["train_loss"] for line in expected if "train_loss" in line]
+    for key in ("lr", "grad_norm", "tokens_per_second", "val_loss", "val_bits_per_byte", "seconds"):
+        assert any(key in row for row in rows), key
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    data = prepared(folder)
+    train.train(data=str(data), output_dir=str(folder / "runs/tiny"), **TINY | dict(num_steps=40, eval_interval=40))
+    return folder
+
+
+def test_sample_is_repeatable_and_whole(trained, capsys, monkeypatch):
+    monkeypatch.chdir(trained)
+
+    def write(**flags):
+        sample.sample(**dict(max_new_tokens=30) | flags)
+        return capsys.readouterr()
+
+    first = write(prompt="Once upon")
+    assert first.out.startswith("Once upon") and first.out == write(prompt="Once upon").out
+    assert first.out != write(prompt="Once upon", seed=1).out
+    assert re.search(r"\d+ tokens, [\d.,]+ tokens/s", first.err)
+    assert write(prompt="123, 456", temperature=0).out == write(prompt="123, 456", temperature=0, seed=3, checkpoint="runs/tiny").out
+    assert write(num_samples=3).out.count("---\n") == 2
+    counts = [int(write(max_new_tokens=100, seed=seed).err.split()[0]) for seed in range(5)]
+    assert max(counts) > 32, "beyond the context"
+
+
+def test_sample_prints_whole_characters_only(monkeypatch):
+    written = []
+    monkeypatch.setattr(sys.stdout, "write", written.append)
+    tokenizer = bpe.Tokenizer([bytes([b]) for b in range(256)] + [END.encode()], {END: 256}, np.empty((0, 3), np.int64))
+    writer = sample.Writer(tokenizer, "")
+    for byte in "aé🦊".encode() + b"\xf0\x9f":
+        writer.token(byte)
+    writer.end()
+    assert "".join(written) == "aé🦊\ufffd\n" and all("\ufffd" not in piece for piece in written[:-1])
+
+
+# ---- The command line ----
+
+
+def call(monkeypatch, capsys, function, *arguments):
+    """Run a command in this process → (exit code, what it wrote on stderr)."""
+    monkeypatch.setattr(sys, "argv", ["command.py", *arguments])
+    code = 0
+    try:
+        cli.run(function, tinylm.InputError)
+    except SystemExit as exit:
+        code = exit.code
+    return code, capsys.readouterr().err
+
+
+def damage(data, name, change):
+    content = (data / name).read_bytes()
+    (data / name).write_bytes(change(content))
+
+
+WRONG_TRAIN = [
+    (["--d_modle=64"], "did you mean --d_model"),
+    (["512"], "not a flag"),
+    (["--d_model=abc"], "whole number"),
+    (["--d_model"], "has no value"),
+    (["--lr_max=-1"], "--lr_max=-1"),
+    (["--d_model=64", "--num_heads=3"], "num_heads to divide d_model"),
+    (["--d_model=12", "--num_heads=4"], "even"),
+    (["--d_model=64", "--num_heads=4", "--num_kv_heads=3"], "not a multiple of num_kv_heads"),
+    (["--vocab_size=300"], "the data has 400 tokens"),
+    (["--data=nowhere"], "no such data folder"),
+    (["--context_length=100000"], "context_length 100000"),
+    (["--device=tpu"], "expected cpu"),
+    (["--device=cuda:99"], "CUDA device"),
+    (["--dtype=float8"], "float32 or bfloat16"),
+    (["--num_steps=0"], "--num_steps=0"),
+    (["--beta1=1.5"], "--beta1=1.5"),
+    (["--resume=nowhere"], "no checkpoint there"),
+    (["--output_dir=full"], "is not empty"),
+    (["--compile=maybe"], "True or False"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", WRONG_TRAIN, ids=lambda value: str(value)[:40])
+def test_wrong_flags_of_train(trained, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(trained)
+    Path("full").mkdir(exist_ok=True)
+    Path("full/file").touch()
+    before = sorted(Path(".").rglob("*"))
+    data = [] if arguments[0].startswith(("--data", "--resume")) else ["--data=data"]
+    code, error = call(monkeypatch, capsys, train.train, *data, *arguments)
+    assert code == 2 and message in error and error.count("\n") == 1, error
+    assert sorted(Path(".").rglob("*")) == before
+
+
+WRONG_DATA = [
+    ("train.bin", lambda content: content[:-2], "bytes; expected"),
+    ("train.bin", lambda content: content[:-2] + b"\xff\xff", "beyond the vocabulary"),
+    ("val.bin", lambda content: b"", "bytes; expected"),
+    ("tokenizer.json", lambda content: content.replace(b'"ids"', b'"x"') + b" ", "not the tokenizer"),
+    ("meta.json", lambda content: content[:-20], "damaged"),
+    ("meta.json", lambda content: b"{}", "damaged"),
+]
+
+
+@pytest.mark.parametrize("name, change, message", WRONG_DATA)
+def test_damaged_data(tmp_path, monkeypatch, capsys, name, change, message):
+    data = prepared(tmp_path)
+    damage(data, name, change)
+    monkeypatch.chdir(tmp_path)
+    code, error = call(monkeypatch, capsys, train.train, f"--data={data}")
+    assert code == 2 and message in error and error.count("\n") == 1, error
+    assert not (tmp_path / "runs").exists()
+
+
+WRONG_PREPARE = [
+    (["--vocab_siz=300"], "did you mean --vocab_size"),
+    (["--vocab_size=200"], "257"),
+    (["--dataset=books"], "expected one of"),
+    (["--input=nowhere.txt"], "is not there"),
+    (["--input=empty.txt"], "no text"),
+    (["--input=emptyfolder"], "no files"),
+    (["--input=one.txt"], "too little text"),
+    (["--input=text.txt", "--val_fraction=1.5"], "between 0 and 1"),
+    (["--input=text.txt", "--val_input=nowhere"], "is not there"),
+    (["--input=text.txt", "--dataset=stories"], "one of the two"),
+    (["--input=text.txt", "--errors=ignore"], "strict or replace"),
+    (["--input=text.txt", "--output=mine"], "was not written by this command"),
+    (["--input=text.txt", "--workers=0"], "1 or more"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", WRONG_PREPARE, ids=lambda value: str(value)[:40])
+def test_wrong_flags_of_prepare(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prepare, "DATA", tmp_path)
+    for name, text in (("empty.txt", ""), ("one.txt", "x"), ("text.txt", "some text\n" * 50), ("mine/keep", "")):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text(text)
+    Path("emptyfolder").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    code, error = call(monkeypatch, capsys, prepare.prepare, *arguments)
+    assert code == 2 and message in error and error.count("\n") == 1, error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+WRONG_SAMPLE = [
+    (["--promt=x"], "did you mean --prompt"),
+    (["--temperature=-1"], "--temperature=-1"),
+    (["--top_p=0"], "--top_p=0"),
+    (["--top_p=1.1"], "--top_p=1.1"),
+    (["--max_new_tokens=0"], "1 or more"),
+    (["--checkpoint=nowhere"], "is not there"),
+    (["--checkpoint=data"], "not a checkpoint"),
+    (["--device=cuda:99"], "CUDA device"),
+    (["--prompt=\udcff"], "half a surrogate"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", WRONG_SAMPLE, ids=lambda value: ascii(value)[:40])
+def test_wrong_flags_of_sample(trained, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(trained)
+    code, error = call(monkeypatch, capsys, sample.sample, *arguments)
+    assert code == 2 and message in error and error.count("\n") == 1, error
+
+
+def test_no_checkpoint_yet(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code, error = call(monkeypatch, capsys, sample.sample)
+    assert code == 2 and "train a model" in error
+
+
+def test_values_are_read_by_type():
+    """A prompt is a text whatever it looks like; Fire alone would make it a number or a list."""
+    parameters = inspect.signature(sample.sample).parameters
+    flags = cli.read_flags(parameters, ["--prompt", "[1, 2]", "--top-k=5"])
+    assert flags == {"prompt": "[1, 2]", "top_k": "5"}
+    parameters = inspect.signature(train.train).parameters
+    assert cli.read_flags(parameters, ["--compile", "--nouse_wandb", "--seed", "-3"]) == {"compile": "True", "use_wandb": "False", "seed": "-3"}
+    assert cli.parse("num_steps", int | None, "1e3") == 1000
+
+
+@pytest.mark.parametrize("function", [train.train, sample.sample, prepare.prepare])
+def test_help_names_every_flag(function):
+    text = cli.help_text(function)
+    for name in inspect.signature(function).parameters:
+        assert re.search(rf"^  --{name} ", text, re.M), name
+    assert all(len(line) <= 100 for line in text.splitlines())
+
+
+@pytest.mark.parametrize("name, value", [*train.DEFAULTS.items(), *train.DEVICE_DEFAULTS["cpu"].items()])
+def test_help_tells_the_real_defaults(name, value):
+    line = re.search(rf"^ *{name}: .*\[(.*)\]$", train.train.__doc__, re.M).group(1)
+    stated = re.sub(r"^CPU |, CUDA.*$", "", line)
+    assert stated == str(value) or float(stated) == value
+
+
+def test_the_commands_run(trained, tmp_path):
+    """The three scripts, as a user starts them; text of any kind as a prompt through Fire."""
+    run = lambda *command: subprocess.run([sys.executable, *command], cwd=trained, capture_output=True, text=True, timeout=120)
+    result = run(ROOT / "data/prepare.py", "--input=corpus.txt", f"--output={tmp_path}/data", "--vocab_size=300")
+    assert result.returncode == 0 and "val.bin" in result.stdout, result.stderr
+    result = run(ROOT / "sample.py", "--prompt", "[1, 2]", "--max_new_tokens=5")
+    assert result.returncode == 0 and result.stdout.startswith("[1, 2]"), result.stderr
+    result = run(ROOT / "train.py", "--num_step=3")
+    assert result.returncode == 2 and result.stderr == "train.py: unknown flag --num_step; did you mean --num_steps?\n"

@@ -1,0 +1,754 @@
+"""tinylm: a Llama-style language model and everything done to it, as pure functions over tensors.
+
+Read from top to bottom: trees, operations, model, learning, data, generation, checkpoints.
+
+Parameters are a nested dict of tensors whose keys are the argument names of the functions that use them, so a block
+runs as `transformer_block(x, **block)`. Functions take values and return new ones and change nothing of the caller's;
+the one exception, the decoding cache, is stated where it is made. Randomness comes only from a seed or a
+`torch.Generator` passed in. Nothing here knows of devices or compilation: the scripts choose those from outside.
+
+Axis names in shapes: B batch, T query positions, S key positions, V vocabulary, D features of a head;
+`...` stands for any leading dimensions.
+"""
+
+import json
+import math
+import os
+import shutil
+import struct
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class InputError(ValueError):
+    """A mistake in what was given: one line saying what was given, what was expected and what to do."""
+
+
+# ---- Trees: nested dicts whose leaves are tensors ----
+
+
+def tree_map(function, tree, *others):
+    """Apply `function` to every leaf (and the leaves at the same place in `others`); returns a new tree."""
+    if isinstance(tree, dict):
+        return {key: tree_map(function, tree[key], *(other[key] for other in others)) for key in tree}
+    return function(tree, *others)
+
+
+def tree_leaves(tree, prefix=""):
+    """List the leaves as (dotted path, leaf), in the tree's own order."""
+    if not isinstance(tree, dict):
+        return [(prefix, tree)]
+    return [leaf for key in tree for leaf in tree_leaves(tree[key], f"{prefix}.{key}" if prefix else key)]
+
+
+def tree_build(paths, leaves):
+    """The inverse of `tree_leaves`: a nested dict with `leaves` at their dotted `paths`."""
+    tree = {}
+    for path, leaf in zip(paths, leaves, strict=True):
+        *parents, name = path.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
+# ---- Operations ----
+
+
+def at_least_float32(x):
+    """Raise half precision to float32, where sums are taken; float32 and float64 stay as they are."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def linear(x, w):
+    """Matrix product x @ w.T. x (..., d_in), w (d_out, d_in) of one dtype → (..., d_out)."""
+    return x @ w.T
+
+
+def embedding(tokens, w):
+    """Look up rows of a table. tokens (...) of int64, w (vocab_size, d_model) → (..., d_model)."""
+    return w.index_select(0, tokens.flatten()).view(*tokens.shape, w.shape[1])
+
+
+def rmsnorm(x, gain, eps):
+    """Divide by the root mean square of the features, times a gain (Zhang and Sennrich 2019, eq. 4).
+
+    x (..., d_model), gain (d_model) → (..., d_model) in x's dtype; the mean is taken in float32, with eps in the root.
+    """
+    x32 = at_least_float32(x)
+    inverse_rms = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)  # (..., 1)
+    return (x32 * inverse_rms * gain).to(x.dtype)
+
+
+def rope_angles(positions, head_dim, theta):
+    """Cosines and sines of the rotary angles, position · theta^(-2i/head_dim) (Su et al. 2021, eq. 15).
+
+    positions (T) → two tensors (T, head_dim/2) of float32.
+    """
+    frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
+    angles = positions.float()[:, None] * frequencies  # (T, head_dim/2)
+    return angles.cos(), angles.sin()
+
+
+def rope(x, cos, sin):
+    """Rotate each pair of neighbouring features (2i, 2i+1) by its angle (Su et al. 2021, eq. 34).
+
+    x (..., T, D), cos and sin (T, D/2) → (..., T, D) in x's dtype; rotated in float32.
+    """
+    even, odd = at_least_float32(x).unflatten(-1, (-1, 2)).unbind(-1)  # (..., T, D/2) each
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)
+
+
+def softmax(x, dim=-1):
+    """exp(x) over its sum along `dim`, in float32 at least; the maximum is subtracted so that exp can't overflow."""
+    x = at_least_float32(x)
+    weights = torch.exp(x - x.amax(dim, keepdim=True))
+    return weights / weights.sum(dim, keepdim=True)
+
+
+def attention(q, k, v):
+    """Causal scaled dot-product attention, softmax(q kᵀ / √D) v, with grouped-query heads (Ainslie et al. 2023).
+
+    q (..., H, T, D), k and v (..., H_kv, S, D), H a multiple of H_kv, S ≥ T → (..., H, T, D) in v's dtype.
+    Head h reads key head h // (H / H_kv). The T queries are the last of the S positions; none sees a later key.
+    """
+    T, S, D, group = q.shape[-2], k.shape[-2], q.shape[-1], q.shape[-3] // k.shape[-3]
+    q = q.unflatten(-3, (-1, group))  # (..., H_kv, group, T, D)
+    k, v = k.unsqueeze(-3), v.unsqueeze(-3)  # (..., H_kv, 1, S, D)
+    scores = at_least_float32((q * D**-0.5) @ k.mT)  # (..., H_kv, group, T, S)
+    if T > 1:  # a single query is the last position, and sees every key
+        future = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)
+        scores = scores.masked_fill(future, -math.inf)
+    return (softmax(scores).to(v.dtype) @ v).flatten(-4, -3)  # (..., H, T, D)
+
+
+def silu(x):
+    """x · sigmoid(x), feature by feature (Elfwing et al. 2017). Any shape."""
+    return x * torch.sigmoid(x)
+
+
+def swiglu(x, w_gate, w_up, w_down):
+    """Gated feed-forward layer, (silu(x W_gateᵀ) ⊙ x W_upᵀ) W_downᵀ (Shazeer 2020, eq. 6).
+
+    x (..., d_model), w_gate and w_up (d_ff, d_model), w_down (d_model, d_ff) → (..., d_model).
+    """
+    return linear(silu(linear(x, w_gate)) * linear(x, w_up), w_down)
+
+
+def token_losses(logits, targets):
+    """-log softmax(logits)[target] of each token, in nats, taken in float32 at least.
+
+    logits (..., V), targets (...) of int64 → (...).
+    """
+    logits = at_least_float32(logits)
+    highest = logits.detach().amax(-1, keepdim=True)  # (..., 1); subtracted so that exp can't overflow
+    log_sum = torch.log(torch.exp(logits - highest).sum(-1)) + highest.squeeze(-1)  # (...)
+    return log_sum - logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+
+def cross_entropy(logits, targets):
+    """The mean of `token_losses`: logits (..., V), targets (...) of int64 → a scalar, in nats per token."""
+    return token_losses(logits, targets).mean()
+
+
+# ---- Model ----
+
+
+@dataclass(frozen=True)
+class Config:
+    """The sizes of a model. Raises InputError where they can't go together.
+
+    `num_kv_heads` 0 means as many as `num_heads`; `d_ff` 0 means 8/3·d_model rounded up to a multiple of 64, which
+    gives the three matrices of SwiGLU as many parameters as the usual two of 4·d_model.
+    """
+
+    vocab_size: int
+    context_length: int
+    d_model: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int = 0
+    d_ff: int = 0
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+
+    def __post_init__(self):
+        # A frozen dataclass is filled in through object.__setattr__; no one can change it afterwards.
+        object.__setattr__(self, "num_kv_heads", self.num_kv_heads or self.num_heads)
+        object.__setattr__(self, "d_ff", self.d_ff or -(-8 * self.d_model // (3 * 64)) * 64)
+        for field in fields(self):
+            value = getattr(self, field.name)
+            number = isinstance(value, int if field.type is int else (int, float)) and not isinstance(value, bool)
+            if field.type is not bool and not (number and 0 < value < math.inf):
+                kind = "whole number" if field.type is int else "number"
+                raise InputError(f"{field.name} is {value!r}; expected a {kind} above 0")
+        if self.d_model % self.num_heads:
+            raise InputError(f"d_model {self.d_model} can't be split over {self.num_heads} heads; "
+                             "choose num_heads to divide d_model")
+        if self.head_dim % 2:
+            raise InputError(f"d_model {self.d_model} over {self.num_heads} heads makes heads of {self.head_dim} "
+                             "features; RoPE turns pairs, so choose d_model / num_heads even")
+        if self.num_heads % self.num_kv_heads:
+            raise InputError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}; "
+                             "choose num_kv_heads to divide num_heads")
+
+    @property
+    def head_dim(self):
+        return self.d_model // self.num_heads
+
+
+def param_shapes(config):
+    """The tree of parameter shapes, in the order of the forward pass."""
+    d, d_kv = config.d_model, config.num_kv_heads * config.head_dim
+    block = {
+        "attention_norm": (d,),
+        "attention": {"wq": (d, d), "wk": (d_kv, d), "wv": (d_kv, d), "wo": (d, d)},
+        "mlp_norm": (d,),
+        "mlp": {"w_gate": (config.d_ff, d), "w_up": (config.d_ff, d), "w_down": (d, config.d_ff)},
+    }
+    shapes = {"embedding": (config.vocab_size, d)}
+    shapes["blocks"] = {str(layer): block for layer in range(config.num_layers)}
+    shapes["final_norm"] = (d,)
+    return shapes if config.tie_embeddings else shapes | {"lm_head": (config.vocab_size, d)}
+
+
+def init_params(config, generator, device="cpu"):
+    """Random parameters in float32, drawn on the generator's device in the order of `param_shapes`.
+
+    Matrices have variance 1/d_in, so that activations keep their size. The two that write to the residual stream are
+    divided by √(2·num_layers), so that the stream does not grow with depth (Radford et al. 2019, §2.3). The output
+    matrix has deviation 1/d_model, so that the first logits are near 0 and the first loss near ln(vocab_size). Tied, it
+    is the embedding too: 2/d_model keeps both ends sound, as a token's logit for itself starts at 2.
+    """
+    deviations = {"embedding": 2 / config.d_model if config.tie_embeddings else 1.0, "lm_head": 1 / config.d_model,
+                  "wo": (2 * config.num_layers * config.d_model) ** -0.5,
+                  "w_down": (2 * config.num_layers * config.d_ff) ** -0.5}
+
+    def draw(path, shape):
+        if len(shape) == 1:
+            return torch.ones(shape, device=device)
+        deviation = deviations.get(path.split(".")[-1], shape[-1] ** -0.5)
+        return (torch.randn(shape, generator=generator, device=generator.device) * deviation).to(device)
+
+    shapes = tree_leaves(param_shapes(config))
+    return tree_build([path for path, _ in shapes], [draw(path, shape) for path, shape in shapes])
+
+
+def num_params(config):
+    """How many numbers the parameters of a model of this `config` hold."""
+    return sum(math.prod(shape) for _, shape in tree_leaves(param_shapes(config)))
+
+
+def init_cache(config, batch_size, length, dtype=torch.float32, device="cpu"):
+    """An empty cache for `length` positions: keys and values (num_layers, B, H_kv, length, D) and the count filled."""
+    shape = (config.num_layers, batch_size, config.num_kv_heads, length, config.head_dim)
+    return {"k": torch.zeros(shape, dtype=dtype, device=device),
+            "v": torch.zeros(shape, dtype=dtype, device=device), "filled": 0}
+
+
+def extend_cache(cache, k, v):
+    """Write new keys and values behind those of one layer; returns all of them. k and v (B, H_kv, T, D) → (…, S, D).
+
+    The cache is donated: its memory is written in place, since copying it for every token would cost more than reading
+    the weights. Use what is returned, and no longer what was given.
+    """
+    end = cache["filled"] + k.shape[-2]
+    cache["k"][..., cache["filled"]:end, :] = k
+    cache["v"][..., cache["filled"]:end, :] = v
+    return cache["k"][..., :end, :], cache["v"][..., :end, :]
+
+
+def multi_head_attention(x, cos, sin, head_dim, cache, wq, wk, wv, wo):
+    """Project to heads, rotate queries and keys, attend, and mix the heads (Vaswani et al. 2017, §3.2.2).
+
+    x (B, T, d_model), cos and sin (T, D/2), wq and wo (d_model, d_model), wk and wv (H_kv·D, d_model)
+    → (B, T, d_model). `cache` is one layer's, with the keys and values before these, or None.
+    """
+    q, k, v = (linear(x, w).unflatten(-1, (-1, head_dim)).transpose(-3, -2) for w in (wq, wk, wv))  # (B, heads, T, D)
+    q, k = rope(q, cos, sin), rope(k, cos, sin)
+    if cache is not None:
+        k, v = extend_cache(cache, k, v)  # (B, H_kv, S, D)
+    heads = attention(q, k, v)  # (B, H, T, D)
+    return linear(heads.transpose(-3, -2).flatten(-2), wo)  # (B, T, d_model)
+
+
+def transformer_block(x, cos, sin, config, cache, attention_norm, attention, mlp_norm, mlp):
+    """One pre-norm block: x + attention(rmsnorm(x)), then x + swiglu(rmsnorm(x)). x (B, T, d_model) → the same."""
+    attention, mlp = (tree_map(lambda w: w.to(x.dtype), weights) for weights in (attention, mlp))
+    h = rmsnorm(x, attention_norm, config.norm_eps)
+    x = x + multi_head_attention(h, cos, sin, config.head_dim, cache, **attention)
+    return x + swiglu(rmsnorm(x, mlp_norm, config.norm_eps), **mlp)
+
+
+def features(params, tokens, config, dtype=torch.float32, cache=None):
+    """The last hidden states, normed: what the output matrix reads. tokens (B, T) of int64 → (B, T, d_model) of dtype.
+
+    Computes in `dtype` from float32 parameters. With a cache, `tokens` stand behind those it holds; it is donated (see
+    `extend_cache`) and the result is (hidden states, new cache).
+    """
+    start = cache["filled"] if cache else 0
+    positions = torch.arange(start, start + tokens.shape[-1], device=tokens.device)
+    cos, sin = rope_angles(positions, config.head_dim, config.rope_theta)  # (T, D/2) each
+    x = embedding(tokens, params["embedding"]).to(dtype)  # (B, T, d_model)
+    for layer, block in params["blocks"].items():
+        layer_cache = cache and {"k": cache["k"][int(layer)], "v": cache["v"][int(layer)], "filled": start}
+        x = transformer_block(x, cos, sin, config, layer_cache, **block)
+    x = rmsnorm(x, params["final_norm"], config.norm_eps)
+    return (x, cache | {"filled": start + tokens.shape[-1]}) if cache else x
+
+
+def to_logits(params, x):
+    """Scores of every token of the vocabulary. x (..., d_model) → (..., V) in x's dtype."""
+    return linear(x, params.get("lm_head", params["embedding"]).to(x.dtype))
+
+
+def forward(params, tokens, config, dtype=torch.float32, cache=None):
+    """Scores of the token that follows each position. tokens (B, T) of int64 → (B, T, V); with a cache (logits, cache).
+
+    T may be at most context_length, the cached positions included, for the model has learned no others.
+    """
+    if cache is None:
+        return to_logits(params, features(params, tokens, config, dtype))
+    x, cache = features(params, tokens, config, dtype, cache)
+    return to_logits(params, x), cache
+
+
+# ---- Learning ----
+
+
+def loss_fn(params, inputs, targets, config, dtype=torch.float32):
+    """Mean cross-entropy of `targets` after `inputs`, in nats per token. Both (B, T) of int64 → a scalar."""
+    return cross_entropy(forward(params, inputs, config, dtype), targets)
+
+
+def value_and_grad(function, params, *args):
+    """The value of function(params, *args), a scalar, and its gradient as a tree like `params`."""
+    params = tree_map(lambda p: p.detach().requires_grad_(), params)
+    paths, leaves = zip(*tree_leaves(params))
+    value = function(params, *args)
+    return value.detach(), tree_build(paths, torch.autograd.grad(value, leaves))
+
+
+def global_norm(tree):
+    """The Euclidean norm of all leaves taken as one vector, a scalar of float32."""
+    return torch.stack([leaf.float().square().sum() for _, leaf in tree_leaves(tree)]).sum().sqrt()
+
+
+def clip_gradients(grads, max_norm):
+    """Scale all gradients so that their global norm is at most `max_norm` (Pascanu et al. 2013, alg. 1).
+
+    Returns (the new tree, the norm before clipping, a scalar tensor).
+    """
+    norm = global_norm(grads)
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    return tree_map(lambda g: g * scale, grads), norm
+
+
+def adamw_init(params):
+    """The state AdamW starts from: zero moments m and v like `params`, in float32, and the count of steps."""
+    zeros = lambda: tree_map(lambda p: torch.zeros_like(p, dtype=torch.float32), params)
+    return {"step": torch.zeros((), dtype=torch.int64, device=tree_leaves(params)[0][1].device), "m": zeros(), "v": zeros()}
+
+
+def adamw_update(params, grads, state, lr, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1):
+    """One step of AdamW with bias correction (Loshchilov and Hutter 2019, alg. 2); returns (params, state), both new.
+
+    Decay is decoupled, lr · weight_decay · p, and applies to matrices only: a norm's gain has no reason to be near 0.
+    lr is a number or a scalar tensor.
+    """
+    step = state["step"] + 1
+    # In float64, as 1 - beta2 ** step is a small difference of two near numbers in the first steps.
+    step_size = lr / (1 - beta1 ** step.double())
+    root_correction = (1 - beta2 ** step.double()).sqrt()
+    m = tree_map(lambda m, g: torch.lerp(m, g, 1 - beta1), state["m"], grads)
+    v = tree_map(lambda v, g: torch.lerp(v, g.square(), 1 - beta2), state["v"], grads)
+
+    def update(p, m, v):
+        decayed = p * (1 - lr * weight_decay) if p.ndim >= 2 else p
+        return decayed - m / (v.sqrt() / root_correction + eps) * step_size
+
+    return tree_map(update, params, m, v), {"step": step, "m": m, "v": v}
+
+
+def cosine_lr(step, lr_max, lr_min, warmup_steps, num_steps):
+    """Learning rate of a step counted from 0: linear warm-up to lr_max, half a cosine to lr_min at num_steps, then flat.
+
+    Loshchilov and Hutter 2017, eq. 5, without restarts.
+    """
+    if step < warmup_steps:
+        return lr_max * (step + 1) / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / max(1, num_steps - warmup_steps))
+    return lr_min + 0.5 * (lr_max - lr_min) * (1 + math.cos(math.pi * progress))
+
+
+# ---- Data ----
+
+
+def mix(x):
+    """Scramble 64-bit integers, one to one (the finaliser of SplitMix64; Steele et al. 2014). uint64 (...) → (...)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def permute(index, length, key):
+    """Where `index` lands in a permutation of range(length) that `key` chooses; nothing of that length is stored.
+
+    A Feistel network of four rounds permutes the next power of four (Luby and Rackoff 1988); what falls outside is sent
+    through again until it falls inside. index (...) of int64 below length → (...) of int64.
+    """
+    half = np.uint64(max(1, ((length - 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    index = np.array(index, dtype=np.uint64)
+    outside = np.ones(index.shape, dtype=bool)
+    while outside.any():
+        left, right = index[outside] >> half, index[outside] & mask
+        for turn in range(4):
+            left, right = right, left ^ (mix(right + np.uint64((key * 4 + turn + 1) * 0x9E3779B97F4A7C15 % 2**64)) & mask)
+        index[outside] = left << half | right
+        outside = index >= length
+    return index.astype(np.int64)
+
+
+def get_batch(tokens, batch_size, context_length, seed, step, rank=0, num_ranks=1):
+    """The batch of a step: a function of its arguments alone, so that any step's can be had at any time.
+
+    An epoch cuts the tokens into windows of context_length, from a start of its own, and visits each once, in an order
+    of its own. Of the step's num_ranks · batch_size windows, rank r gets the r-th part.
+    tokens (N) → inputs and targets (batch_size, context_length) of int64, targets one token on.
+    Raises InputError where N is not above context_length.
+    """
+    if len(tokens) <= context_length:
+        raise InputError(f"{len(tokens)} tokens can't fill one window of context_length {context_length} and the token "
+                         "after it; use more text or a smaller context_length")
+    # One window less than would fit leaves the room that lets each epoch start elsewhere.
+    num_windows = max(1, (len(tokens) - 1) // context_length - 1)
+    room = len(tokens) - num_windows * context_length
+    numbers = (step * num_ranks + rank) * batch_size + np.arange(batch_size)
+    starts = np.empty(batch_size, dtype=np.int64)
+    for epoch in np.unique(numbers // num_windows).tolist():
+        here = numbers // num_windows == epoch
+        key = int(mix(np.array([seed % 2**64], dtype=np.uint64))[0]) + epoch
+        offset = int(mix(np.array([key % 2**64], dtype=np.uint64))[0]) % room
+        starts[here] = offset + context_length * permute(numbers[here] % num_windows, num_windows, key)
+    windows = np.stack([tokens[start:start + context_length + 1] for start in starts]).astype(np.int64)
+    windows = torch.from_numpy(windows)  # (B, T + 1)
+    return windows[:, :-1], windows[:, 1:]
+
+
+def eval_batches(tokens, batch_size, context_length):
+    """Cut tokens (N) into batches in which each token but the first is a target once, for evaluation.
+
+    Yields inputs and targets (batch_size, context_length) of int64 and the count of targets that are real: all batches
+    have one shape, so the last is filled up with zeros behind its real targets.
+    """
+    size = batch_size * context_length
+    for start in range(0, len(tokens) - 1, size):
+        piece = np.asarray(tokens[start:start + size + 1]).astype(np.int64)
+        padded = torch.from_numpy(np.pad(piece, (0, size + 1 - len(piece))))
+        yield padded[:-1].view(batch_size, -1), padded[1:].view(batch_size, -1), len(piece) - 1
+
+
+# ---- Generation ----
+
+
+def sample_token(logits, temperature, top_k, top_p, generator):
+    """Draw the next token: softmax at a temperature over the top_k best, then the nucleus of mass top_p among them.
+
+    Temperature 0 takes the best token. top_k 0 keeps all. The nucleus is the smallest set of the likeliest tokens whose
+    probabilities reach top_p (Holtzman et al. 2020, eq. 2). logits (B, V) → (B) of int64.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits, order = logits.float().sort(-1, descending=True)  # (B, V), best first
+    if top_k:
+        logits, order = logits[:, :top_k], order[:, :top_k]
+    probabilities = softmax(logits / temperature)
+    before = probabilities.cumsum(-1) - probabilities  # the mass of all better tokens
+    probabilities = probabilities.masked_fill(before >= top_p, 0.0)
+    probabilities[:, 0] = probabilities[:, 0].clamp(min=1e-9)  # the best token stays, whatever rounding did
+    choice = torch.multinomial(probabilities, 1, generator=generator)  # (B, 1), a place in the order
+    return order.gather(-1, choice).squeeze(-1)
+
+
+@torch.inference_mode()
+def generate(params, prompt, config, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop_token=None,
+             generator=None, dtype=torch.float32):
+    """Continue prompts token by token, yielding (B) of int64 each time, until each row has drawn stop_token.
+
+    prompt (B, T) of int64, T ≥ 1. A row that has stopped repeats stop_token. The model sees at most context_length
+    tokens: of a longer prompt the last ones, and when they are used up it drops the older half and reads the newer
+    half again, so that a token costs the same on average however long the text becomes.
+    """
+    history = fresh = prompt[:, -config.context_length:]
+    cache = init_cache(config, len(prompt), config.context_length, dtype, prompt.device)
+    stopped = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
+    for _ in range(max_new_tokens):
+        if history.shape[1] > config.context_length:
+            history = fresh = history[:, -max(1, config.context_length // 2):]
+            cache = cache | {"filled": 0}
+        x, cache = features(params, fresh, config, dtype, cache)
+        token = sample_token(to_logits(params, x[:, -1]), temperature, top_k, top_p, generator)  # (B)
+        if stop_token is not None:
+            token = token.masked_fill(stopped, stop_token)
+            stopped = stopped | (token == stop_token)
+        yield token
+        if stopped.all():
+            return
+        fresh = token[:, None]  # (B, 1)
+        history = torch.cat((history, fresh), 1)
+
+
+# ---- Checkpoints: a folder that any Llama tool opens ----
+
+SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+                      "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8}
+
+
+def write_safetensors(path, tensors):
+    """Write {name: tensor} in the safetensors layout: the header's length in 8 bytes, a JSON header, the raw bytes."""
+    names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    header = json.dumps(header, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # so that the numbers are aligned
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        for tensor in tensors.values():
+            file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        flush(file)
+
+
+def read_safetensors(path):
+    """Read a safetensors file → {name: tensor}. Raises InputError where the file is damaged; never runs code from it."""
+    path = Path(path)
+    size = path.stat().st_size
+
+    def unique(pairs):
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a name stands twice in the header")
+        return dict(pairs)
+
+    def entry(name, dtype, shape, data_offsets):
+        start, end = data_offsets
+        if not all(type(number) is int and 0 <= number <= size for number in (*shape, start, end)):
+            raise ValueError(f"{name}: sizes that can't be")
+        if math.prod(shape) * SAFETENSORS_DTYPES[dtype].itemsize != end - start:
+            raise ValueError(f"{name}: {end - start} bytes for shape {shape} of {dtype}")
+        return start, end, name, SAFETENSORS_DTYPES[dtype], shape
+
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > size - 8:
+                raise ValueError("its header is longer than the file")
+            header = json.loads(file.read(length), object_pairs_hook=unique)
+            header.pop("__metadata__", None)
+            entries = sorted((entry(name, **header[name]) for name in header), key=lambda e: e[:3])
+            tensors, position = {}, 0
+            for start, end, name, dtype, shape in entries:
+                if start != position:
+                    raise ValueError(f"{name}: its bytes overlap others or leave a gap")
+                data = np.fromfile(file, dtype=np.uint8, count=end - start)
+                tensors[name] = torch.from_numpy(data).view(dtype).view(shape) if len(data) else torch.empty(shape, dtype=dtype)
+                position = end
+            if position != size - 8 - length:
+                raise ValueError(f"it has {size - 8 - length} bytes of numbers, its header speaks of {position}")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, RuntimeError) as error:
+        raise InputError(f"{path} is damaged ({error}); take another checkpoint") from None
+    return {name: tensors[name] for name in header}
+
+
+def flush(file):
+    """Make sure a file's bytes are on the disk before anything is renamed over an older one."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def flush_folder(folder):
+    """Make sure the names in a folder are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path, value):
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2)
+        flush(file)
+
+
+def read_json(path):
+    """Read a JSON file. Raises InputError where it is missing or damaged."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is damaged ({error})") from None
+
+
+HF_BLOCK_NAMES = {
+    "attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm",
+    "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj", "attention.wo": "self_attn.o_proj",
+    "mlp.w_gate": "mlp.gate_proj", "mlp.w_up": "mlp.up_proj", "mlp.w_down": "mlp.down_proj",
+}
+
+
+def hf_name(path):
+    """Hugging Face's name of a parameter: blocks.0.attention.wq → model.layers.0.self_attn.q_proj.weight."""
+    if path.startswith("blocks."):
+        _, layer, rest = path.split(".", 2)
+        return f"model.layers.{layer}.{HF_BLOCK_NAMES[rest]}.weight"
+    return {"embedding": "model.embed_tokens.weight", "final_norm": "model.norm.weight",
+            "lm_head": "lm_head.weight"}[path]
+
+
+def pairs_to_halves(w, head_dim):
+    """Reorder the rows of each head from (2i, 2i+1) pairs to two halves, as Hugging Face's rotary layout has them."""
+    return w.view(-1, head_dim // 2, 2, w.shape[1]).transpose(1, 2).reshape(w.shape)
+
+
+def halves_to_pairs(w, head_dim):
+    """The inverse of `pairs_to_halves`."""
+    return w.view(-1, 2, head_dim // 2, w.shape[1]).transpose(1, 2).reshape(w.shape)
+
+
+def to_hf(params, config):
+    """The parameters under Hugging Face's names and in its layout: {name: tensor}."""
+    rotary = lambda path: path.endswith((".wq", ".wk"))
+    return {hf_name(path): pairs_to_halves(w, config.head_dim) if rotary(path) else w for path, w in tree_leaves(params)}
+
+
+def from_hf(tensors, config, source):
+    """The tree of parameters, in float32, from Hugging Face's names and layout. `source` is named in errors."""
+    shapes = tree_leaves(param_shapes(config))
+    expected = {hf_name(path) for path, _ in shapes}
+    # Old files carry the rotary frequencies, and a tied model's may carry the output matrix: both say nothing new.
+    extra = {name for name in tensors if not name.endswith("rotary_emb.inv_freq")} - expected
+    extra -= {"lm_head.weight"} if config.tie_embeddings else set()
+    for problem, names in (("lacks", expected - tensors.keys()), ("has unknown", extra)):
+        if names:
+            raise InputError(f"{source} {problem} {', '.join(sorted(names)[:3])}; expected the tensors of its config.json")
+    params = []
+    for path, shape in shapes:
+        tensor = tensors[hf_name(path)]
+        if tensor.shape != shape or not tensor.is_floating_point():
+            raise InputError(f"{source}: {hf_name(path)} is {tensor.dtype} {tuple(tensor.shape)}; "
+                             f"expected floating-point {shape}")
+        rotary = path.endswith((".wq", ".wk"))
+        params.append(halves_to_pairs(tensor.float(), config.head_dim) if rotary else tensor.float())
+    return tree_build([path for path, _ in shapes], params)
+
+
+def config_to_hf(config, eos_token_id):
+    """config.json of a LlamaForCausalLM with these sizes."""
+    return {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        "vocab_size": config.vocab_size, "max_position_embeddings": config.context_length,
+        "hidden_size": config.d_model, "intermediate_size": config.d_ff, "head_dim": config.head_dim,
+        "num_hidden_layers": config.num_layers, "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads, "rope_theta": config.rope_theta,
+        "rms_norm_eps": config.norm_eps, "tie_word_embeddings": config.tie_embeddings,
+        "attention_bias": False, "mlp_bias": False, "torch_dtype": "float32",
+        "bos_token_id": eos_token_id, "eos_token_id": eos_token_id,
+    }
+
+
+def config_from_hf(hf, source):
+    """The Config of a Llama config.json. Raises InputError that names an option which this model has not."""
+    if not isinstance(hf, dict) or hf.get("model_type") != "llama":
+        raise InputError(f"{source} is not the config of a Llama model (model_type is not 'llama')")
+    rope = hf.get("rope_parameters") or {}
+    plain = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rope_scaling": None,
+             "sliding_window": None, "quantization_config": None}
+    for option, value in plain.items():
+        if hf.get(option, value) not in (value, None):
+            raise InputError(f"{source} asks for {option} {hf[option]!r}, which this model has not")
+    if rope.get("rope_type", "default") != "default":
+        raise InputError(f"{source} asks for rope_type {rope['rope_type']!r}, which this model has not")
+    try:
+        config = Config(
+            vocab_size=hf["vocab_size"], context_length=hf["max_position_embeddings"], d_model=hf["hidden_size"],
+            num_layers=hf["num_hidden_layers"], num_heads=hf["num_attention_heads"],
+            num_kv_heads=hf.get("num_key_value_heads") or hf["num_attention_heads"], d_ff=hf["intermediate_size"],
+            rope_theta=rope.get("rope_theta", hf.get("rope_theta", 10000.0)), norm_eps=hf["rms_norm_eps"],
+            tie_embeddings=bool(hf.get("tie_word_embeddings", False)))
+    except (KeyError, InputError) as error:
+        raise InputError(f"{source} is damaged or incomplete ({error})") from None
+    if (hf.get("head_dim") or config.head_dim) != config.head_dim:
+        raise InputError(f"{source} asks for head_dim {hf['head_dim']}; this model's is d_model / num_heads = {config.head_dim}")
+    return config
+
+
+def save_checkpoint(folder, params, config, tokenizer_file, end_token, optimizer=None, train_state=None):
+    """Write a checkpoint folder: beside its place, flushed to disk, then renamed, so that readers see all or nothing.
+
+    `tokenizer_file` is copied in; `end_token` is its (text, id) that ends a document. `optimizer` (a tree of tensors)
+    and `train_state` (JSON) are what a run needs to go on.
+    """
+    folder = Path(folder)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    text, end_id = end_token
+    write_safetensors(partial / "model.safetensors", to_hf(params, config))
+    write_json(partial / "config.json", config_to_hf(config, end_id))
+    write_json(partial / "generation_config.json", {"bos_token_id": end_id, "eos_token_id": end_id})
+    write_json(partial / "tokenizer_config.json", {
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": text, "eos_token": text,
+        "model_max_length": config.context_length, "clean_up_tokenization_spaces": False})
+    with open(partial / "tokenizer.json", "wb") as file:
+        file.write(Path(tokenizer_file).read_bytes())
+        flush(file)
+    if optimizer is not None:
+        write_safetensors(partial / "optimizer.safetensors", dict(tree_leaves(optimizer)))
+    if train_state is not None:
+        write_json(partial / "train_state.json", train_state)
+    flush_folder(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+    flush_folder(folder.parent)
+
+
+def load_checkpoint(folder):
+    """Read (params in float32, config) from a Llama folder, of ours or of `transformers`, in one file or sharded.
+
+    Raises InputError where it is no such folder, is damaged, or asks for what this model has not.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder} is not a checkpoint (no config.json in it)")
+    config = config_from_hf(read_json(folder / "config.json"), folder / "config.json")
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.is_file() and not (folder / names[0]).is_file():
+        names = sorted(set(read_json(index)["weight_map"].values()))
+    tensors = {}
+    for name in names:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise InputError(f"{folder} lacks {name}; take another checkpoint")
+        tensors |= read_safetensors(folder / name)
+    return from_hf(tensors, config, folder), config
+
+
+def load_optimizer(folder, params):
+    """Read the optimiser state that belongs to `params` from a checkpoint folder of ours."""
+    path = Path(folder) / "optimizer.safetensors"
+    if not path.is_file():
+        raise InputError(f"{path} is missing; the model can be used, but its training can't go on from here")
+    tensors, like = read_safetensors(path), tree_leaves(adamw_init(params))
+    if [(name, t.shape, t.dtype) for name, t in tensors.items()] != [(name, t.shape, t.dtype) for name, t in like]:
+        raise InputError(f"{path} does not belong to this model; take another checkpoint")
+    return tree_build(tensors.keys(), tensors.values())

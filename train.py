@@ -1,0 +1,435 @@
+"""Train a model: python train.py --help. From Python: train.train(data="stories", num_steps=100)."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+import tinylm
+from data import cli, prepare
+from data.cli import InputError
+from tinylm import Config
+
+DEFAULTS = {
+    "data": "stories", "context_length": 256, "rope_theta": 10000.0, "norm_eps": 1e-5, "tie_embeddings": False,
+    "grad_accum_steps": 1, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "clip_grad": 1.0,
+    "log_interval": 10, "seed": 0, "use_wandb": False, "wandb_project": "tinylm",
+}
+# What a device makes sensible: a CPU finishes within minutes, a GPU is kept busy.
+DEVICE_DEFAULTS = {
+    "cpu": {"d_model": 128, "num_layers": 4, "batch_size": 8, "num_steps": 1000, "eval_interval": 250,
+            "eval_tokens": 1 << 17, "dtype": "float32", "compile": False},
+    "cuda": {"d_model": 512, "num_layers": 8, "batch_size": 128, "num_steps": 5000, "eval_interval": 500,
+             "eval_tokens": 1 << 22, "dtype": "bfloat16", "compile": True},
+}
+# What a resumed run may change: it alters how the run is watched and where it computes, not what it computes.
+CHANGEABLE = {"num_steps", "log_interval", "eval_interval", "eval_tokens", "checkpoint_interval", "device", "compile",
+              "use_wandb", "wandb_project"}
+KEEP_CHECKPOINTS = 2  # the newest ones; the best is kept beside them
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+# ---- Settings ----
+
+
+def choose_device(device):
+    """The device asked for, or the best there is: "cuda", "cuda:1", "cpu". Raises InputError where it isn't there."""
+    if not device:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = device.partition(":")
+    if kind == "cuda" and (not number or number.isdigit()):
+        if int(number or 0) >= torch.cuda.device_count():
+            raise InputError(f"--device={device}: this machine has {torch.cuda.device_count()} CUDA device(s); "
+                             "use --device=cpu, or leave the flag out")
+    elif device != "cpu":
+        raise InputError(f"--device={device}: expected cpu, cuda or cuda:NUMBER")
+    return device
+
+
+def default_num_heads(d_model):
+    """Heads of at least 32 features (64 from d_model 768 on), as many as divide d_model into an even number each."""
+    most = max(1, d_model // (64 if d_model >= 768 else 32))
+    return next((heads for heads in range(most, 0, -1) if d_model % (2 * heads) == 0), 1)
+
+
+def complete(given):
+    """All settings of a new run: those given, and the defaults for the rest."""
+    device = choose_device(given.get("device"))
+    settings = DEFAULTS | DEVICE_DEFAULTS[device.split(":")[0]] | given | {"device": device}
+    width = max(1, settings["d_model"])
+    derived = {
+        "num_heads": default_num_heads(width), "num_kv_heads": 0, "d_ff": 0, "vocab_size": 0,
+        "checkpoint_interval": settings["eval_interval"],
+        "warmup_steps": min(100, settings["num_steps"] // 10),
+        # Wider models need smaller steps; 1/√d_model is a safe middle between constant and the 1/d_model of theory.
+        "lr_max": 4e-3 * (128 / width) ** 0.5,
+    }
+    settings = derived | settings
+    settings.setdefault("lr_min", settings["lr_max"] / 100)
+    check(settings)
+    return settings
+
+
+def check(settings):
+    """Raise InputError where a setting of the run (not of the model; Config checks those) can't be."""
+    whole = ("num_steps", "batch_size", "grad_accum_steps", "eval_interval", "eval_tokens", "checkpoint_interval",
+             "log_interval", "context_length")
+    limits = {name: (1, math.inf) for name in whole} | {
+        "warmup_steps": (0, math.inf), "lr_max": (0, math.inf), "lr_min": (0, settings["lr_max"]),
+        "weight_decay": (0, math.inf), "beta1": (0, 0.9999999), "beta2": (0, 0.9999999), "eps": (0, math.inf),
+        "clip_grad": (1e-9, math.inf), "seed": (-(2**63), 2**63 - 1)}
+    for name, (low, high) in limits.items():
+        if not low <= settings[name] <= high:
+            between = f"from {low:g} to {high:g}" if high < math.inf else f"of {low:g} or more"
+            raise InputError(f"--{name}={settings[name]}: expected a number {between}")
+    if settings["dtype"] not in DTYPES:
+        raise InputError(f"--dtype={settings['dtype']}: expected {' or '.join(DTYPES)}")
+
+
+def find_data(name):
+    """The data folder that --data means. A known corpus that is missing is prepared first."""
+    folder = next((folder for folder in (Path(name), prepare.DATA / name) if (folder / "meta.json").is_file()), None)
+    if folder is None and name in prepare.VOCAB_SIZES:
+        prepare.prepare(dataset=name)
+        folder = prepare.DATA / name
+    if folder is None:
+        raise InputError(f"--data={name}: no such data folder; make one with data/prepare.py --input=YOUR_TEXT, or use one of "
+                         f"{', '.join(prepare.VOCAB_SIZES)}")
+    return folder
+
+
+def model_config(settings, data_vocab_size):
+    """The model's Config. The vocabulary is that of the data, or a larger one."""
+    vocab_size = settings["vocab_size"] or data_vocab_size
+    if vocab_size < data_vocab_size:
+        raise InputError(f"--vocab_size={vocab_size}: the data has {data_vocab_size} tokens; expected that or more "
+                         "(data/prepare.py --vocab_size chooses it)")
+    names = ("context_length", "d_model", "num_layers", "num_heads", "num_kv_heads", "d_ff", "rope_theta", "norm_eps",
+             "tie_embeddings")
+    return Config(vocab_size, **{name: settings[name] for name in names})
+
+
+def new_folder(settings):
+    """The folder of a new run: the one named, or runs/NAME with a number behind it where NAME is taken."""
+    name = settings.get("run_name") or Path(settings["data"]).name
+    folder = Path(settings.get("output_dir") or Path("runs") / name)
+    number = 1
+    while "output_dir" not in settings and folder.exists():
+        number += 1
+        folder = Path("runs") / f"{name}-{number}"
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"--output_dir={folder} is not empty; go on with --resume={folder}, or choose another")
+    return folder
+
+
+# ---- A run ----
+
+
+def start_run(given):
+    """A new run: settings chosen, data checked, parameters drawn. → the state that `train` goes on from."""
+    settings = complete(given)
+    folder = new_folder(settings)
+    data = find_data(settings["data"])
+    meta, ids = prepare.open_data(data)
+    config = model_config(settings, meta["vocab_size"])
+    tinylm.get_batch(ids["train"], 1, config.context_length, 0, 0)  # raises where the text is too short
+    generator = torch.Generator().manual_seed(settings["seed"])
+    params = tinylm.init_params(config, generator, settings["device"])
+    folder.mkdir(parents=True, exist_ok=True)
+    return {"settings": settings, "folder": folder, "data": data, "meta": meta, "ids": ids, "config": config, "step": 0,
+            "params": params, "optimizer": tinylm.adamw_init(params), "seconds": 0.0, "best": math.inf, "wandb_id": None}
+
+
+def resume_run(folder, given):
+    """A run as its latest checkpoint has it. Raises InputError for flags that would make it another run."""
+    folder = Path(folder)
+    checkpoint = folder / "latest"
+    if not checkpoint.is_dir():
+        raise InputError(f"--resume={folder}: no checkpoint there yet; expected a folder that train.py wrote")
+    state = tinylm.read_json(checkpoint / "train_state.json")
+    settings = state["settings"]
+    for flag, value in given.items():
+        if flag not in CHANGEABLE and value != settings.get(flag):
+            raise InputError(f"--{flag}={value}: the run has {flag} {settings.get(flag)}, which can't change on resuming; "
+                             "start a new run for that")
+    settings = settings | given
+    settings["device"] = choose_device(settings["device"])
+    check(settings)
+    if state["step"] >= settings["num_steps"]:
+        raise InputError(f"--resume={folder}: the run has done its {state['step']} steps; give a larger --num_steps to extend it")
+    data = find_data(settings["data"])
+    meta, ids = prepare.open_data(data)
+    if meta["tokenizer_sha256"] != state["tokenizer_sha256"]:
+        raise InputError(f"{data} has another tokenizer than the run began with; prepare the data as it was")
+    params, config = tinylm.load_checkpoint(checkpoint)
+    optimizer = tinylm.load_optimizer(checkpoint, params)
+    move = lambda tree: tinylm.tree_map(lambda tensor: tensor.to(settings["device"]), tree)
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    kept = [line for line in lines if json.loads(line)["step"] <= state["step"]]
+    (folder / "metrics.jsonl").write_text("".join(f"{line}\n" for line in kept))
+    return {"settings": settings, "folder": folder, "data": data, "meta": meta, "ids": ids, "config": config,
+            "step": state["step"], "params": move(params), "optimizer": move(optimizer), "seconds": state["seconds"],
+            "best": state["best"] or math.inf, "wandb_id": state["wandb_id"]}
+
+
+def save(run, step, params, optimizer, seconds, val_loss):
+    """Write the checkpoint of a step and say which one is the latest and which the best; drop those no longer needed."""
+    folder, checkpoint = run["folder"], run["folder"] / f"step-{step:07d}"
+    run["best"], is_best = min(run["best"], val_loss), val_loss < run["best"]
+    state = {"step": step, "settings": run["settings"], "seconds": seconds, "wandb_id": run["wandb_id"],
+             "best": run["best"] if run["best"] < math.inf else None, "tokenizer_sha256": run["meta"]["tokenizer_sha256"]}
+    end_token = prepare.bpe.END_OF_TEXT, run["meta"]["end_of_text_id"]
+    tinylm.save_checkpoint(checkpoint, params, run["config"], run["data"] / "tokenizer.json", end_token, optimizer, state)
+    for name in ["latest"] + ["best"] * is_best:
+        link = folder / f".{name}.partial"
+        link.unlink(missing_ok=True)
+        link.symlink_to(checkpoint.name)
+        os.replace(link, folder / name)
+    keep = {link.resolve().name for link in (folder / "latest", folder / "best")}
+    for old in sorted(folder.glob("step-*"))[:-KEEP_CHECKPOINTS]:
+        if old.name not in keep:
+            shutil.rmtree(old)
+
+
+# ---- The parts of a step ----
+
+
+def step_functions(config, settings):
+    """The three things a step does, compiled where asked: gradients of a batch, the update, losses for evaluation."""
+    dtype = DTYPES[settings["dtype"]]
+
+    def loss(params, inputs, targets):
+        return tinylm.loss_fn(params, inputs, targets, config, dtype)
+
+    def update(params, grads, optimizer, lr):
+        grads, norm = tinylm.clip_gradients(grads, settings["clip_grad"])
+        decay = (settings[name] for name in ("beta1", "beta2", "eps", "weight_decay"))
+        return *tinylm.adamw_update(params, grads, optimizer, lr, *decay), norm
+
+    def losses(params, inputs, targets):
+        return tinylm.token_losses(tinylm.forward(params, inputs, config, dtype), targets)
+
+    if settings["compile"]:
+        loss, update, losses = torch.compile(loss), torch.compile(update), torch.compile(losses)
+    gradients = lambda params, inputs, targets: tinylm.value_and_grad(loss, params, inputs, targets)
+    return gradients, torch.no_grad()(update), torch.no_grad()(losses)
+
+
+def accumulate_gradients(gradients, params, ids, settings, step):
+    """The loss and the gradients of a step: their means over its grad_accum_steps batches."""
+    count, total = settings["grad_accum_steps"], None
+    for micro_step in range(step * count, (step + 1) * count):
+        batch = tinylm.get_batch(ids, settings["batch_size"], settings["context_length"], settings["seed"], micro_step)
+        loss, grads = gradients(params, *(tokens.to(settings["device"], non_blocking=True) for tokens in batch))
+        total = (loss, grads) if total is None else (total[0] + loss, tinylm.tree_map(torch.add, total[1], grads))
+    return (total[0] / count, tinylm.tree_map(lambda g: g / count, total[1])) if count > 1 else total
+
+
+def evaluate(losses, params, ids, settings):
+    """Mean loss, in nats per token, over the first eval_tokens tokens of the validation split, the same each time."""
+    total, count = 0.0, 0
+    ids = ids[:settings["eval_tokens"] + 1]
+    for inputs, targets, real in tinylm.eval_batches(ids, settings["batch_size"], settings["context_length"]):
+        batch = losses(params, inputs.to(settings["device"]), targets.to(settings["device"]))
+        total, count = total + batch.flatten()[:real].double().sum().item(), count + real
+    return total / count
+
+
+class Log:
+    """Where what was measured goes: the terminal, metrics.jsonl, and W&B where asked."""
+
+    def __init__(self, run):
+        settings = run["settings"]
+        self.num_steps, self.tokens_per_step = settings["num_steps"], tokens_per_step(settings)
+        self.file = open(run["folder"] / "metrics.jsonl", "a", buffering=1, encoding="utf-8")
+        self.screen = cli.Progress("training", stream=sys.stdout)
+        self.begin, self.first_step, self.before = time.perf_counter(), run["step"], run["seconds"]
+        self.mark, self.marked_step = self.begin, run["step"]
+        self.wandb = None
+        if settings["use_wandb"]:
+            import wandb
+            self.wandb = wandb.init(project=settings["wandb_project"], name=run["folder"].name, id=run["wandb_id"],
+                                    resume="allow", dir=run["folder"], config=settings)
+            run["wandb_id"] = self.wandb.id
+
+    @property
+    def seconds(self):
+        return self.before + time.perf_counter() - self.begin
+
+    def pause(self, step):
+        """Leave out of tokens_per_second what happened since the last call of `training`."""
+        self.mark, self.marked_step = time.perf_counter(), step
+
+    def write(self, step, **measured):
+        """Keep measurements of a step."""
+        measured = {"step": step, "tokens": step * self.tokens_per_step, "seconds": round(self.seconds, 3)} | measured
+        self.file.write(json.dumps(measured) + "\n")
+        if self.wandb:
+            self.wandb.log(measured, step=step)
+
+    def training(self, step, loss, norm, lr):
+        """Keep and show the state of training."""
+        now = time.perf_counter()
+        rate = (step - self.marked_step) * self.tokens_per_step / max(1e-9, now - self.mark)
+        self.mark, self.marked_step = now, step
+        left = (self.num_steps - step) * (now - self.begin) / (step - self.first_step)
+        self.write(step, train_loss=loss.item(), lr=lr, grad_norm=norm.item(), tokens_per_second=round(rate, 1))
+        self.screen.write(f"step {step}/{self.num_steps}  loss {loss.item():.4f}  lr {lr:.2e}  norm {norm.item():.2f}  "
+                          f"{rate:,.0f} tokens/s  {cli.duration(left)} left")
+
+    def evaluation(self, step, val_loss, split):
+        """Keep and show the state of the model; `split` has the tokens and bytes of the validation text."""
+        bits_per_byte = val_loss / math.log(2) * split["tokens"] / split["bytes"]
+        self.write(step, val_loss=val_loss, val_bits_per_byte=bits_per_byte)
+        self.screen.close()
+        print(f"step {step}  validation loss {val_loss:.4f}  {bits_per_byte:.4f} bits per byte  "
+              f"after {cli.duration(self.seconds)}", flush=True)
+        self.pause(step)
+
+    def close(self):
+        self.screen.close()
+        self.file.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def tokens_per_step(settings):
+    return settings["batch_size"] * settings["grad_accum_steps"] * settings["context_length"]
+
+
+def introduce(run):
+    """Say what is about to run."""
+    settings, config, ids = run["settings"], run["config"], run["ids"]
+    compiled = ", compiled" if settings["compile"] else ""
+    held_out = min(len(ids["val"]) - 1, settings["eval_tokens"])
+    of_all = f"the first {held_out:,} of" if held_out < len(ids["val"]) - 1 else "all"
+    print(f"model       {tinylm.num_params(config):,} parameters: d_model {config.d_model}, {config.num_layers} layers, "
+          f"{config.num_heads} heads, d_ff {config.d_ff}, context {config.context_length}, vocabulary {config.vocab_size}")
+    print(f"device      {settings['device']}, {settings['dtype']}{compiled}")
+    print(f"data        {run['data']}: {len(ids['train']):,} tokens; validation on {of_all} {len(ids['val']) - 1:,}")
+    print(f"step        {tokens_per_step(settings):,} tokens; {run['step']} of {settings['num_steps']} steps done; "
+          f"learning rate {settings['lr_max']:.2e} to {settings['lr_min']:.2e}")
+    print(f"writes to   {run['folder']}", flush=True)
+
+
+class Interrupt:
+    """Turns the first Ctrl-C or SIGTERM into `asked`, so that a step ends and a checkpoint is saved; a second one ends all."""
+
+    def __init__(self):
+        self.asked = False
+        if threading.current_thread() is threading.main_thread():
+            self.old = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        else:
+            self.old = {}
+
+    def note(self, *_):
+        self.asked = True
+        self.restore()
+
+    def restore(self):
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+
+def train(*, data: str | None = None, context_length: int | None = None, batch_size: int | None = None,
+          grad_accum_steps: int | None = None, d_model: int | None = None, num_layers: int | None = None,
+          num_heads: int | None = None, num_kv_heads: int | None = None, d_ff: int | None = None,
+          vocab_size: int | None = None, tie_embeddings: bool | None = None, rope_theta: float | None = None,
+          norm_eps: float | None = None, num_steps: int | None = None, lr_max: float | None = None,
+          lr_min: float | None = None, warmup_steps: int | None = None, weight_decay: float | None = None,
+          beta1: float | None = None, beta2: float | None = None, eps: float | None = None,
+          clip_grad: float | None = None, seed: int | None = None, device: str | None = None, dtype: str | None = None,
+          compile: bool | None = None, output_dir: str | None = None, run_name: str | None = None,
+          resume: str | None = None, log_interval: int | None = None, eval_interval: int | None = None,
+          eval_tokens: int | None = None, checkpoint_interval: int | None = None, use_wandb: bool | None = None,
+          wandb_project: str | None = None):
+    """Train a language model; checkpoints and metrics go to runs/NAME. Each flag has a default that suits the device.
+
+    Data:
+    data: a name below data/ or a folder that data/prepare.py wrote; stories, shakespeare and tinystories prepare themselves [stories]
+    context_length: tokens the model sees at once [256]
+    batch_size: sequences in a batch [CPU 8, CUDA 128]
+    grad_accum_steps: batches in a step [1]
+
+    Model:
+    d_model: features of a token [CPU 128, CUDA 512]
+    num_layers: blocks [CPU 4, CUDA 8]
+    num_heads: attention heads [of 32 features or more; 64 from d_model 768 on]
+    num_kv_heads: heads of keys and values, shared by groups of the others [num_heads]
+    d_ff: features inside the feed-forward layers [8/3 d_model, rounded up to a multiple of 64]
+    vocab_size: tokens, if more than the data has [the data's]
+    tie_embeddings: one matrix for the embedding and the output [False]
+    rope_theta: base of the rotary angles [10000]
+    norm_eps: epsilon of RMSNorm [1e-5]
+
+    Learning:
+    num_steps: steps in all [CPU 1000, CUDA 5000]
+    lr_max: learning rate after the warm-up [4e-3 · √(128 / d_model)]
+    lr_min: learning rate at the end [lr_max / 100]
+    warmup_steps: steps of linear warm-up [100, at most a tenth of num_steps]
+    weight_decay: decoupled decay of the matrices [0.1]
+    beta1: decay of AdamW's first moment [0.9]
+    beta2: decay of AdamW's second moment [0.95]
+    eps: epsilon of AdamW [1e-8]
+    clip_grad: highest norm of all gradients together [1.0]
+    seed: chooses the first parameters and the batches [0]
+
+    Machine:
+    device: cpu, cuda or cuda:NUMBER [cuda where there is one]
+    dtype: what to compute in, float32 or bfloat16; parameters stay float32 [CPU float32, CUDA bfloat16]
+    compile: compile the step with torch.compile [CPU False, CUDA True]
+
+    Run:
+    output_dir: folder to write to [runs/RUN_NAME]
+    run_name: name of the run [that of the data]
+    resume: folder of a run to go on with, from its latest checkpoint; its flags are kept
+    log_interval: steps between lines of the log [10]
+    eval_interval: steps between evaluations [CPU 250, CUDA 500]
+    eval_tokens: tokens of the validation split to evaluate on at most [CPU 131072, CUDA 4194304]
+    checkpoint_interval: steps between checkpoints [eval_interval]
+    use_wandb: log to Weights & Biases too [False]
+    wandb_project: project there [tinylm]
+    """
+    given = {flag: value for flag, value in locals().items() if value is not None}
+    given.pop("resume", None)
+    run = resume_run(resume, given) if resume else start_run(given)
+    settings, params, optimizer = run["settings"], run["params"], run["optimizer"]
+    gradients, update, losses = step_functions(run["config"], settings)
+    introduce(run)
+    log, interrupt = Log(run), Interrupt()
+    due = lambda step, name: step % settings[name] == 0 or step == settings["num_steps"]
+
+    for step in range(run["step"], settings["num_steps"]):
+        lr = tinylm.cosine_lr(step, *(settings[name] for name in ("lr_max", "lr_min", "warmup_steps", "num_steps")))
+        loss, grads = accumulate_gradients(gradients, params, run["ids"]["train"], settings, step)
+        params, optimizer, norm = update(params, grads, optimizer, torch.tensor(lr))
+        done, val_loss = step + 1, math.inf
+
+        if due(done, "log_interval"):
+            log.training(done, loss, norm, lr)
+        if due(done, "eval_interval"):
+            val_loss = evaluate(losses, params, run["ids"]["val"], settings)
+            log.evaluation(done, val_loss, run["meta"]["val"])
+        if due(done, "checkpoint_interval") or interrupt.asked:
+            save(run, done, params, optimizer, log.seconds, val_loss)
+            log.pause(done)
+        if interrupt.asked:
+            break
+
+    interrupt.restore()
+    log.close()
+    if done < settings["num_steps"]:
+        print(f"stopped after step {done}; go on with: python train.py --resume={run['folder']}")
+    else:
+        print(f"done; write with: python sample.py --checkpoint={run['folder']}")
+
+
+if __name__ == "__main__":
+    cli.run(train, tinylm.InputError)
