@@ -95,13 +95,22 @@ def rope_angles(positions, head_dim, theta):
     return angles.cos(), angles.sin()
 
 
+def plain_rope(x, cos, sin):
+    """Rotate each pair (2i, 2i+1) by its angle, as it is defined; `rope` computes the same."""
+    even, odd = at_least_float32(x).unflatten(-1, (-1, 2)).unbind(-1)  # (..., T, D/2) each
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)
+
+
 def rope(x, cos, sin):
     """Rotate each pair of neighbouring features (2i, 2i+1) by its angle (Su et al. 2021, eq. 34).
 
     x (..., T, D), cos and sin (T, D/2) → (..., T, D) in x's dtype; rotated in float32.
     """
-    even, odd = at_least_float32(x).unflatten(-1, (-1, 2)).unbind(-1)  # (..., T, D/2) each
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)
+    if torch.compiler.is_compiling():
+        return plain_rope(x, cos, sin)
+    # A pair is a complex number and its rotation a product: one pass over x, where the plain form makes six.
+    pairs = torch.view_as_complex(at_least_float32(x).unflatten(-1, (-1, 2)))  # (..., T, D/2)
+    return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(x.dtype)
 
 
 def softmax(x, dim=-1):
@@ -111,12 +120,8 @@ def softmax(x, dim=-1):
     return weights / weights.sum(dim, keepdim=True)
 
 
-def attention(q, k, v):
-    """Causal scaled dot-product attention, softmax(q kᵀ / √D) v, with grouped-query heads (Ainslie et al. 2023).
-
-    q (..., H, T, D), k and v (..., H_kv, S, D), H a multiple of H_kv, S ≥ T → (..., H, T, D) in v's dtype.
-    Head h reads key head h // (H / H_kv). The T queries are the last of the S positions; none sees a later key.
-    """
+def plain_attention(q, k, v):
+    """Causal scaled dot-product attention, softmax(q kᵀ / √D) v, as it is defined; `attention` computes the same."""
     T, S, D, group = q.shape[-2], k.shape[-2], q.shape[-1], q.shape[-3] // k.shape[-3]
     q = q.unflatten(-3, (-1, group))  # (..., H_kv, group, T, D)
     k, v = k.unsqueeze(-3), v.unsqueeze(-3)  # (..., H_kv, 1, S, D)
@@ -127,9 +132,99 @@ def attention(q, k, v):
     return (softmax(scores).to(v.dtype) @ v).flatten(-4, -3)  # (..., H, T, D)
 
 
+class TiledAttention(torch.autograd.Function):
+    """Attention in tiles of queries, none of which sees keys that lie in its future, with its own backward pass.
+
+    The scores P of a tile exist only while it is computed, and are computed again from the logarithm of their sum L in
+    the backward pass (Dao et al. 2022, alg. 1 and 4), so memory grows with T and not with T². With O = P V:
+    dV = Pᵀ dO,  dS = P ⊙ (dO Vᵀ - rowsum(dO ⊙ O)),  dQ = dS K / √D,  dK = dSᵀ Q / √D.
+    q (N, group, T, D), k and v (N, S, D) → (N, group, T, D).
+    """
+
+    BLOCK = 128  # queries in a tile; smaller ones skip more of the future, larger ones need fewer calls
+    TILE = {"cpu": 1 << 19, "cuda": 1 << 27}  # scores in a tile; on a CPU they stay in its cache
+
+    @staticmethod
+    def tiles(q, k):
+        """(slice of N, first query, last query + 1, keys they see) of each tile."""
+        (N, group, T, _), S = q.shape, k.shape[1]
+        block = min(T, TiledAttention.BLOCK)
+        rows = max(1, TiledAttention.TILE[q.device.type] // (group * block * S))
+        return [(slice(i, i + rows), a, min(T, a + block), S - T + min(T, a + block))
+                for i in range(0, N, rows) for a in range(0, T, block)]
+
+    @staticmethod
+    def scores(q, k):
+        """Scaled scores of a tile, -∞ where a key is in the future. q (n, group, t, D), k (n, s, D) → (n, group, t, s)."""
+        t, s = q.shape[-2], k.shape[-2]
+        scores = at_least_float32((q.flatten(1, 2) * q.shape[-1]**-0.5) @ k.mT).unflatten(1, (-1, t))
+        scores[..., s - t:] += torch.full((t, t), -math.inf, device=q.device, dtype=scores.dtype).triu_(1)
+        return scores
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        out, log_sum = torch.empty_like(q), torch.empty_like(at_least_float32(q[..., :1]))
+        for n, a, b, seen in TiledAttention.tiles(q, k):
+            p = TiledAttention.scores(q[n, :, a:b], k[n, :seen])  # (n, group, t, s)
+            highest = p.amax(-1, keepdim=True)
+            p = p.sub_(highest).exp_()
+            total = p.sum(-1, keepdim=True)
+            log_sum[n, :, a:b] = highest + total.log()
+            out[n, :, a:b] = (p.to(v.dtype).flatten(1, 2) @ v[n, :seen]).unflatten(1, (-1, b - a)) / total
+        ctx.save_for_backward(q, k, v, out, log_sum)
+        return out
+
+    @staticmethod
+    def backward(ctx, d_out):
+        q, k, v, out, log_sum = ctx.saved_tensors
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        row_sum = at_least_float32(d_out * out).sum(-1, keepdim=True)  # (N, group, T, 1)
+        for n, a, b, seen in TiledAttention.tiles(q, k):
+            p = TiledAttention.scores(q[n, :, a:b], k[n, :seen]).sub_(log_sum[n, :, a:b]).exp_()  # (n, group, t, s)
+            d_tile = d_out[n, :, a:b].flatten(1, 2)  # (n, group·t, D)
+            ds = at_least_float32(d_tile @ v[n, :seen].mT).unflatten(1, (-1, b - a))
+            ds = ds.sub_(row_sum[n, :, a:b]).mul_(p).mul_(q.shape[-1]**-0.5).to(q.dtype).flatten(1, 2)  # (n, group·t, s)
+            dq[n, :, a:b] = (ds @ k[n, :seen]).unflatten(1, (-1, b - a))
+            dk[n, :seen] += ds.mT @ q[n, :, a:b].flatten(1, 2)
+            dv[n, :seen] += p.to(v.dtype).flatten(1, 2).mT @ d_tile
+        return dq, dk, dv
+
+
+def attention(q, k, v):
+    """Causal scaled dot-product attention, softmax(q kᵀ / √D) v, with grouped-query heads (Ainslie et al. 2023).
+
+    q (..., H, T, D), k and v (..., H_kv, S, D), H a multiple of H_kv, S ≥ T → (..., H, T, D) in v's dtype.
+    Head h reads key head h // (H / H_kv). The T queries are the last of the S positions; none sees a later key.
+    """
+    if q.shape[-2] == 1:
+        return plain_attention(q, k, v)
+    (T, D), (H_kv, S) = q.shape[-2:], k.shape[-3:-1]
+    tiled = TiledAttention.apply(q.reshape(-1, q.shape[-3] // H_kv, T, D), k.reshape(-1, S, D), v.reshape(-1, S, D))
+    return tiled.view(q.shape)
+
+
 def silu(x):
     """x · sigmoid(x), feature by feature (Elfwing et al. 2017). Any shape."""
     return x * torch.sigmoid(x)
+
+
+class GatedSiLU(torch.autograd.Function):
+    """silu(gate) ⊙ up with its own backward pass, which makes fewer arrays. With σ = sigmoid(gate):
+    d gate = d out ⊙ up ⊙ (σ + silu(gate) ⊙ (1 - σ)),  d up = d out ⊙ silu(gate).
+    """
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, d_out):
+        gate, up = ctx.saved_tensors
+        sigma = torch.sigmoid(gate)
+        activated = gate * sigma
+        d_gate = torch.addcmul(sigma, activated, 1 - sigma).mul_(up).mul_(d_out)
+        return d_gate, activated.mul_(d_out)
 
 
 def swiglu(x, w_gate, w_up, w_down):
@@ -137,7 +232,42 @@ def swiglu(x, w_gate, w_up, w_down):
 
     x (..., d_model), w_gate and w_up (d_ff, d_model), w_down (d_model, d_ff) → (..., d_model).
     """
-    return linear(silu(linear(x, w_gate)) * linear(x, w_up), w_down)
+    return linear(GatedSiLU.apply(linear(x, w_gate), linear(x, w_up)), w_down)
+
+
+def plain_token_losses(logits, targets):
+    """-log softmax(logits)[target], as it is defined; `token_losses` computes the same."""
+    logits = at_least_float32(logits)
+    highest = logits.detach().amax(-1, keepdim=True)  # (..., 1); subtracted so that exp can't overflow
+    log_sum = torch.log(torch.exp(logits - highest).sum(-1)) + highest.squeeze(-1)  # (...)
+    return log_sum - logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+
+class TokenLosses(torch.autograd.Function):
+    """`plain_token_losses` with its own backward pass, d logits = (softmax(logits) - onehot(target)) · d loss.
+
+    It keeps exp(logits) and turns it into the gradient where it lies: with a large vocabulary each pass over an array of
+    this size, and each new one, is dear.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, targets):
+        ctx.dtype, targets = logits.dtype, targets.unsqueeze(-1)
+        logits = at_least_float32(logits)
+        highest = logits.amax(-1, keepdim=True)
+        chosen = logits.gather(-1, targets)
+        exps = (logits - highest).exp_()
+        total = exps.sum(-1, keepdim=True)
+        ctx.save_for_backward(exps, total, targets)
+        return (total.log() + highest - chosen).squeeze(-1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_losses):
+        exps, total, targets = ctx.saved_tensors
+        d_losses = d_losses.unsqueeze(-1)
+        d_logits = exps.mul_(d_losses / total).scatter_add_(-1, targets, -d_losses)
+        return d_logits.to(ctx.dtype), None
 
 
 def token_losses(logits, targets):
@@ -145,10 +275,7 @@ def token_losses(logits, targets):
 
     logits (..., V), targets (...) of int64 → (...).
     """
-    logits = at_least_float32(logits)
-    highest = logits.detach().amax(-1, keepdim=True)  # (..., 1); subtracted so that exp can't overflow
-    log_sum = torch.log(torch.exp(logits - highest).sum(-1)) + highest.squeeze(-1)  # (...)
-    return log_sum - logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    return TokenLosses.apply(logits, targets)
 
 
 def cross_entropy(logits, targets):
@@ -366,12 +493,13 @@ def adamw_update(params, grads, state, lr, beta1=0.9, beta2=0.95, eps=1e-8, weig
     # In float64, as 1 - beta2 ** step is a small difference of two near numbers in the first steps.
     step_size = lr / (1 - beta1 ** step.double())
     root_correction = (1 - beta2 ** step.double()).sqrt()
+
     m = tree_map(lambda m, g: torch.lerp(m, g, 1 - beta1), state["m"], grads)
     v = tree_map(lambda v, g: torch.lerp(v, g.square(), 1 - beta2), state["v"], grads)
 
     def update(p, m, v):
-        decayed = p * (1 - lr * weight_decay) if p.ndim >= 2 else p
-        return decayed - m / (v.sqrt() / root_correction + eps) * step_size
+        decayed = p * (1 - lr * weight_decay) if p.ndim >= 2 else p.clone()
+        return decayed.sub_((m / v.sqrt().div_(root_correction).add_(eps)).mul_(step_size))
 
     return tree_map(update, params, m, v), {"step": step, "m": m, "v": v}
 

@@ -1,5 +1,6 @@
 """Train a model: python train.py --help. From Python: train.train(data="stories", num_steps=100)."""
 
+import ctypes
 import json
 import math
 import os
@@ -199,6 +200,18 @@ def save(run, step, params, optimizer, seconds, val_loss):
 
 
 # ---- The parts of a step ----
+
+
+def keep_freed_memory():
+    """Ask glibc to keep memory that tensors free for the next ones.
+
+    By default it returns large blocks to the system, and each step waits for them to be mapped and zeroed again: on the
+    CPUs measured this is a fifth of the time of a large model's step.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        for parameter, value in ((-3, 1 << 30), (-1, 2**31 - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+            mallopt(parameter, value)
 
 
 def step_functions(config, settings):
@@ -402,6 +415,7 @@ def train(*, data: str | None = None, context_length: int | None = None, batch_s
     run = resume_run(resume, given) if resume else start_run(given)
     settings, params, optimizer = run["settings"], run["params"], run["optimizer"]
     gradients, update, losses = step_functions(run["config"], settings)
+    keep_freed_memory()
     introduce(run)
     log, interrupt = Log(run), Interrupt()
     due = lambda step, name: step % settings[name] == 0 or step == settings["num_steps"]
