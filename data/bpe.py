@@ -19,9 +19,9 @@ import os
 import re
 import sys
 import unicodedata
-from collections import defaultdict
-from dataclasses import dataclass, field
-from functools import lru_cache
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -101,29 +101,30 @@ def word_starts(text, special_spans=()):
 
     quotes = np.flatnonzero(data == ord("'"))
     quotes = quotes[starts[quotes]]
-    after = np.concatenate((data, np.zeros(2, np.uint8)))
-    after[:-2][classes != LETTER] = 0  # a special token may begin with a letter
-    first, second = after[quotes + 1], after[quotes + 2]
-    short = np.isin(first, list(b"sdmt"))
-    long = np.isin(first * 256.0 + second, [int.from_bytes(pair) for pair in (b"ll", b"ve", b"re")])
-    starts[quotes[short | long] + 1] = False
-    ends = np.concatenate((quotes[short] + 2, quotes[long] + 3))
-    starts[ends[ends < len(text)]] = True
+    for letters in (b"s", b"d", b"m", b"t", b"ll", b"ve", b"re"):
+        end = 1 + len(letters)
+        found = quotes[quotes + end <= len(text)]
+        for i, letter in enumerate(letters, 1):  # a special token may begin with such letters too
+            found = found[(data[found + i] == letter) & (classes[found + i] == LETTER)]
+        starts[found + 1] = False
+        starts[found[found + end < len(text)] + end] = True
     return np.flatnonzero(starts)
 
 
 # ---- Words met before ----
 
 KEY_BYTES = 15  # words up to here are their own key: two 64-bit integers, with the length in the highest byte
-LOW_MASKS = np.array([(1 << 8 * min(n, 8)) - 1 for n in range(KEY_BYTES + 1)], np.uint64)
-HIGH_MASKS = np.array([(1 << 8 * max(n - 8, 0)) - 1 for n in range(KEY_BYTES + 1)], np.uint64)
-LENGTH_FIELDS = np.array([n << 56 for n in range(KEY_BYTES + 1)], np.uint64)
+LOW_MASKS = np.array([(1 << 8 * min(n, 8)) - 1 for n in range(KEY_BYTES + 1)] + [0], np.uint64)
+HIGH_MASKS = np.array([(1 << 8 * max(n - 8, 0)) - 1 for n in range(KEY_BYTES + 1)] + [0], np.uint64)
+LENGTH_FIELDS = np.array([n << 56 for n in range(KEY_BYTES + 1)] + [1 << 63], np.uint64)
+LONG_WORD = np.uint64(0), np.uint64(1 << 63)  # the key that stands for all longer words
 
 
 def word_keys(text, starts, lengths):
-    """The exact key of each word of at most KEY_BYTES bytes: its bytes and its length. → two uint64 (words)."""
+    """The exact key of each word: its bytes and its length, or LONG_WORD. → two uint64 (words)."""
     padded = np.frombuffer(text + bytes(16), np.uint8)
     eight = np.ndarray((len(text) + 9,), np.dtype("<u8"), padded, 0, (1,))  # the 8 bytes from each position on
+    lengths = np.minimum(lengths, KEY_BYTES + 1)
     low = eight[starts] & LOW_MASKS[lengths]
     high = eight[starts + 8] & HIGH_MASKS[lengths] | LENGTH_FIELDS[lengths]
     return low, high
@@ -205,14 +206,20 @@ class HashTable:
     def words(self, first=0):
         """The keys from number `first` on as bytes, filled up with zeros, and lengths. → uint8 (keys, 15), int64 (keys)."""
         raw = np.stack((self.low[first:], self.high[first:]), 1).astype("<u8").view(np.uint8)
-        return raw[:, :KEY_BYTES], raw[:, KEY_BYTES].astype(np.int64)
+        return raw[:, :KEY_BYTES], raw[:, KEY_BYTES].astype(np.int64) % 128  # LONG_WORD has length 0
 
 
 def split_words(text, special_spans):
-    """Cut text into words: starts, lengths, and which are short enough for `word_keys`."""
+    """Cut text into words. → starts, lengths, and which are too long for a key of their own; int64 (words), int64 (few)."""
     starts = word_starts(text, special_spans)
     lengths = np.diff(starts, append=len(text))
-    return starts, lengths, lengths <= KEY_BYTES
+    return starts, lengths, np.flatnonzero(lengths > KEY_BYTES)
+
+
+def cut_words(text, starts, lengths, which):
+    """The bytes of some words."""
+    begins = starts[which]
+    return [text[begin:end] for begin, end in zip(begins.tolist(), (begins + lengths[which]).tolist())]
 
 
 # ---- The tokenizer ----
@@ -277,7 +284,8 @@ class Encoder:
     def forget(self):
         """Start with no words but the special tokens."""
         self.table, self.long = HashTable(), {}
-        self.ids = self.first = self.count = np.empty(0, np.int64)
+        self.table.add(*map(np.atleast_1d, LONG_WORD))
+        self.ids, self.first, self.count = np.empty(0, np.int64), np.zeros(1, np.int64), np.zeros(1, np.int64)
         for text, token_id in self.tokenizer.special_tokens.items():
             word = text.encode()
             if len(word) <= KEY_BYTES:
@@ -336,8 +344,7 @@ class Encoder:
         used = result >= 0
         return result[used].astype(np.int64), used.sum(1)
 
-    @property
-    @lru_cache(maxsize=4)
+    @cached_property
     def merge_of_pair(self):
         """{(left id, right id): (rank, made id)} for the words that are merged one by one."""
         return {(a, b): (rank, made) for rank, (a, b, made) in reversed(list(enumerate(self.tokenizer.merges.tolist())))}
@@ -381,20 +388,18 @@ class Encoder:
 
     def encode(self, text):
         """The ids of a text. bytes of UTF-8 → int64 (tokens)."""
-        starts, lengths, short = split_words(text, find_spans(self.pattern, text))
+        starts, lengths, long = split_words(text, find_spans(self.pattern, text))
         if len(self.table) + 4 * len(self.long) > self.MOST_WORDS:
             self.forget()
         known = len(self.table)
-        numbers = self.table.find_or_add(*word_keys(text, starts[short], lengths[short]))
+        numbers = self.table.find_or_add(*word_keys(text, starts, lengths))
         if len(self.table) > known:
             self.remember(*self.merge_words(*self.table.words(known)))
-        first, count = np.empty((2, len(starts)), np.int64)
-        first[short], count[short] = self.first[numbers], self.count[numbers]
-        if not short.all():
-            ends = (starts + lengths)[~short].tolist()
-            words = [text[start:end] for start, end in zip(starts[~short].tolist(), ends)]
+        first, count = self.first[numbers], self.count[numbers]
+        if len(long):
+            words = cut_words(text, starts, lengths, long)
             self.learn_long({word: None for word in words if word not in self.long})
-            first[~short], count[~short] = np.array([self.long[word] for word in words]).T
+            first[long], count[long] = np.array([self.long[word] for word in words]).T
         before = np.cumsum(count) - count  # tokens before each word
         return self.ids[np.repeat(first - before, count) + np.arange(count.sum())]
 
@@ -534,13 +539,10 @@ def start_counting(special_tokens, errors):
 def count_words(span):
     """Count the words of a piece. → keys low and high and their counts, and {long word: count}."""
     text = read_span(span, Job.errors)
-    starts, lengths, short = split_words(text, find_spans(Job.pattern, text))
-    counts = np.bincount(Job.table.find_or_add(*word_keys(text, starts[short], lengths[short])))
+    starts, lengths, long = split_words(text, find_spans(Job.pattern, text))
+    counts = np.bincount(Job.table.find_or_add(*word_keys(text, starts, lengths)))
     met = np.flatnonzero(counts)
-    long = defaultdict(int)
-    for start, length in zip(starts[~short].tolist(), lengths[~short].tolist()):
-        long[text[start:start + length]] += 1
-    return Job.table.low[met], Job.table.high[met], counts[met], dict(long)
+    return Job.table.low[met], Job.table.high[met], counts[met], Counter(cut_words(text, starts, lengths, long))
 
 
 def start_encoding(tokenizer, errors):
@@ -575,21 +577,19 @@ def encode_file(tokenizer, path, out, workers=None, errors="strict"):
 def count_corpus(paths, special_tokens, workers, errors):
     """Count the words of files, special tokens left out. → [word], int64 (words)."""
     spans = list(cut_spans(paths, special_pattern(special_tokens)))
-    table, counts, long = HashTable(), np.zeros(0, np.int64), defaultdict(int)
+    table, counts, long = HashTable(), np.zeros(0, np.int64), Counter()
     for low, high, piece, long_piece in spread(count_words, spans, (start_counting, (special_tokens, errors)), workers,
                                                "counting words"):
         numbers = table.find_or_add(low, high)
         counts = np.pad(counts, (0, len(table) - len(counts)))
-        np.add.at(counts, numbers, piece)
-        for word, count in long_piece.items():
-            long[word] += count
+        counts[numbers] += piece
+        long.update(long_piece)
     matrix, lengths = table.words()
     words = [row[:length] for row, length in zip(map(bytes, matrix), lengths.tolist())] + list(long)
     counts = np.concatenate((counts, np.fromiter(long.values(), np.int64, len(long))))
-    keep = np.array([len(word) > 1 for word in words], bool)
-    for token in special_tokens:
-        keep &= np.array([word != token.encode() for word in words], bool)
-    return [word for word, kept in zip(words, keep) if kept], counts[keep]
+    no_words = {token.encode() for token in special_tokens} | {b""}  # b"" is what LONG_WORD spells
+    keep = np.array([len(word) > 1 and word not in no_words for word in words], bool)
+    return [word for word, kept in zip(words, keep.tolist()) if kept], counts[keep]
 
 
 def grouped(neighbours, weights, places):

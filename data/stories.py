@@ -96,344 +96,420 @@ CLOSINGS = [
 # A plot: its beginning, its problem, its end.
 PLOTS = [
     # lost and found
-    ("{hero} had {a color} {toy}. It was {his} favorite toy, and {he} took it [everywhere|to bed|to the {place}] every day.",
-     "One {time}, {hero} could not find the {color} {toy}. {He} looked [in every room|all over the house|here and there], but "
-     "it was gone. \"Where is my {toy}?\" [cried|asked] {hero}. {friend} heard {him} and said, \"[Do not worry|Do not cry]. "
-     "We will look for it together.\"",
-     "They searched and searched. At last {friend} looked {hiding}, and there was the {color} {toy}! \"[You found it|Here it "
-     "is]!\" shouted {hero}. {He} hugged {friend} and said, \"Thank you for helping me.\" Then they played with the {toy} "
-     "together until it was dark."),
+    ("{hero} had {a color} {toy}. It was {his} favorite toy, and {he} took it [everywhere|to bed|to the {place}] "
+     "every day.",
+     "One {time}, {hero} could not find the {color} {toy}. {He} looked [in every room|all over the house|here and "
+     "there], but it was gone. \"Where is my {toy}?\" [cried|asked] {hero}. {friend} heard {him} and said, \"[Do "
+     "not worry|Do not cry]. We will look for it together.\"",
+     "They searched and searched. At last {friend} looked {hiding}, and there was the {color} {toy}! \"[You found "
+     "it|Here it is]!\" shouted {hero}. {He} hugged {friend} and said, \"Thank you for helping me.\" Then they "
+     "played with the {toy} together until it was dark."),
     # sharing
-    ("{friend} came to visit {hero} at the {place}. {hero} had brought {a color} {toy}. \"May I play with your {toy}?\" asked "
-     "{friend}.",
-     "\"No,\" said {hero}. \"It is mine!\" {friend} [felt sad|looked at the ground|was hurt] and walked away. {hero} played with "
-     "the {color} {toy} alone, but soon it was [not fun anymore|boring|very quiet]. {elder} saw {him} and said, \"Toys are more "
-     "fun when you share them.\"",
-     "{hero} thought about it. {He} ran after {friend} and said, \"I am sorry. Let us play with the {toy} together.\" {friend} "
-     "smiled. They took turns with the {color} {toy} all {time}. Sharing made both of them happy."),
+    ("{friend} came to visit {hero} at the {place}. {hero} had brought {a color} {toy}. \"May I play with your "
+     "{toy}?\" asked {friend}.",
+     "\"No,\" said {hero}. \"It is mine!\" {friend} [felt sad|looked at the ground|was hurt] and walked away. "
+     "{hero} played with the {color} {toy} alone, but soon it was [not fun anymore|boring|very quiet]. {elder} saw "
+     "{him} and said, \"Toys are more fun when you share them.\"",
+     "{hero} thought about it. {He} ran after {friend} and said, \"I am sorry. Let us play with the {toy} "
+     "together.\" {friend} smiled. They took turns with the {color} {toy} all {time}. Sharing made both of them "
+     "happy."),
     # broken thing, truth told
-    ("{elder} had {a color} [vase|bowl|cup|teapot|plate|mirror] that was very old. \"Please be careful near it,\" {elder} told {hero}.",
-     "But {hero} played {game} inside the house, and something fell down with a crash. It was in [{number}|many] pieces! {hero} "
-     "was scared. {He} [wanted to hide|thought of blaming the cat|put the pieces {hiding}]. \"Who broke it?\" asked {elder}.",
-     "{hero} took a deep breath. \"I did it,\" {he} said. \"I am very sorry.\" {elder} was quiet for a moment, and then {ehe} "
-     "smiled. \"Thank you for telling the truth,\" said {elder}. Together they [glued the pieces|swept the floor|fixed it with "
-     "care]. {hero} learned that being honest is better than hiding."),
+    ("{elder} had {a color} [vase|bowl|cup|teapot|plate|mirror] that was very old. \"Please be careful near it,\" "
+     "{elder} told {hero}.",
+     "But {hero} played {game} inside the house, and something fell down with a crash. It was in [{number}|many] "
+     "pieces! {hero} was scared. {He} [wanted to hide|thought of blaming the cat|put the pieces {hiding}]. \"Who "
+     "broke it?\" asked {elder}.",
+     "{hero} took a deep breath. \"I did it,\" {he} said. \"I am very sorry.\" {elder} was quiet for a moment, and "
+     "then {ehe} smiled. \"Thank you for telling the truth,\" said {elder}. Together they [glued the pieces|swept "
+     "the floor|fixed it with care]. {hero} learned that being honest is better than hiding."),
     # afraid of the dark
-    ("Every night, {elder} put {hero} to bed with {a color} blanket and read [a story|a book about {animals}|two stories].",
-     "But when the light went out, {hero} was afraid. {He} saw a dark shape near the window. \"There is a monster in my room!\" "
-     "{he} cried. {elder} came running. \"Let us look at this monster,\" said {elder}, and {ehe} turned on the lamp.",
-     "It was only {his} {color2} {wear} hanging on a hook! {hero} laughed. \"The dark is just the same room with the light "
-     "off,\" said {elder}. After that, {hero} was not afraid. {He} said good night to the {wear} and slept until the sun rose."),
+    ("Every night, {elder} put {hero} to bed with {a color} blanket and read [a story|a book about {animals}|two "
+     "stories].",
+     "But when the light went out, {hero} was afraid. {He} saw a dark shape near the window. \"There is a monster "
+     "in my room!\" {he} cried. {elder} came running. \"Let us look at this monster,\" said {elder}, and {ehe} "
+     "turned on the lamp.",
+     "It was only {his} {color2} {wear} hanging on a hook! {hero} laughed. \"The dark is just the same room with "
+     "the light off,\" said {elder}. After that, {hero} was not afraid. {He} said good night to the {wear} and "
+     "slept until the sun rose."),
     # kite in tree
-    ("On a windy {day}, {hero} and {friend} took {a color} kite to the {place}. The kite flew high, almost as high as the clouds.",
-     "Then a strong wind blew, and the string broke. The kite landed in a tall tree. \"Oh no!\" said {hero}. {He} jumped, but "
-     "the branch was too high. {friend} [threw a stick|shook the tree|tried to climb], but the kite did not move.",
-     "{friend} had an idea. \"Let us ask the {worker},\" {fhe} said. \"The {worker} has a long ladder.\" The {worker} came and "
-     "climbed up. Soon the {color} kite was in {hero}'s hands. \"Thank you!\" they both said. They gave the {worker} {some food} "
-     "and flew the kite again, far from any tree."),
+    ("On a windy {day}, {hero} and {friend} took {a color} kite to the {place}. The kite flew high, almost as high "
+     "as the clouds.",
+     "Then a strong wind blew, and the string broke. The kite landed in a tall tree. \"Oh no!\" said {hero}. {He} "
+     "jumped, but the branch was too high. {friend} [threw a stick|shook the tree|tried to climb], but the kite did "
+     "not move.",
+     "{friend} had an idea. \"Let us ask the {worker},\" {fhe} said. \"The {worker} has a long ladder.\" The "
+     "{worker} came and climbed up. Soon the {color} kite was in {hero}'s hands. \"Thank you!\" they both said. "
+     "They gave the {worker} {some food} and flew the kite again, far from any tree."),
     # hurt animal
     ("{hero} was walking through the {place} when {he} heard a small sound. It was {a critter} {hiding}.",
-     "\"I am hurt and I cannot go home,\" said the {critter}. {hero} wanted to help, but {he} did not know what to do. {He} [made "
-     "a soft bed of leaves|picked it up gently|gave it some water] and carried the {critter} to {elder}.",
-     "{elder} knew what to do. They cared for the {critter} for {number} days. At last it was well again. \"You saved me,\" said "
-     "the {critter}. \"I will never forget you.\" {hero} let it go at the {place}. Every {day} after that, the {critter} came back "
-     "to say hello."),
+     "\"I am hurt and I cannot go home,\" said the {critter}. {hero} wanted to help, but {he} did not know what to "
+     "do. {He} [made a soft bed of leaves|picked it up gently|gave it some water] and carried the {critter} to "
+     "{elder}.",
+     "{elder} knew what to do. They cared for the {critter} for {number} days. At last it was well again. \"You "
+     "saved me,\" said the {critter}. \"I will never forget you.\" {hero} let it go at the {place}. Every {day} "
+     "after that, the {critter} came back to say hello."),
     # learning a skill
-    ("{hero} wanted to learn to {skill}. {friend} could already {skill}, and it looked [easy|like so much fun|wonderful].",
-     "{hero} tried, but {he} [fell down|could not do it|made a mess|got it all wrong]. {He} tried again and it went wrong again. "
-     "\"I will never learn to {skill}!\" said {hero}, and {he} [sat down and cried|stamped {his} foot|wanted to give up].",
-     "{friend} sat beside {him}. \"I fell {number} times before I could do it,\" said {friend}. \"Just try a little every day.\" "
-     "So {hero} practiced every {time}. After {number2} days, {he} could {skill}! \"Look at me!\" {he} shouted. {friend} clapped, "
-     "and {hero} felt very proud."),
+    ("{hero} wanted to learn to {skill}. {friend} could already {skill}, and it looked [easy|like so much "
+     "fun|wonderful].",
+     "{hero} tried, but {he} [fell down|could not do it|made a mess|got it all wrong]. {He} tried again and it went "
+     "wrong again. \"I will never learn to {skill}!\" said {hero}, and {he} [sat down and cried|stamped {his} "
+     "foot|wanted to give up].",
+     "{friend} sat beside {him}. \"I fell {number} times before I could do it,\" said {friend}. \"Just try a little "
+     "every day.\" So {hero} practiced every {time}. After {number2} days, {he} could {skill}! \"Look at me!\" {he} "
+     "shouted. {friend} clapped, and {hero} felt very proud."),
     # stolen pie
     ("The {worker} had made {food} and put it on the window to cool. The {smell} smell floated over the {place}.",
-     "When the {worker} came back, [half of it|all of it|most of it] was gone! \"Who ate my {food}?\" asked the {worker}. "
-     "Everybody looked at {hero}, because {he} had crumbs on {his} {color} {wear}. {hero}'s face turned red.",
-     "\"It was me,\" said {hero}. \"It smelled so good. I am sorry.\" The {worker} said, \"Then you must help me make more.\" So "
-     "{hero} washed {his} hands and helped all {time}. When the new {food} was ready, the {worker} gave {him} a big piece. It "
-     "tasted even better, because {hero} had worked for it."),
+     "When the {worker} came back, [half of it|all of it|most of it] was gone! \"Who ate my {food}?\" asked the "
+     "{worker}. Everybody looked at {hero}, because {he} had crumbs on {his} {color} {wear}. {hero}'s face turned "
+     "red.",
+     "\"It was me,\" said {hero}. \"It smelled so good. I am sorry.\" The {worker} said, \"Then you must help me "
+     "make more.\" So {hero} washed {his} hands and helped all {time}. When the new {food} was ready, the {worker} "
+     "gave {him} a big piece. It tasted even better, because {hero} had worked for it."),
     # race
     ("There was a big race at the {place} on {day}. {hero} and {friend} both wanted to win {a color} medal.",
-     "They ran very fast. {hero} was in front when {he} heard a cry. {friend} had [tripped over a root|fallen into a puddle|hurt "
-     "{fhis} foot on a stone]. {hero} could see the end of the race. {He} had to choose.",
-     "{hero} turned around and ran back. \"Take my hand,\" {he} said. They walked to the end together, and they came in last. But "
-     "the {worker}, who was the judge, said, \"A good friend is worth more than a race.\" The {worker} gave the {color} medal to {hero}, and "
-     "{hero} shared it with {friend}."),
+     "They ran very fast. {hero} was in front when {he} heard a cry. {friend} had [tripped over a root|fallen into "
+     "a puddle|hurt {fhis} foot on a stone]. {hero} could see the end of the race. {He} had to choose.",
+     "{hero} turned around and ran back. \"Take my hand,\" {he} said. They walked to the end together, and they "
+     "came in last. But the {worker}, who was the judge, said, \"A good friend is worth more than a race.\" The "
+     "{worker} gave the {color} medal to {hero}, and {hero} shared it with {friend}."),
     # garden
     ("{hero} planted {crops} in the garden with {elder}. {He} watered them every {time} with {a color} can.",
-     "For many days nothing grew. \"My {crops} are broken,\" said {hero}. \"They do not want to grow.\" {He} wanted to [dig them "
-     "up|throw the can away|stop]. {elder} said, \"Be patient. Good things need time.\"",
-     "So {hero} waited. {He} gave them water and [sang {song} to them|pulled out the weeds|chased the birds away]. One {weather} "
-     "{time}, {he} saw a little green leaf. \"They are growing!\" {he} shouted. Soon the garden was full of {crops}, and {hero} gave "
-     "[the best ones|a basket of them|some] to {friend}."),
+     "For many days nothing grew. \"My {crops} are broken,\" said {hero}. \"They do not want to grow.\" {He} wanted "
+     "to [dig them up|throw the can away|stop]. {elder} said, \"Be patient. Good things need time.\"",
+     "So {hero} waited. {He} gave them water and [sang {song} to them|pulled out the weeds|chased the birds away]. "
+     "One {weather} {time}, {he} saw a little green leaf. \"They are growing!\" {he} shouted. Soon the garden was "
+     "full of {crops}, and {hero} gave [the best ones|a basket of them|some] to {friend}."),
     # lost in the woods
     ("{hero} went to the {place} to look for {a fruit}. {elder} said, \"Do not go too far.\" {hero} promised.",
-     "But {hero} saw {a color} butterfly and followed it. {He} ran left and right, and soon {he} did not know the way home. It was "
-     "getting dark. \"I am lost,\" {he} whispered. Then {he} saw {a critter} sitting on a stone.",
-     "\"Please, which way is my home?\" asked {hero}. \"Follow the [stream|path of white stones|smell of {food}|sound of the bells],\" said the "
-     "{critter}. {hero} did, and soon {he} saw {elder} with a lamp. {elder} hugged {him} tight. \"I should have listened,\" said "
-     "{hero}. After that {he} always stayed close."),
+     "But {hero} saw {a color} butterfly and followed it. {He} ran left and right, and soon {he} did not know the "
+     "way home. It was getting dark. \"I am lost,\" {he} whispered. Then {he} saw {a critter} sitting on a stone.",
+     "\"Please, which way is my home?\" asked {hero}. \"Follow the [stream|path of white stones|smell of "
+     "{food}|sound of the bells],\" said the {critter}. {hero} did, and soon {he} saw {elder} with a lamp. {elder} "
+     "hugged {him} tight. \"I should have listened,\" said {hero}. After that {he} always stayed close."),
     # birthday surprise
-    ("It was {friend}'s birthday. {hero} wanted to give {fhim} something special. {He} [made|painted|saved {his} coins for|found] {a color} "
-     "{treasure} and put it in a box.",
-     "On the way to the party, {hero} slipped and the box fell into the {water}. It floated away! {hero} had no present now. {He} "
-     "came to the party with empty hands and a sad face. \"What is wrong?\" asked {friend}.",
-     "{hero} told {fhim} about the {color} {treasure}. {friend} smiled and said, \"The best present is that you came.\" Then they heard "
-     "a knock. It was the {worker}, all wet, with the box! \"I found this in the {water},\" said the {worker}. {friend} opened it and "
-     "loved the {treasure}. They all ate {food} together."),
+    ("It was {friend}'s birthday. {hero} wanted to give {fhim} something special. {He} [made|painted|saved {his} "
+     "coins for|found] {a color} {treasure} and put it in a box.",
+     "On the way to the party, {hero} slipped and the box fell into the {water}. It floated away! {hero} had no "
+     "present now. {He} came to the party with empty hands and a sad face. \"What is wrong?\" asked {friend}.",
+     "{hero} told {fhim} about the {color} {treasure}. {friend} smiled and said, \"The best present is that you "
+     "came.\" Then they heard a knock. It was the {worker}, all wet, with the box! \"I found this in the {water},\" "
+     "said the {worker}. {friend} opened it and loved the {treasure}. They all ate {food} together."),
     # storm
-    ("{hero} and {friend} were playing {game} at the {place} when the sky turned dark. Thunder went boom, and rain began to fall.",
-     "\"I am scared of thunder,\" said {friend}, and {fhe} began to shake. The path home was too wet and slippery. {hero} was scared "
-     "too, but {he} did not want to show it. {He} looked around for a dry place.",
-     "{hero} found a [hollow tree|little shed|dry cave|big rock with a roof]. They sat inside under {hero}'s {color} {wear}. \"Let us count "
-     "after each flash,\" said {hero}. They counted and [sang {song}|told jokes|ate {food}], and soon the storm was over. A rainbow "
-     "came out. \"You made me feel safe,\" said {friend}."),
+    ("{hero} and {friend} were playing {game} at the {place} when the sky turned dark. Thunder went boom, and rain "
+     "began to fall.",
+     "\"I am scared of thunder,\" said {friend}, and {fhe} began to shake. The path home was too wet and slippery. "
+     "{hero} was scared too, but {he} did not want to show it. {He} looked around for a dry place.",
+     "{hero} found a [hollow tree|little shed|dry cave|big rock with a roof]. They sat inside under {hero}'s "
+     "{color} {wear}. \"Let us count after each flash,\" said {hero}. They counted and [sang {song}|told jokes|ate "
+     "{food}], and soon the storm was over. A rainbow came out. \"You made me feel safe,\" said {friend}."),
     # new kid
-    ("A new {friendkind} named {friend} came to the {home}. {friend} did not know anyone and sat alone under a tree with {a color} "
-     "{toy}.",
-     "The others played {game} and did not see {fhim}. {hero} wanted to say hello, but {he} was shy. \"What if {fhe} does not like "
-     "me?\" {hero} asked {elder}. \"Everyone is a little afraid at first,\" said {elder}. \"Somebody has to be brave.\"",
-     "So {hero} walked over and said, \"Hello. I like your {toy}.\" {friend} looked up and smiled. \"Would you like to play with "
-     "me?\" {fhe} asked. They played with the {color} {toy} until the sun went down. Now neither of them was alone."),
+    ("A new {friendkind} named {friend} came to the {home}. {friend} did not know anyone and sat alone under a tree "
+     "with {a color} {toy}.",
+     "The others played {game} and did not see {fhim}. {hero} wanted to say hello, but {he} was shy. \"What if "
+     "{fhe} does not like me?\" {hero} asked {elder}. \"Everyone is a little afraid at first,\" said {elder}. "
+     "\"Somebody has to be brave.\"",
+     "So {hero} walked over and said, \"Hello. I like your {toy}.\" {friend} looked up and smiled. \"Would you like "
+     "to play with me?\" {fhe} asked. They played with the {color} {toy} until the sun went down. Now neither of "
+     "them was alone."),
     # lie about wolf
-    ("{hero} had to watch the sheep on the hill near the {place}. It was boring, so {he} called, \"Help! A wolf!\" Everybody came "
-     "running, even the {worker}. {hero} laughed. There was no wolf.",
-     "The next {time} {he} did it again, and again they all came. \"That is not funny,\" said {friend}. On {day}, a real wolf "
-     "came out of the trees! \"Help! A wolf!\" cried {hero}. But this time nobody came.",
-     "Only {friend} came back. {fHe} [banged on a pot|rang a bell|lit a torch] and made so much noise that the wolf ran away. "
-     "\"I am sorry,\" said {hero}. \"I will not lie again.\" The {worker} heard it and said, \"Now I can trust you.\" And {hero} "
-     "kept {his} word."),
+    ("{hero} had to watch the sheep on the hill near the {place}. It was boring, so {he} called, \"Help! A wolf!\" "
+     "Everybody came running, even the {worker}. {hero} laughed. There was no wolf.",
+     "The next {time} {he} did it again, and again they all came. \"That is not funny,\" said {friend}. On {day}, a "
+     "real wolf came out of the trees! \"Help! A wolf!\" cried {hero}. But this time nobody came.",
+     "Only {friend} came back. {fHe} [banged on a pot|rang a bell|lit a torch] and made so much noise that the wolf "
+     "ran away. \"I am sorry,\" said {hero}. \"I will not lie again.\" The {worker} heard it and said, \"Now I can "
+     "trust you.\" And {hero} kept {his} word."),
     # magic wish
-    ("One {time}, {hero} found {a color} {treasure} {hiding}. When {he} rubbed it, a tiny voice said, \"You may have one wish.\"",
-     "{hero} thought of [a mountain of {food}|a room full of toys|a castle of {his} own]. But then {he} saw {friend}, who was sick in "
-     "bed and could not come out to play. {friend} looked [pale and tired|very sad|so lonely]. {hero} did not know what to wish for.",
-     "At last {hero} held the {treasure} and said, \"I wish that {friend} is well again.\" There was a flash of {color} light. {friend} "
-     "jumped out of bed and danced! \"Your wish was a kind one,\" said the tiny voice, and the {treasure} [turned to dust|was only {a "
-     "treasure} again|flew away]. {hero} did not mind. {He} had {his} friend back."),
+    ("One {time}, {hero} found {a color} {treasure} {hiding}. When {he} rubbed it, a tiny voice said, \"You may "
+     "have one wish.\"",
+     "{hero} thought of [a mountain of {food}|a room full of toys|a castle of {his} own]. But then {he} saw "
+     "{friend}, who was sick in bed and could not come out to play. {friend} looked [pale and tired|very sad|so "
+     "lonely]. {hero} did not know what to wish for.",
+     "At last {hero} held the {treasure} and said, \"I wish that {friend} is well again.\" There was a flash of "
+     "{color} light. {friend} jumped out of bed and danced! \"Your wish was a kind one,\" said the tiny voice, and "
+     "the {treasure} [turned to dust|was only {a treasure} again|flew away]. {hero} did not mind. {He} had {his} "
+     "friend back."),
     # lonely dragon
-    ("Everybody at the {home} was afraid of the dragon who lived near the {place}. It was big and {color}, and smoke came out of its "
-     "nose.",
-     "One {time}, {hero} heard the dragon cry. \"Why are you sad?\" {he} asked from behind a rock. \"Nobody will play {game} with "
-     "me,\" said the dragon. \"When I laugh, fire comes out, and they all run away.\" {hero} was still a bit afraid.",
-     "But {hero} was {trait} too. \"I know what to do,\" {he} said. \"You can [warm the soup|light the lamps|bake the bread|melt the snow] for "
-     "us!\" The dragon tried it with a small puff of fire. Everyone cheered. After that, the {color} dragon had many friends, and "
-     "{hero} was the first."),
+    ("Everybody at the {home} was afraid of the dragon who lived near the {place}. It was big and {color}, and "
+     "smoke came out of its nose.",
+     "One {time}, {hero} heard the dragon cry. \"Why are you sad?\" {he} asked from behind a rock. \"Nobody will "
+     "play {game} with me,\" said the dragon. \"When I laugh, fire comes out, and they all run away.\" {hero} was "
+     "still a bit afraid.",
+     "But {hero} was {trait} too. \"I know what to do,\" {he} said. \"You can [warm the soup|light the lamps|bake "
+     "the bread|melt the snow] for us!\" The dragon tried it with a small puff of fire. Everyone cheered. After "
+     "that, the {color} dragon had many friends, and {hero} was the first."),
     # robot
-    ("{hero} had a robot named Beep. Beep was {color} and could [sweep the floor|carry heavy bags|sing {song}|count stars]. Beep and "
-     "{hero} did everything together.",
-     "One {day}, Beep stopped. Its lights went out and it did not move. \"Beep, wake up!\" said {hero}. {He} pushed every button, "
-     "but nothing happened. {hero} carried Beep to the {worker} near the {place}.",
-     "The {worker} opened the {color} robot and found {a treasure} inside. \"This was stuck in the wheels,\" said the {worker}. "
-     "\"Now try again.\" {hero} pushed the button, and the lights came on. \"Hello, {hero},\" said Beep. \"I missed you.\" "
-     "{hero} laughed and took Beep home."),
+    ("{hero} had a robot named Beep. Beep was {color} and could [sweep the floor|carry heavy bags|sing {song}|count "
+     "stars]. Beep and {hero} did everything together.",
+     "One {day}, Beep stopped. Its lights went out and it did not move. \"Beep, wake up!\" said {hero}. {He} pushed "
+     "every button, but nothing happened. {hero} carried Beep to the {worker} near the {place}.",
+     "The {worker} opened the {color} robot and found {a treasure} inside. \"This was stuck in the wheels,\" said "
+     "the {worker}. \"Now try again.\" {hero} pushed the button, and the lights came on. \"Hello, {hero},\" said "
+     "Beep. \"I missed you.\" {hero} laughed and took Beep home."),
     # train late
-    ("{hero} and {elder} were at the station. They wanted to visit {friend}, who lived far away near the {place}. {hero} held {a color} "
-     "{toy} to give to {friend}.",
-     "They waited and waited, but the train did not come. \"There is a cow on the tracks,\" said the man at the station. \"It will "
-     "not move.\" \"We will be late!\" cried {hero}. Then {he} remembered the {fruit} in {his} bag.",
-     "{hero} walked slowly to the cow and held out the {fruit}. The cow smelled it and followed {him} off the tracks. \"Hooray!\" "
-     "shouted all the people. The train came at last. When {friend} saw the {color} {toy}, {fhe} was very happy, and {hero} told {fhim} "
-     "about the hungry cow."),
+    ("{hero} and {elder} were at the station. They wanted to visit {friend}, who lived far away near the {place}. "
+     "{hero} held {a color} {toy} to give to {friend}.",
+     "They waited and waited, but the train did not come. \"There is a cow on the tracks,\" said the man at the "
+     "station. \"It will not move.\" \"We will be late!\" cried {hero}. Then {he} remembered the {fruit} in {his} "
+     "bag.",
+     "{hero} walked slowly to the cow and held out the {fruit}. The cow smelled it and followed {him} off the "
+     "tracks. \"Hooray!\" shouted all the people. The train came at last. When {friend} saw the {color} {toy}, "
+     "{fhe} was very happy, and {hero} told {fhim} about the hungry cow."),
     # messy room
-    ("{hero}'s room was always a mess. There were toys on the floor and [socks|books|crumbs] on the bed. \"Please clean your room,\" said {elder}. "
-     "\"Later,\" said {hero}.",
-     "Then {friend} came to play {game}. {hero} wanted to show {fhim} {his} {color} {toy}, but {he} could not find it in the mess. {friend} "
-     "stepped on {a tool} and hurt {fhis} foot. \"Ouch!\" said {friend}. {hero} felt bad.",
-     "\"I will clean up now,\" said {hero}. {friend} helped. They put [the books on the shelf|every toy in its box|the clothes away]. Under the "
-     "last {wear} they found the {color} {toy}! The room looked big and bright. \"Now there is space to play,\" said {hero}, and {elder} "
-     "brought them {food}."),
+    ("{hero}'s room was always a mess. There were toys on the floor and [socks|books|crumbs] on the bed. \"Please "
+     "clean your room,\" said {elder}. \"Later,\" said {hero}.",
+     "Then {friend} came to play {game}. {hero} wanted to show {fhim} {his} {color} {toy}, but {he} could not find "
+     "it in the mess. {friend} stepped on {a tool} and hurt {fhis} foot. \"Ouch!\" said {friend}. {hero} felt bad.",
+     "\"I will clean up now,\" said {hero}. {friend} helped. They put [the books on the shelf|every toy in its "
+     "box|the clothes away]. Under the last {wear} they found the {color} {toy}! The room looked big and bright. "
+     "\"Now there is space to play,\" said {hero}, and {elder} brought them {food}."),
     # borrowed
-    ("{friend} let {hero} borrow {a color} {tool}. \"Please bring it back on {day},\" said {friend}. {hero} promised.",
-     "{hero} used it at the {place} and left it outside in the rain. When {he} came back, the {tool} was [rusty|dirty|cracked|full of mud]. "
-     "\"What will {friend} say?\" {he} thought. {He} wanted to keep away from {friend}.",
-     "{elder} said, \"You made a promise.\" So {hero} worked hard to [clean it|fix it|mend it], and {he} saved {his} coins and bought "
-     "{a color2} ribbon to go with it. On {day} {he} gave it back. \"I was careless, and I am sorry,\" said {hero}. {friend} looked at the "
-     "{tool} and said, \"It is better than before. You kept your promise.\""),
+    ("{friend} let {hero} borrow {a color} {tool}. \"Please bring it back on {day},\" said {friend}. {hero} "
+     "promised.",
+     "{hero} used it at the {place} and left it outside in the rain. When {he} came back, the {tool} was "
+     "[rusty|dirty|cracked|full of mud]. \"What will {friend} say?\" {he} thought. {He} wanted to keep away from "
+     "{friend}.",
+     "{elder} said, \"You made a promise.\" So {hero} worked hard to [clean it|fix it|mend it], and {he} saved "
+     "{his} coins and bought {a color2} ribbon to go with it. On {day} {he} gave it back. \"I was careless, and I "
+     "am sorry,\" said {hero}. {friend} looked at the {tool} and said, \"It is better than before. You kept your "
+     "promise.\""),
     # sandcastle
     ("{hero} built a big sandcastle at the beach. It had {number} towers, a gate, and {a color} flag on top.",
-     "{friend} ran by with {fhis} {toy} and did not look. {fHe} [fell onto|ran into|stepped on] the castle, and the towers broke. \"You "
-     "ruined it!\" yelled {hero}. {friend} began to cry. \"I did not mean to,\" {fhe} said.",
-     "{hero} was angry, but then {he} saw the tears. \"It was an accident,\" {he} said. \"Will you help me build it again?\" {friend} "
-     "nodded. Together they made a castle with {number2} towers, and they put the {color} flag on the tallest one. It was even better "
-     "than the first."),
+     "{friend} ran by with {fhis} {toy} and did not look. {fHe} [fell onto|ran into|stepped on] the castle, and the "
+     "towers broke. \"You ruined it!\" yelled {hero}. {friend} began to cry. \"I did not mean to,\" {fhe} said.",
+     "{hero} was angry, but then {he} saw the tears. \"It was an accident,\" {he} said. \"Will you help me build it "
+     "again?\" {friend} nodded. Together they made a castle with {number2} towers, and they put the {color} flag on "
+     "the tallest one. It was even better than the first."),
     # lost tooth
     ("{hero} had a loose tooth. {He} wiggled it all {time} while {he} ate {food}.",
-     "On {day} the tooth fell out, and it rolled away! {hero} looked {hiding}, but {he} could not find it. \"Now the tooth fairy will not "
-     "come,\" {he} said sadly. {friend} said, \"Let us think. Where were you sitting?\"",
-     "They went back to the place. {friend} saw something small and white in the {color} {wear} of {elder}. It was the tooth! That "
-     "night {hero} put it under {his} pillow. In the morning there was a shiny {treasure}. {hero} showed it to {friend} and said, \"Half "
-     "of this luck is yours.\""),
+     "On {day} the tooth fell out, and it rolled away! {hero} looked {hiding}, but {he} could not find it. \"Now "
+     "the tooth fairy will not come,\" {he} said sadly. {friend} said, \"Let us think. Where were you sitting?\"",
+     "They went back to the place. {friend} saw something small and white in the {color} {wear} of {elder}. It was "
+     "the tooth! That night {hero} put it under {his} pillow. In the morning there was a shiny {treasure}. {hero} "
+     "showed it to {friend} and said, \"Half of this luck is yours.\""),
     # first day of school
     ("It was {hero}'s first day at school. {He} wore {a color} {wear} and held {elder}'s hand very tight.",
-     "\"What if nobody talks to me?\" asked {hero}. At school it was loud and there were many children. {hero} hid behind the door. "
-     "Then somebody else came behind the door too. It was {a friendkind} named {friend}, and {fhe} was shaking.",
-     "\"Are you scared too?\" asked {hero}. {friend} nodded. \"Then let us be scared together,\" said {hero}. They held hands and went in. "
-     "The teacher let them draw {shape} and [sing {song}|eat {food}|play {game}]. When {elder} came back, {hero} said, \"Can I "
-     "go again tomorrow?\""),
+     "\"What if nobody talks to me?\" asked {hero}. At school it was loud and there were many children. {hero} hid "
+     "behind the door. Then somebody else came behind the door too. It was {a friendkind} named {friend}, and {fhe} "
+     "was shaking.",
+     "\"Are you scared too?\" asked {hero}. {friend} nodded. \"Then let us be scared together,\" said {hero}. They "
+     "held hands and went in. The teacher let them draw {shape} and [sing {song}|eat {food}|play {game}]. When "
+     "{elder} came back, {hero} said, \"Can I go again tomorrow?\""),
     # letter in a bottle
-    ("At the beach {hero} found a bottle with a letter in it. It said, \"I live on the other side of the water. I have no one to play {game} "
-     "with. Please write to me. Your friend, {friend}.\"",
-     "{hero} wanted to answer, but the sea was very big. \"How can my letter get there?\" {he} asked {elder}. They put a letter and {a "
-     "color} {treasure} into the bottle and threw it into the waves. For {number} weeks nothing came back. {hero} was sad.",
-     "Then on {day} a small boat came to the shore. In it sat {a friendkind} holding the {color} {treasure}. \"I am {friend},\" {fhe} said. "
-     "\"I got your letter, and I wanted to meet you.\" {hero} jumped for joy. They played {game} all {time}, and then they ate {food}."),
+    ("At the beach {hero} found a bottle with a letter in it. It said, \"I live on the other side of the water. I "
+     "have no one to play {game} with. Please write to me. Your friend, {friend}.\"",
+     "{hero} wanted to answer, but the sea was very big. \"How can my letter get there?\" {he} asked {elder}. They "
+     "put a letter and {a color} {treasure} into the bottle and threw it into the waves. For {number} weeks nothing "
+     "came back. {hero} was sad.",
+     "Then on {day} a small boat came to the shore. In it sat {a friendkind} holding the {color} {treasure}. \"I am "
+     "{friend},\" {fhe} said. \"I got your letter, and I wanted to meet you.\" {hero} jumped for joy. They played "
+     "{game} all {time}, and then they ate {food}."),
     # cold creature gets clothes
-    ("Winter came to the {place}. Snow covered everything. {hero} was warm in {his} {color} {wear}, which {elder} had made.",
-     "On the way home {he} saw {a critter} in the snow. It was shivering. \"I am so cold,\" it said. \"I have no home and no blanket.\" "
-     "{hero} looked at {his} {wear}. {He} loved it very much.",
-     "{hero} took off the {color} {wear} and put it around the {critter}. Then {he} ran home as fast as {he} could. {elder} gave {him} hot "
-     "{drink} and said, \"I am proud of you.\" The next day there was a new {wear} on {his} bed. And the {critter} slept warm all winter."),
+    ("Winter came to the {place}. Snow covered everything. {hero} was warm in {his} {color} {wear}, which {elder} "
+     "had made.",
+     "On the way home {he} saw {a critter} in the snow. It was shivering. \"I am so cold,\" it said. \"I have no "
+     "home and no blanket.\" {hero} looked at {his} {wear}. {He} loved it very much.",
+     "{hero} took off the {color} {wear} and put it around the {critter}. Then {he} ran home as fast as {he} could. "
+     "{elder} gave {him} hot {drink} and said, \"I am proud of you.\" The next day there was a new {wear} on {his} "
+     "bed. And the {critter} slept warm all winter."),
     # too greedy
-    ("{hero} found a tree full of {fruits} near the {place}. \"These are all mine,\" {he} said, and {he} began to eat.",
-     "{friend} came by. \"May I have one?\" {fhe} asked. \"No!\" said {hero} with a full mouth. {He} ate {number} more, and then {number2} "
-     "more. Then {his} tummy began to hurt. \"Ow, ow!\" {he} cried, and {he} had to lie down.",
-     "{friend} was not angry. {fHe} brought {him} some warm {drink} and sat with {him}. \"Why are you kind to me?\" asked {hero}. \"Because you "
-     "need a friend,\" said {friend}. The next day {hero} filled {a color} basket with {fruits} and gave it all to {friend}."),
+    ("{hero} found a tree full of {fruits} near the {place}. \"These are all mine,\" {he} said, and {he} began to "
+     "eat.",
+     "{friend} came by. \"May I have one?\" {fhe} asked. \"No!\" said {hero} with a full mouth. {He} ate {number} "
+     "more, and then {number2} more. Then {his} tummy began to hurt. \"Ow, ow!\" {he} cried, and {he} had to lie "
+     "down.",
+     "{friend} was not angry. {fHe} brought {him} some warm {drink} and sat with {him}. \"Why are you kind to me?\" "
+     "asked {hero}. \"Because you need a friend,\" said {friend}. The next day {hero} filled {a color} basket with "
+     "{fruits} and gave it all to {friend}."),
     # sick friend
     ("{hero} and {friend} met at the {place} every {day}. But this {day}, {friend} did not come.",
-     "{hero} went to {friend}'s house. {friend} was in bed with a red nose. \"I am sick,\" {fhe} said. \"I cannot go to the {place}, and I am "
-     "so bored.\" {hero} thought hard. How could {he} bring the {place} to {friend}?",
-     "{hero} ran out. {He} came back with {a color} leaf, a smooth stone, and {a critter} in a jar. {He} drew [trees and hills|the whole {place}|{shape}] "
-     "on a big paper and put it on the wall. \"Now the {place} is here,\" said {hero}. {friend} laughed, and in {number} days {fhe} was well."),
+     "{hero} went to {friend}'s house. {friend} was in bed with a red nose. \"I am sick,\" {fhe} said. \"I cannot "
+     "go to the {place}, and I am so bored.\" {hero} thought hard. How could {he} bring the {place} to {friend}?",
+     "{hero} ran out. {He} came back with {a color} leaf, a smooth stone, and {a critter} in a jar. {He} drew "
+     "[trees and hills|the whole {place}|{shape}] on a big paper and put it on the wall. \"Now the {place} is "
+     "here,\" said {hero}. {friend} laughed, and in {number} days {fhe} was well."),
     # music contest
     ("There was a music show at the {home}. {hero} wanted to play {song} on {his} {color} {instrument}.",
-     "When {hero} stood in front of everyone, {his} hands shook, and {he} forgot the song. Somebody laughed. {hero} wanted to run away. "
-     "Then {he} saw {friend} in the front row. {friend} began to hum {song} very softly.",
-     "{hero} closed {his} eyes and listened. The song came back to {him}. {He} played and played, and soon everyone clapped along. \"How did "
-     "you do it?\" asked {elder}. \"I had a friend who helped me remember,\" said {hero}, and {he} gave {friend} a bow."),
+     "When {hero} stood in front of everyone, {his} hands shook, and {he} forgot the song. Somebody laughed. {hero} "
+     "wanted to run away. Then {he} saw {friend} in the front row. {friend} began to hum {song} very softly.",
+     "{hero} closed {his} eyes and listened. The song came back to {him}. {He} played and played, and soon everyone "
+     "clapped along. \"How did you do it?\" asked {elder}. \"I had a friend who helped me remember,\" said {hero}, "
+     "and {he} gave {friend} a bow."),
     # treasure map
-    ("{hero} found an old map {hiding}. It had {a color} cross near the {place}. \"A treasure!\" said {hero}, and {he} showed it to {friend}.",
-     "They walked for a long time. They [crossed a bridge|climbed a hill|went through a dark tunnel] and dug a deep hole with {a tool}. "
-     "At last they found a box, but it was locked. \"We have no key,\" said {friend}. They were tired and hungry.",
-     "{hero} turned the map over. A small {color2} key was stuck to the back! {He} opened the box. There was no gold in it. There was "
-     "{a treasure}, and a note that said, \"The walk with a friend was the treasure.\" {hero} and {friend} looked at each other and laughed "
-     "all the way home."),
+    ("{hero} found an old map {hiding}. It had {a color} cross near the {place}. \"A treasure!\" said {hero}, and "
+     "{he} showed it to {friend}.",
+     "They walked for a long time. They [crossed a bridge|climbed a hill|went through a dark tunnel] and dug a deep "
+     "hole with {a tool}. At last they found a box, but it was locked. \"We have no key,\" said {friend}. They were "
+     "tired and hungry.",
+     "{hero} turned the map over. A small {color2} key was stuck to the back! {He} opened the box. There was no "
+     "gold in it. There was {a treasure}, and a note that said, \"The walk with a friend was the treasure.\" {hero} "
+     "and {friend} looked at each other and laughed all the way home."),
     # stuck wheel
     ("The {worker} was going to the market with a cart full of {crops}. {hero} and {friend} waved at the {worker}.",
-     "Suddenly the wheel got stuck in the mud. The {worker} pushed and pulled, but the cart did not move. \"If I am late, nobody will buy my "
-     "{crops},\" said the {worker}. {hero} pushed too, but {he} was too small alone.",
-     "\"We need everyone,\" said {friend}. {fHe} called {fhis} neighbors, and {hero} called {elder}. They put {a tool} under the wheel. \"One, "
-     "two, three!\" shouted {hero}. The cart rolled out of the mud. The {worker} thanked them and gave each of them [a bag of {crops}|{a fruit}|a "
-     "ride to the market]."),
+     "Suddenly the wheel got stuck in the mud. The {worker} pushed and pulled, but the cart did not move. \"If I am "
+     "late, nobody will buy my {crops},\" said the {worker}. {hero} pushed too, but {he} was too small alone.",
+     "\"We need everyone,\" said {friend}. {fHe} called {fhis} neighbors, and {hero} called {elder}. They put {a "
+     "tool} under the wheel. \"One, two, three!\" shouted {hero}. The cart rolled out of the mud. The {worker} "
+     "thanked them and gave each of them [a bag of {crops}|{a fruit}|a ride to the market]."),
     # jealous
     ("{friend} got {a color} {toy} for {fhis} birthday. It was new and shiny. {hero}'s own {toy} was old.",
-     "{hero} was jealous. \"It is not fair,\" {he} said. {He} hid the new {toy} {hiding}. When {friend} came back, {fhe} looked for it and "
-     "began to cry. {hero}'s tummy felt funny. It was not a good feeling.",
-     "{hero} went and got the {toy}. \"I took it because I wanted one too,\" {he} said. \"I am sorry.\" {friend} wiped {fhis} eyes. \"You could "
-     "have just asked me,\" {fhe} said. Then {friend} let {hero} play with the {color} {toy}, and {hero} let {friend} play with the old one. It "
-     "turned out that {friend} liked the old one best."),
+     "{hero} was jealous. \"It is not fair,\" {he} said. {He} hid the new {toy} {hiding}. When {friend} came back, "
+     "{fhe} looked for it and began to cry. {hero}'s tummy felt funny. It was not a good feeling.",
+     "{hero} went and got the {toy}. \"I took it because I wanted one too,\" {he} said. \"I am sorry.\" {friend} "
+     "wiped {fhis} eyes. \"You could have just asked me,\" {fhe} said. Then {friend} let {hero} play with the "
+     "{color} {toy}, and {hero} let {friend} play with the old one. It turned out that {friend} liked the old one "
+     "best."),
     # bridge
-    ("{hero} wanted to visit {friend}, who lived on the other side of the {water}. The two friends had made {food} together every {day}.",
-     "But after the big rain, the bridge was gone. {hero} stood on one side and {friend} on the other. \"How will I get to you?\" called {hero}. "
-     "\"I do not know!\" called {friend}. They were both sad.",
-     "Then a beaver swam by. \"I can build, but I need wood,\" said the beaver. {hero} carried sticks, and {friend} carried {color} stones. They worked "
-     "for {number} days. At last there was a new bridge, and {hero} ran across. They [hugged|danced] in the middle, and they gave the beaver "
-     "a big plate of {food}."),
+    ("{hero} wanted to visit {friend}, who lived on the other side of the {water}. The two friends had made {food} "
+     "together every {day}.",
+     "But after the big rain, the bridge was gone. {hero} stood on one side and {friend} on the other. \"How will I "
+     "get to you?\" called {hero}. \"I do not know!\" called {friend}. They were both sad.",
+     "Then a beaver swam by. \"I can build, but I need wood,\" said the beaver. {hero} carried sticks, and {friend} "
+     "carried {color} stones. They worked for {number} days. At last there was a new bridge, and {hero} ran across. "
+     "They [hugged|danced] in the middle, and they gave the beaver a big plate of {food}."),
     # spider
-    ("There was a spider in {hero}'s room. It was small and had {a color} spot. \"Go away!\" said {hero}. {He} was afraid of spiders.",
-     "{hero} took {a tool} to chase it out. \"Please wait,\" said the spider. \"I only eat the flies that bite you at night.\" {hero} did not "
-     "believe it. {He} put the spider outside. That night the flies came, and {hero} got {number} bites.",
-     "In the morning {hero} went to look for the spider. It was sitting sadly {hiding}. \"I was wrong about you,\" said {hero}. \"Please come back.\" "
-     "The spider made a beautiful web in the corner that looked like {shape}. And {hero} never had a bite again."),
+    ("There was a spider in {hero}'s room. It was small and had {a color} spot. \"Go away!\" said {hero}. {He} was "
+     "afraid of spiders.",
+     "{hero} took {a tool} to chase it out. \"Please wait,\" said the spider. \"I only eat the flies that bite you "
+     "at night.\" {hero} did not believe it. {He} put the spider outside. That night the flies came, and {hero} got "
+     "{number} bites.",
+     "In the morning {hero} went to look for the spider. It was sitting sadly {hiding}. \"I was wrong about you,\" "
+     "said {hero}. \"Please come back.\" The spider made a beautiful web in the corner that looked like {shape}. "
+     "And {hero} never had a bite again."),
     # moon
-    ("{hero} looked out of the window every night and said good night to the moon. The moon was round and bright over the {place}.",
-     "But each night the moon got smaller. \"Somebody is eating the moon!\" cried {hero}. {He} told {friend}, and {friend} was worried too. "
-     "They put {food} outside so that nobody would be hungry for the moon. But still it got smaller, until it was gone.",
-     "{hero} cried. {elder} took {a color} ball and a lamp. \"Look,\" said {elder}. \"The moon is still there. We only see the part that the "
-     "sun shines on.\" {hero} watched. {number} nights later there was a thin silver line in the sky. \"Welcome back, moon!\" called {hero} and "
-     "{friend}."),
+    ("{hero} looked out of the window every night and said good night to the moon. The moon was round and bright "
+     "over the {place}.",
+     "But each night the moon got smaller. \"Somebody is eating the moon!\" cried {hero}. {He} told {friend}, and "
+     "{friend} was worried too. They put {food} outside so that nobody would be hungry for the moon. But still it "
+     "got smaller, until it was gone.",
+     "{hero} cried. {elder} took {a color} ball and a lamp. \"Look,\" said {elder}. \"The moon is still there. We "
+     "only see the part that the sun shines on.\" {hero} watched. {number} nights later there was a thin silver "
+     "line in the sky. \"Welcome back, moon!\" called {hero} and {friend}."),
     # the wrong bag
     ("{hero} and {elder} went to the market near the {place}. {hero} carried {a color} bag with {fruits} in it.",
-     "At home {hero} opened the bag, but there were no {fruits}. There was {a treasure} that looked very old! \"This is not our bag,\" said "
-     "{hero}. \"We could keep it,\" said {friend}, who had come to visit. {hero} thought about it for a while.",
-     "\"Somebody must be sad without it,\" said {hero}. They went back and asked everyone. The {worker} was sitting on a bench with the other "
-     "{color} bag. \"My {treasure}!\" said the {worker}. \"My mother gave it to me. How can I thank you?\" The {worker} gave them {food}, and "
-     "{hero} felt warm inside."),
+     "At home {hero} opened the bag, but there were no {fruits}. There was {a treasure} that looked very old! "
+     "\"This is not our bag,\" said {hero}. \"We could keep it,\" said {friend}, who had come to visit. {hero} "
+     "thought about it for a while.",
+     "\"Somebody must be sad without it,\" said {hero}. They went back and asked everyone. The {worker} was sitting "
+     "on a bench with the other {color} bag. \"My {treasure}!\" said the {worker}. \"My mother gave it to me. How "
+     "can I thank you?\" The {worker} gave them {food}, and {hero} felt warm inside."),
     # giant sneeze
-    ("A giant lived on the hill above the {home}. He was as tall as {number} houses, but he was very gentle. {hero} was his friend.",
-     "One {day} the giant caught a cold. \"Ah, ah, achoo!\" he sneezed. The roofs flew off, and {hero}'s {color} {wear} blew away. \"Make him "
-     "stop!\" cried the people. \"He must leave!\" said the {worker}. The giant began to weep, and the street was wet.",
-     "{hero} had an idea. \"He only needs a blanket,\" {he} said. Everyone brought one, and {friend} sewed them together. They gave the giant a "
-     "bathtub full of {drink}. The next day he was well. He put back every roof, and he gave {hero} {his} {color} {wear}. Nobody asked "
-     "him to leave again."),
+    ("A giant lived on the hill above the {home}. He was as tall as {number} houses, but he was very gentle. {hero} "
+     "was his friend.",
+     "One {day} the giant caught a cold. \"Ah, ah, achoo!\" he sneezed. The roofs flew off, and {hero}'s {color} "
+     "{wear} blew away. \"Make him stop!\" cried the people. \"He must leave!\" said the {worker}. The giant began "
+     "to weep, and the street was wet.",
+     "{hero} had an idea. \"He only needs a blanket,\" {he} said. Everyone brought one, and {friend} sewed them "
+     "together. They gave the giant a bathtub full of {drink}. The next day he was well. He put back every roof, "
+     "and he gave {hero} {his} {color} {wear}. Nobody asked him to leave again."),
     # the puppy choice
-    ("{hero} wanted a puppy more than anything. \"A puppy is a lot of work,\" said {elder}. \"You must feed it and walk it every day.\"",
-     "To show that {he} could do it, {hero} took care of {a color} {toy} as if it were a puppy. {He} walked it in the rain and {he} gave it "
-     "pretend food. {friend} laughed at {him}. \"That is silly,\" said {friend}. {hero} was hurt, but {he} did not stop for {number} weeks.",
-     "On {day} {elder} came home with a box. Something inside said, \"Woof!\" \"You have shown me that you are ready,\" said {elder}. It was {a "
-     "color2} puppy! {hero} named it {petname}. {friend} came and said, \"I am sorry that I laughed.\" \"That is all right,\" said {hero}. \"Would "
-     "you like to walk {petname} with me?\""),
+    ("{hero} wanted a puppy more than anything. \"A puppy is a lot of work,\" said {elder}. \"You must feed it and "
+     "walk it every day.\"",
+     "To show that {he} could do it, {hero} took care of {a color} {toy} as if it were a puppy. {He} walked it in "
+     "the rain and {he} gave it pretend food. {friend} laughed at {him}. \"That is silly,\" said {friend}. {hero} "
+     "was hurt, but {he} did not stop for {number} weeks.",
+     "On {day} {elder} came home with a box. Something inside said, \"Woof!\" \"You have shown me that you are "
+     "ready,\" said {elder}. It was {a color2} puppy! {hero} named it {petname}. {friend} came and said, \"I am "
+     "sorry that I laughed.\" \"That is all right,\" said {hero}. \"Would you like to walk {petname} with me?\""),
     # shadow / echo
     ("{hero} went to the canyon for the first time. \"Hello!\" {he} called. \"Hello!\" said a voice from far away.",
-     "\"Who are you?\" shouted {hero}. \"Who are you?\" shouted the voice. {hero} became angry. \"Stop that! You are mean!\" {he} yelled. \"You are "
-     "mean!\" yelled the voice. {hero} ran to {elder} and said, \"There is a rude {kind} over there.\"",
-     "{elder} smiled. \"Go back and say something kind,\" said {elder}. So {hero} called, \"I like you!\" And the voice said, \"I like you!\" "
-     "\"It is an echo,\" said {elder}. \"What you send out comes back to you.\" {hero} thought of {friend}, and the next {day} {he} gave {friend} "
-     "{a color} {treasure}. {friend} gave {him} a hug."),
+     "\"Who are you?\" shouted {hero}. \"Who are you?\" shouted the voice. {hero} became angry. \"Stop that! You "
+     "are mean!\" {he} yelled. \"You are mean!\" yelled the voice. {hero} ran to {elder} and said, \"There is a "
+     "rude {kind} over there.\"",
+     "{elder} smiled. \"Go back and say something kind,\" said {elder}. So {hero} called, \"I like you!\" And the "
+     "voice said, \"I like you!\" \"It is an echo,\" said {elder}. \"What you send out comes back to you.\" {hero} "
+     "thought of {friend}, and the next {day} {he} gave {friend} {a color} {treasure}. {friend} gave {him} a hug."),
     # cake gone wrong
-    ("{hero} wanted to make {food} for {elder}. \"I can do it all alone,\" {he} told {friend}. {He} put on {a color} apron.",
-     "{He} did not read the recipe. {He} put in {number} spoons of salt, because {he} thought it was sugar. When {friend} tasted it, {fhe} made a "
-     "funny face. \"It tastes like the sea!\" said {friend}. {hero} was close to tears.",
-     "\"Let us try again, and I will read to you,\" said {friend}. {friend} read each step, and {hero} mixed. This time the {smell} smell filled the "
-     "whole house. {elder} took a bite and said, \"This is the best {food} I ever had.\" \"We made it together,\" said {hero}."),
+    ("{hero} wanted to make {food} for {elder}. \"I can do it all alone,\" {he} told {friend}. {He} put on {a "
+     "color} apron.",
+     "{He} did not read the recipe. {He} put in {number} spoons of salt, because {he} thought it was sugar. When "
+     "{friend} tasted it, {fhe} made a funny face. \"It tastes like the sea!\" said {friend}. {hero} was close to "
+     "tears.",
+     "\"Let us try again, and I will read to you,\" said {friend}. {friend} read each step, and {hero} mixed. This "
+     "time the {smell} smell filled the whole house. {elder} took a bite and said, \"This is the best {food} I ever "
+     "had.\" \"We made it together,\" said {hero}."),
     # boat adventure
-    ("{hero} and {friend} made a boat from {a material} and called it the {color2} {boatname}. They sailed it on the {water}.",
-     "In the middle of the {water} the boat began to leak. \"Water is coming in!\" cried {friend}. {hero} looked for something to stop the hole. There "
-     "was only {his} {color} {wear}. It was {his} favorite, a gift from {elder}.",
-     "{hero} pushed the {wear} into the hole, and the water stopped. {friend} rowed as fast as {fhe} could until they reached the shore. \"Your {wear} is "
-     "ruined,\" said {friend}. \"But we are safe,\" said {hero}. The next {day} {friend} brought {him} a new {color} {wear}, and they fixed the boat."),
+    ("{hero} and {friend} made a boat from {a material} and called it the {color2} {boatname}. They sailed it on "
+     "the {water}.",
+     "In the middle of the {water} the boat began to leak. \"Water is coming in!\" cried {friend}. {hero} looked "
+     "for something to stop the hole. There was only {his} {color} {wear}. It was {his} favorite, a gift from "
+     "{elder}.",
+     "{hero} pushed the {wear} into the hole, and the water stopped. {friend} rowed as fast as {fhe} could until "
+     "they reached the shore. \"Your {wear} is ruined,\" said {friend}. \"But we are safe,\" said {hero}. The next "
+     "{day} {friend} brought {him} a new {color} {wear}, and they fixed the boat."),
     # the seed that was a promise / caring for pet
-    ("{friend} had to go away for {number} days. \"Will you take care of my {critter}?\" {fhe} asked. \"Its name is {petname}.\" \"I promise,\" said {hero}.",
-     "The first day {hero} fed {petname} and played with it. But on {day} {he} went to the {place} and forgot to close the lid. When {he} came home, {petname} "
-     "was gone! {hero}'s heart beat fast. {He} called, \"{petname}! {petname}!\" There was no answer.",
-     "{hero} put down a trail of {fruit} pieces, and then {he} waited very quietly. After a long time, {petname} came out from {hidden}. {hero} closed the "
-     "lid and did not leave again. When {friend} came back, {hero} told {fhim} the whole story. \"Thank you for not giving up,\" said {friend}."),
+    ("{friend} had to go away for {number} days. \"Will you take care of my {critter}?\" {fhe} asked. \"Its name is "
+     "{petname}.\" \"I promise,\" said {hero}.",
+     "The first day {hero} fed {petname} and played with it. But on {day} {he} went to the {place} and forgot to "
+     "close the lid. When {he} came home, {petname} was gone! {hero}'s heart beat fast. {He} called, \"{petname}! "
+     "{petname}!\" There was no answer.",
+     "{hero} put down a trail of {fruit} pieces, and then {he} waited very quietly. After a long time, {petname} "
+     "came out from {hidden}. {hero} closed the lid and did not leave again. When {friend} came back, {hero} told "
+     "{fhim} the whole story. \"Thank you for not giving up,\" said {friend}."),
     # king's crown
-    ("The [king|queen] of the {home} had a crown with {a color} stone. One {time} the stone was missing! \"Who can find it?\" asked the guards.",
-     "Everybody looked for a thief. They said it was the poor {worker}, because the {worker} had been in the castle. \"It was not me!\" said the {worker}. "
-     "{hero} believed the {worker}. {He} looked at the floor and saw small tracks that led outside.",
-     "{hero} and {friend} followed the tracks to the {place}. There, {hiding}, sat a magpie with the {color} stone. \"I like shiny things,\" said the "
-     "bird. {hero} gave it {a treasure} instead. The stone went back into the crown, the {worker} was free, and everyone said sorry to the {worker}. The guards "
-     "gave {hero} {some food}."),
+    ("The [king|queen] of the {home} had a crown with {a color} stone. One {time} the stone was missing! \"Who can "
+     "find it?\" asked the guards.",
+     "Everybody looked for a thief. They said it was the poor {worker}, because the {worker} had been in the "
+     "castle. \"It was not me!\" said the {worker}. {hero} believed the {worker}. {He} looked at the floor and saw "
+     "small tracks that led outside.",
+     "{hero} and {friend} followed the tracks to the {place}. There, {hiding}, sat a magpie with the {color} stone. "
+     "\"I like shiny things,\" said the bird. {hero} gave it {a treasure} instead. The stone went back into the "
+     "crown, the {worker} was free, and everyone said sorry to the {worker}. The guards gave {hero} {some food}."),
     # snowman
-    ("Snow fell all night. In the morning {hero} and {friend} made a snowman. They gave him {a color} {wear} and a carrot nose.",
-     "Then {friend} wanted the snowman to look left, and {hero} wanted him to look right. They [shouted|pulled and pushed], and the head fell off. \"It is your "
-     "fault!\" said {hero}. \"No, it is yours!\" said {friend}. They both went home angry.",
-     "At home {hero} looked out of the window at the snowman without a head. {He} missed {friend}. {He} went out, and {friend} was already there. \"I am "
-     "sorry,\" they said at the same time, and they laughed. They made {number} small snowmen around the big one, so that there was one for every side. The one with the "
-     "{color} {wear} was the biggest."),
+    ("Snow fell all night. In the morning {hero} and {friend} made a snowman. They gave him {a color} {wear} and a "
+     "carrot nose.",
+     "Then {friend} wanted the snowman to look left, and {hero} wanted him to look right. They [shouted|pulled and "
+     "pushed], and the head fell off. \"It is your fault!\" said {hero}. \"No, it is yours!\" said {friend}. They "
+     "both went home angry.",
+     "At home {hero} looked out of the window at the snowman without a head. {He} missed {friend}. {He} went out, "
+     "and {friend} was already there. \"I am sorry,\" they said at the same time, and they laughed. They made "
+     "{number} small snowmen around the big one, so that there was one for every side. The one with the {color} "
+     "{wear} was the biggest."),
     # the lighthouse
-    ("{hero} lived in the lighthouse with {elder}. Every night {elder} lit the big lamp so that ships could find the {water}.",
-     "One stormy {day} {elder} was away, and the lamp went out. {hero} heard a ship's horn in the dark. It was the boat of {friend}'s {family}! \"They will "
-     "hit the rocks!\" said {hero}. The stairs were dark, and there were {number} times ten of them.",
-     "{hero} took {a color} lantern and climbed up, step by step. {His} hands shook, but {he} lit the big lamp. The light went over the sea, and the ship turned "
-     "just in time. In the morning {friend} came running. \"You saved us!\" {fhe} said. {elder} hung the {color} lantern over {hero}'s bed, and "
-     "it hangs there still."),
+    ("{hero} lived in the lighthouse with {elder}. Every night {elder} lit the big lamp so that ships could find "
+     "the {water}.",
+     "One stormy {day} {elder} was away, and the lamp went out. {hero} heard a ship's horn in the dark. It was the "
+     "boat of {friend}'s {family}! \"They will hit the rocks!\" said {hero}. The stairs were dark, and there were "
+     "{number} times ten of them.",
+     "{hero} took {a color} lantern and climbed up, step by step. {His} hands shook, but {he} lit the big lamp. The "
+     "light went over the sea, and the ship turned just in time. In the morning {friend} came running. \"You saved "
+     "us!\" {fhe} said. {elder} hung the {color} lantern over {hero}'s bed, and it hangs there still."),
     # the slow one
-    ("{hero} was the slowest at the {place}. When the others ran, {he} walked. \"Hurry up!\" they called. Only {friend} waited for {him}.",
-     "One {time} they all ran to see the {color} [balloon|tent|wagon] at the fair. They ran so fast that nobody saw {a critter} in the road with a hurt leg. "
-     "But {hero} saw it, because {he} was slow. \"Stop!\" {he} called. \"Somebody needs help.\"",
-     "{hero} and {friend} carried the {critter} to the doctor. \"You came just in time,\" said the doctor. The others heard about it and felt ashamed. \"You see things "
-     "that we miss,\" they said. After that they sometimes walked slowly with {hero}, and they saw [flowers|nests|snails|clouds like ships] that they had never "
-     "seen before."),
+    ("{hero} was the slowest at the {place}. When the others ran, {he} walked. \"Hurry up!\" they called. Only "
+     "{friend} waited for {him}.",
+     "One {time} they all ran to see the {color} [balloon|tent|wagon] at the fair. They ran so fast that nobody saw "
+     "{a critter} in the road with a hurt leg. But {hero} saw it, because {he} was slow. \"Stop!\" {he} called. "
+     "\"Somebody needs help.\"",
+     "{hero} and {friend} carried the {critter} to the doctor. \"You came just in time,\" said the doctor. The "
+     "others heard about it and felt ashamed. \"You see things that we miss,\" they said. After that they sometimes "
+     "walked slowly with {hero}, and they saw [flowers|nests|snails|clouds like ships] that they had never seen "
+     "before."),
     # the noise
     ("{hero} could not sleep. From outside came a strange noise. It went {noise}, {noise}, {noise}.",
-     "\"Is it a ghost?\" thought {hero}. {He} woke up {friend}, who was staying for the night. \"I do not hear it,\" said {friend}. Then it came again: {noise}, "
-     "{noise}. They held hands and went to look with {a color} lamp. Their knees were shaking.",
-     "The noise came from the kitchen. {hero} opened the door slowly. There was {a critter}, stuck in the {tool}! \"Please let me out,\" it said. \"I only wanted "
-     "a bit of {food}.\" {hero} let it out, and {friend} gave it some. Then they all laughed, and after that the night was quiet."),
+     "\"Is it a ghost?\" thought {hero}. {He} woke up {friend}, who was staying for the night. \"I do not hear "
+     "it,\" said {friend}. Then it came again: {noise}, {noise}. They held hands and went to look with {a color} "
+     "lamp. Their knees were shaking.",
+     "The noise came from the kitchen. {hero} opened the door slowly. There was {a critter}, stuck in the {tool}! "
+     "\"Please let me out,\" it said. \"I only wanted a bit of {food}.\" {hero} let it out, and {friend} gave it "
+     "some. Then they all laughed, and after that the night was quiet."),
     # the picture
-    ("{hero} painted a picture of {shape} for the show at the {home}. {He} used {color} and {color2} paint and worked on it for {number} days.",
-     "The night before the show, the cat walked over the wet picture. There were paw prints all over it! \"It is ruined,\" cried {hero}. \"There is no time to make a new "
-     "one.\" {friend} looked at it from one side and then from the other.",
-     "\"Look,\" said {friend}. \"The paw prints are like [stars|flowers|little clouds|leaves].\" {hero} dried {his} eyes and painted thin {color} lines around them. At the "
-     "show everyone stopped in front of it. The {worker} gave it the first prize. \"Half of it was made by the cat,\" said {hero}, and {he} gave the cat some fish."),
+    ("{hero} painted a picture of {shape} for the show at the {home}. {He} used {color} and {color2} paint and "
+     "worked on it for {number} days.",
+     "The night before the show, the cat walked over the wet picture. There were paw prints all over it! \"It is "
+     "ruined,\" cried {hero}. \"There is no time to make a new one.\" {friend} looked at it from one side and then "
+     "from the other.",
+     "\"Look,\" said {friend}. \"The paw prints are like [stars|flowers|little clouds|leaves].\" {hero} dried {his} "
+     "eyes and painted thin {color} lines around them. At the show everyone stopped in front of it. The {worker} "
+     "gave it the first prize. \"Half of it was made by the cat,\" said {hero}, and {he} gave the cat some fish."),
     # tall tale of thirst / well
-    ("It had not rained for {number} weeks. The {crops} at the {place} were dry, and the animals were thirsty. {hero} carried water in {a color} bucket every {time}.",
-     "Then the well was empty too. \"What shall we do?\" asked {friend}. Everybody was afraid. {hero} remembered a story of {elder}'s about a spring under the "
-     "old stone on the hill. \"That is just a story,\" said the {worker}. Nobody wanted to dig.",
-     "{hero} went alone with {a tool}. {He} dug until {his} arms hurt. Then {friend} came to help, and then the {worker}. Suddenly cool water jumped "
-     "out of the ground! They all drank and laughed. {elder} said, \"Old stories sometimes know more than we do.\" And the {crops} grew green again."),
+    ("It had not rained for {number} weeks. The {crops} at the {place} were dry, and the animals were thirsty. "
+     "{hero} carried water in {a color} bucket every {time}.",
+     "Then the well was empty too. \"What shall we do?\" asked {friend}. Everybody was afraid. {hero} remembered a "
+     "story of {elder}'s about a spring under the old stone on the hill. \"That is just a story,\" said the "
+     "{worker}. Nobody wanted to dig.",
+     "{hero} went alone with {a tool}. {He} dug until {his} arms hurt. Then {friend} came to help, and then the "
+     "{worker}. Suddenly cool water jumped out of the ground! They all drank and laughed. {elder} said, \"Old "
+     "stories sometimes know more than we do.\" And the {crops} grew green again."),
 ]
 
 INSTRUMENTS = "flute violin drum trumpet guitar harp piano banjo horn fiddle harmonica".split()
