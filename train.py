@@ -25,7 +25,7 @@ DEFAULTS = {
 }
 # What a device makes sensible: a CPU finishes within minutes, a GPU is kept busy.
 DEVICE_DEFAULTS = {
-    "cpu": {"d_model": 128, "num_layers": 4, "batch_size": 8, "num_steps": 1000, "eval_interval": 250,
+    "cpu": {"d_model": 128, "num_layers": 4, "batch_size": 4, "num_steps": 2500, "eval_interval": 500,
             "eval_tokens": 1 << 17, "dtype": "float32", "compile": False},
     "cuda": {"d_model": 512, "num_layers": 8, "batch_size": 128, "num_steps": 5000, "eval_interval": 500,
              "eval_tokens": 1 << 22, "dtype": "bfloat16", "compile": True},
@@ -130,6 +130,16 @@ def new_folder(settings):
     return folder
 
 
+def check_room(folder, config):
+    """Raise InputError where the disk can't hold the checkpoints of a run: those kept, the best, and one being written."""
+    parent = next(parent for parent in folder.absolute().parents if parent.exists())
+    needed = 3 * 4 * tinylm.num_params(config) * (KEEP_CHECKPOINTS + 2)  # parameters and two moments of 4 bytes
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise InputError(f"{parent} has {free / 1e6:,.0f} MB free; the checkpoints of this run need {needed / 1e6:,.0f} MB; "
+                         "make room or choose another --output_dir")
+
+
 # ---- A run ----
 
 
@@ -141,6 +151,7 @@ def start_run(given):
     meta, ids = prepare.open_data(data)
     config = model_config(settings, meta["vocab_size"])
     tinylm.get_batch(ids["train"], 1, config.context_length, 0, 0)  # raises where the text is too short
+    check_room(folder, config)
     generator = torch.Generator().manual_seed(settings["seed"])
     params = tinylm.init_params(config, generator, settings["device"])
     folder.mkdir(parents=True, exist_ok=True)
@@ -255,6 +266,14 @@ def evaluate(losses, params, ids, settings):
     return total / count
 
 
+def import_wandb():
+    try:
+        import wandb
+    except ImportError:
+        raise InputError("--use_wandb needs the package wandb; pip install wandb, or leave the flag out") from None
+    return wandb
+
+
 class Log:
     """Where what was measured goes: the terminal, metrics.jsonl, and W&B where asked."""
 
@@ -267,7 +286,7 @@ class Log:
         self.mark, self.marked_step = self.begin, run["step"]
         self.wandb = None
         if settings["use_wandb"]:
-            import wandb
+            wandb = import_wandb()
             self.wandb = wandb.init(project=settings["wandb_project"], name=run["folder"].name, id=run["wandb_id"],
                                     resume="allow", dir=run["folder"], config=settings)
             run["wandb_id"] = self.wandb.id
@@ -368,7 +387,7 @@ def train(*, data: str | None = None, context_length: int | None = None, batch_s
     Data:
     data: a name below data/ or a folder that data/prepare.py wrote; stories, shakespeare and tinystories prepare themselves [stories]
     context_length: tokens the model sees at once [256]
-    batch_size: sequences in a batch [CPU 8, CUDA 128]
+    batch_size: sequences in a batch [CPU 4, CUDA 128]
     grad_accum_steps: batches in a step [1]
 
     Model:
@@ -383,7 +402,7 @@ def train(*, data: str | None = None, context_length: int | None = None, batch_s
     norm_eps: epsilon of RMSNorm [1e-5]
 
     Learning:
-    num_steps: steps in all [CPU 1000, CUDA 5000]
+    num_steps: steps in all [CPU 2500, CUDA 5000]
     lr_max: learning rate after the warm-up [4e-3 · √(128 / d_model)]
     lr_min: learning rate at the end [lr_max / 100]
     warmup_steps: steps of linear warm-up [100, at most a tenth of num_steps]
@@ -404,7 +423,7 @@ def train(*, data: str | None = None, context_length: int | None = None, batch_s
     run_name: name of the run [that of the data]
     resume: folder of a run to go on with, from its latest checkpoint; its flags are kept
     log_interval: steps between lines of the log [10]
-    eval_interval: steps between evaluations [CPU 250, CUDA 500]
+    eval_interval: steps between evaluations [CPU 500, CUDA 500]
     eval_tokens: tokens of the validation split to evaluate on at most [CPU 131072, CUDA 4194304]
     checkpoint_interval: steps between checkpoints [eval_interval]
     use_wandb: log to Weights & Biases too [False]
@@ -416,6 +435,7 @@ def train(*, data: str | None = None, context_length: int | None = None, batch_s
     settings, params, optimizer = run["settings"], run["params"], run["optimizer"]
     gradients, update, losses = step_functions(run["config"], settings)
     keep_freed_memory()
+    torch.set_float32_matmul_precision("high" if settings["device"] != "cpu" else "highest")  # TF32 on CUDA
     introduce(run)
     log, interrupt = Log(run), Interrupt()
     due = lambda step, name: step % settings[name] == 0 or step == settings["num_steps"]

@@ -43,8 +43,11 @@ WHITE_SPACE = [*range(0x09, 0x0E), 0x20, 0x85, 0xA0, 0x1680, *range(0x2000, 0x20
 @lru_cache(maxsize=1)
 def class_of_code_points():
     """The class of every Unicode code point, from Python's own Unicode tables. → uint8 (0x110000)."""
-    by_category = {"L": LETTER, "N": NUMBER}
-    classes = np.array([by_category.get(unicodedata.category(chr(c))[0], OTHER) for c in range(0x110000)], np.uint8)
+    classes = np.full(0x110000, OTHER, np.uint8)
+    for c in range(0x40000):  # no letters or numbers beyond
+        category = unicodedata.category(chr(c))[0]
+        if category == "L" or category == "N":
+            classes[c] = LETTER if category == "L" else NUMBER
     classes[WHITE_SPACE] = SPACE
     return classes
 
@@ -122,12 +125,10 @@ LONG_WORD = np.uint64(0), np.uint64(1 << 63)  # the key that stands for all long
 
 def word_keys(text, starts, lengths):
     """The exact key of each word: its bytes and its length, or LONG_WORD. → two uint64 (words)."""
-    padded = np.frombuffer(text + bytes(16), np.uint8)
-    eight = np.ndarray((len(text) + 9,), np.dtype("<u8"), padded, 0, (1,))  # the 8 bytes from each position on
+    sixteen = np.ndarray((len(text),), "V16", text + bytes(16), 0, (1,))  # the 16 bytes from each position on
+    low, high = sixteen[starts].view("<u8").reshape(-1, 2).T
     lengths = np.minimum(lengths, KEY_BYTES + 1)
-    low = eight[starts] & LOW_MASKS[lengths]
-    high = eight[starts + 8] & HIGH_MASKS[lengths] | LENGTH_FIELDS[lengths]
-    return low, high
+    return low & LOW_MASKS.take(lengths), high & HIGH_MASKS.take(lengths) | LENGTH_FIELDS.take(lengths)
 
 
 class HashTable:
@@ -171,21 +172,22 @@ class HashTable:
     def find(self, low, high):
         """The number of each key, or -1. → int32 (keys)."""
         slots = self.first_slot(low, high)
-        numbers = self.slot_number[slots]
-        pending = np.flatnonzero((self.slot_low[slots] != low) | (self.slot_high[slots] != high))
-        slots = slots[pending]
+        numbers = self.slot_number.take(slots)
+        pending = np.flatnonzero((self.slot_low.take(slots) != low) | (self.slot_high.take(slots) != high))
+        slots, low, high = slots[pending], low[pending], high[pending]
         while len(pending):
-            missed = (self.slot_low[slots] != low[pending]) | (self.slot_high[slots] != high[pending])
-            empty = self.slot_high[slots] == 0
+            slot_low, slot_high = self.slot_low[slots], self.slot_high[slots]
+            found, empty = (slot_low == low) & (slot_high == high), slot_high == 0
+            numbers[pending[found]] = self.slot_number[slots[found]]
             numbers[pending[empty]] = -1
-            numbers[pending[~missed]] = self.slot_number[slots[~missed]]
-            going = missed & ~empty
-            pending, slots = pending[going], (slots[going] + 1) % len(self.slot_low)
+            going = ~(found | empty)
+            pending, low, high = pending[going], low[going], high[going]
+            slots = (slots[going] + 1) % len(self.slot_low)
         return numbers
 
     def add(self, low, high):
         """Add keys that are not in the table; a key may stand more than once."""
-        while 3 * (len(self) + len(low)) > len(self.slot_low):
+        while 6 * (len(self) + len(low)) > len(self.slot_low):
             self.rehash(2 * len(self.slot_low))
         slots = np.unique(self.place(low, high))
         self.slot_number[slots] = np.arange(len(self), len(self) + len(slots))
@@ -395,13 +397,13 @@ class Encoder:
         numbers = self.table.find_or_add(*word_keys(text, starts, lengths))
         if len(self.table) > known:
             self.remember(*self.merge_words(*self.table.words(known)))
-        first, count = self.first[numbers], self.count[numbers]
+        first, count = self.first.take(numbers), self.count.take(numbers)
         if len(long):
             words = cut_words(text, starts, lengths, long)
             self.learn_long({word: None for word in words if word not in self.long})
             first[long], count[long] = np.array([self.long[word] for word in words]).T
         before = np.cumsum(count) - count  # tokens before each word
-        return self.ids[np.repeat(first - before, count) + np.arange(count.sum())]
+        return self.ids.take(np.repeat(first - before, count) + np.arange(count.sum()))
 
 
 encoder = lru_cache(maxsize=4)(Encoder)  # a tokenizer keeps what it has met from call to call
@@ -594,15 +596,15 @@ def count_corpus(paths, special_tokens, workers, errors):
 
 def grouped(neighbours, weights, places):
     """Sum weights by neighbour; yields (neighbour, sum, its places in order). Neighbours below 0 are no tokens."""
-    real = neighbours >= 0
-    neighbours, weights, places = neighbours[real], weights[real], places[real]
-    if not len(neighbours):
-        return
     order = np.argsort(neighbours, kind="stable")
     neighbours, weights, places = neighbours[order], weights[order], places[order]
-    begins = np.flatnonzero(np.diff(neighbours, prepend=-1))
-    sums = np.add.reduceat(weights, begins)
-    yield from zip(neighbours[begins].tolist(), sums.tolist(), np.split(places, begins[1:]))
+    begins = np.flatnonzero(neighbours[1:] != neighbours[:-1]) + 1
+    begins = np.concatenate(([0], begins)) if len(order) else begins
+    sums = np.add.reduceat(weights, begins).tolist() if len(order) else []
+    ends = [*begins[1:].tolist(), len(order)]
+    for neighbour, total, begin, end in zip(neighbours[begins].tolist(), sums, begins.tolist(), ends):
+        if neighbour >= 0:
+            yield neighbour, total, places[begin:end]
 
 
 def sort_key(token):

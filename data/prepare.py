@@ -230,6 +230,7 @@ def prepare(*, dataset: str = "", input: str = "", val_input: str = "", val_frac
         if not train or not val:
             raise InputError(f"{input or dataset}: too little text to keep {val_fraction} of it for validation; use more text "
                              "or another --val_fraction")
+        check_room(partial, sum(end - start for _, start, end in train + val), vocab_size)
         write_data(partial, dataset or input, train, val, vocab_size, workers, errors)
         shutil.rmtree(output, ignore_errors=True)
         os.replace(partial, output)
@@ -249,6 +250,14 @@ def write_data(folder, source, train, val, vocab_size, workers, errors):
     for split, spans in (("train", train), ("val", val)):
         meta[split] = write_ids(tokenizer, spans, folder / f"{split}.bin", workers, errors)
     (folder / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
+
+
+def check_room(folder, num_bytes, vocab_size):
+    """Raise InputError where the disk can't hold the ids: two bytes each, for one byte of text or, merged, at least two."""
+    needed, free = num_bytes * (2 if vocab_size < 512 else 1), shutil.disk_usage(folder).free
+    if free < needed:
+        raise InputError(f"{folder.parent} has {free / 1e6:,.0f} MB free; the data may need {needed / 1e6:,.0f} MB; make room or "
+                         "choose another --output")
 
 
 def report(folder, asked):
