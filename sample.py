@@ -120,4 +120,4 @@ def sample(*, prompt: str = "", checkpoint: str = "", max_new_tokens: int = 500,
 
 
 if __name__ == "__main__":
-    cli.run(sample, tinylm.InputError)
+    cli.run(sample)

@@ -7,12 +7,15 @@ import http.server
 import inspect
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -857,7 +860,7 @@ def call(monkeypatch, capsys, function, *arguments):
     monkeypatch.setattr(sys, "argv", ["command.py", *arguments])
     code = 0
     try:
-        cli.run(function, tinylm.InputError)
+        cli.run(function)
     except SystemExit as exit:
         code = exit.code
     return code, capsys.readouterr().err
@@ -1014,3 +1017,138 @@ def test_the_commands_run(trained, tmp_path):
     assert result.returncode == 0 and result.stdout.startswith("[1, 2]"), result.stderr
     result = run(ROOT / "train.py", "--num_step=3")
     assert result.returncode == 2 and result.stderr == "train.py: unknown flag --num_step; did you mean --num_steps?\n"
+
+
+# ---- Runs that end badly ----
+
+
+def poisoned(monkeypatch, steps):
+    """Make the gradients of these steps infinite."""
+    genuine = train.accumulate_gradients
+
+    def accumulate(gradients, params, ids, settings, step):
+        loss, grads = genuine(gradients, params, ids, settings, step)
+        return (loss, tinylm.tree_map(lambda g: g * math.inf, grads)) if step in steps else (loss, grads)
+
+    monkeypatch.setattr(train, "accumulate_gradients", accumulate)
+
+
+def test_a_step_that_is_not_finite_is_not_applied(tmp_path, monkeypatch, capsys):
+    data = prepared(tmp_path)
+    poisoned(monkeypatch, {2, 4})
+    train.train(data=str(data), output_dir=str(tmp_path / "run"), **TINY)
+    assert "step 3 is not applied" in capsys.readouterr().out
+    assert [line["step"] for line in metrics(tmp_path / "run") if "skipped" in line] == [3, 5]
+    params, _ = tinylm.load_checkpoint(tmp_path / "run/latest")
+    assert all(p.isfinite().all() for _, p in tinylm.tree_leaves(params))
+    assert tinylm.load_optimizer(tmp_path / "run/latest", params)["step"] == 4
+
+
+def test_a_run_that_diverges_gives_up_and_keeps_its_checkpoint(tmp_path, monkeypatch, capsys):
+    data = prepared(tmp_path)
+    poisoned(monkeypatch, range(3, 20))
+    flags = [f"--{name}={value}" for name, value in (TINY | dict(num_steps=20)).items()]
+    code, error = call(monkeypatch, capsys, train.train, f"--data={data}", f"--output_dir={tmp_path}/run", *flags)
+    assert code == 3 and error.count("\n") == 1
+    for word in ("step 8", "loss", "gradient norm", "learning rate", "smaller --lr_max", "step-0000003"):
+        assert word in error
+    assert (tmp_path / "run/latest").resolve().name == "step-0000003"
+
+
+def test_checkpoints_kept_are_the_newest_and_the_best(tmp_path, monkeypatch):
+    data = prepared(tmp_path)
+    losses = iter([5.0, 3.0, 4.0, 6.0, 7.0, 8.0])
+    monkeypatch.setattr(train, "evaluate", lambda *args: next(losses))
+    train.train(data=str(data), output_dir=str(tmp_path / "run"), **TINY | dict(eval_interval=1))
+    kept = sorted(path.name for path in (tmp_path / "run").glob("step-*"))
+    assert kept == ["step-0000002", "step-0000005", "step-0000006"]
+    assert (tmp_path / "run/best").resolve().name == "step-0000002" and (tmp_path / "run/latest").resolve().name == "step-0000006"
+
+
+def test_a_checkpoint_that_cannot_be_saved(tmp_path, monkeypatch, capsys):
+    """A disk that is full for a while costs nothing but that checkpoint; at the end it is an error."""
+    data = prepared(tmp_path)
+    genuine, steps = train.check_room, []
+
+    def full_at_step_4_and_6(folder, needed, purpose):
+        steps.append(1)
+        if len(steps) in (3, 4):
+            raise cli.InputError("0 MB free")
+        genuine(folder, needed, purpose)
+
+    monkeypatch.setattr(train, "check_room", full_at_step_4_and_6)
+    with pytest.raises(cli.InputError, match="make room"):
+        train.train(data=str(data), output_dir=str(tmp_path / "run"), **TINY | dict(checkpoint_interval=2))
+    assert "step 4 could not be saved (0 MB free); the last good one is step-0000002" in capsys.readouterr().err
+    monkeypatch.setattr(train, "check_room", genuine)
+    train.train(resume=str(tmp_path / "run"))
+    assert metrics(tmp_path / "run")[-1]["step"] == 6 and (tmp_path / "run/latest").resolve().name == "step-0000006"
+
+
+def test_one_folder_one_run(tmp_path):
+    data = prepared(tmp_path)
+    train.train(data=str(data), output_dir=str(tmp_path / "run"), **TINY)
+    held = train.lock(tmp_path / "run")
+    with pytest.raises(cli.InputError, match=f"in use by another run .process {os.getpid()}."):
+        train.train(resume=str(tmp_path / "run"), num_steps=9)
+    held.close()
+    (tmp_path / "run/.step-0000009.partial").mkdir()
+    train.train(resume=str(tmp_path / "run"), num_steps=9)
+    assert not list((tmp_path / "run").glob(".*partial"))
+
+
+def start(data, folder, **flags):
+    """Training in a process of its own, forked from one that has imported all it needs but computed nothing."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train"])
+    flags = TINY | dict(checkpoint_interval=3, eval_interval=50, resume="auto", data=str(data), output_dir=str(folder)) | flags
+    process = context.Process(target=train.train, kwargs=flags)
+    process.start()
+    return process
+
+
+def wait_for_step(folder, step, process):
+    """Wait until the metrics of a run reach a step, or its process ends."""
+    path = Path(folder) / "metrics.jsonl"
+    while process.is_alive() and not (path.exists() and re.findall(rf'"step": {step}\b', path.read_text())):
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_step_and_saves(tmp_path, number):
+    data = prepared(tmp_path)
+    process = start(data, tmp_path / "run", num_steps=100_000)
+    wait_for_step(tmp_path / "run", 5, process)
+    os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode == 0
+    last = metrics(tmp_path / "run")[-1]["step"]
+    assert (tmp_path / "run/latest").resolve().name == f"step-{last:07d}" and last < 100_000
+
+
+def test_killed_at_any_moment_it_resumes_exactly(tmp_path):
+    """20 times SIGKILL, while starting, training or saving; the end is bit for bit that of a run never interrupted."""
+    data = prepared(tmp_path)
+    latest = lambda: (tmp_path / "killed/latest").resolve().name
+    whole = start(data, tmp_path / "whole", num_steps=400)
+    whole.join()
+    assert whole.exitcode == 0
+    rng, before = random.Random(0), "latest"
+    for kill in range(20):
+        process = start(data, tmp_path / "killed", num_steps=400)
+        if kill % 4 and before != "latest":  # once it trains; else at any time
+            wait_for_step(tmp_path / "killed", int(before.split("-")[1]) + 2, process)
+        time.sleep(rng.random() * (0.1 if kill % 4 else 1.0))
+        assert process.is_alive()
+        process.kill()
+        process.join()
+        assert before == "latest" or latest() >= before, "no work is lost"
+        before = latest()
+    process = start(data, tmp_path / "killed", num_steps=400)
+    process.join()
+    assert process.exitcode == 0
+    assert without_time(metrics(tmp_path / "whole")) == without_time(metrics(tmp_path / "killed"))
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert (tmp_path / "whole/latest" / name).read_bytes() == (tmp_path / "killed/latest" / name).read_bytes()
+    with pytest.raises(train.Finished, match="has done its 400 steps"):
+        train.train(resume="auto", data=str(data), output_dir=str(tmp_path / "killed"))

@@ -21,11 +21,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 
 class InputError(ValueError):
     """A mistake in what was given: one line saying what was given, what was expected and what to do."""
+
+    exit_code = 2  # of a command that ends with it
 
 
 # ---- Trees: nested dicts whose leaves are tensors ----

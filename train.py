@@ -1,6 +1,7 @@
 """Train a model: python train.py --help. From Python: train.train(data="stories", num_steps=100)."""
 
 import ctypes
+import fcntl
 import json
 import math
 import os
@@ -14,14 +15,14 @@ from pathlib import Path
 import torch
 
 import tinylm
-from data import cli, prepare
+from data import bpe, cli, prepare
 from data.cli import InputError
 from tinylm import Config
 
 DEFAULTS = {
     "data": "stories", "context_length": 256, "rope_theta": 10000.0, "norm_eps": 1e-5, "tie_embeddings": False,
     "grad_accum_steps": 1, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "clip_grad": 1.0,
-    "log_interval": 10, "seed": 0, "use_wandb": False, "wandb_project": "tinylm",
+    "log_interval": 10, "keep_checkpoints": 2, "seed": 0, "use_wandb": False, "wandb_project": "tinylm",
 }
 # What a device makes sensible: a CPU finishes within minutes, a GPU is kept busy.
 DEVICE_DEFAULTS = {
@@ -31,10 +32,24 @@ DEVICE_DEFAULTS = {
              "eval_tokens": 1 << 22, "dtype": "bfloat16", "compile": True},
 }
 # What a resumed run may change: it alters how the run is watched and where it computes, not what it computes.
-CHANGEABLE = {"num_steps", "log_interval", "eval_interval", "eval_tokens", "checkpoint_interval", "device", "compile",
+CHANGEABLE = {"num_steps", "log_interval", "eval_interval", "eval_tokens", "checkpoint_interval", "keep_checkpoints", "device",
               "use_wandb", "wandb_project"}
-KEEP_CHECKPOINTS = 2  # the newest ones; the best is kept beside them
+MODEL_FLAGS = ("context_length", "d_model", "num_layers", "num_heads", "num_kv_heads", "d_ff", "rope_theta", "norm_eps",
+               "tie_embeddings")
+PATIENCE = 5  # steps in a row whose numbers are not finite, before a run gives up
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Diverged(RuntimeError):
+    """Training whose loss or gradients are no numbers any more."""
+
+    exit_code = 3
+
+
+class Finished(InputError):
+    """A run that a scheduler starts again though it has done all its steps."""
+
+    exit_code = 0
 
 
 # ---- Settings ----
@@ -81,13 +96,13 @@ def complete(given):
 def check(settings):
     """Raise InputError where a setting of the run (not of the model; Config checks those) can't be."""
     whole = ("num_steps", "batch_size", "grad_accum_steps", "eval_interval", "eval_tokens", "checkpoint_interval",
-             "log_interval", "context_length")
+             "log_interval", "keep_checkpoints", "context_length")
     limits = {name: (1, math.inf) for name in whole} | {
         "warmup_steps": (0, math.inf), "lr_max": (0, math.inf), "lr_min": (0, settings["lr_max"]),
         "weight_decay": (0, math.inf), "beta1": (0, 0.9999999), "beta2": (0, 0.9999999), "eps": (0, math.inf),
         "clip_grad": (1e-9, math.inf), "seed": (-(2**63), 2**63 - 1)}
     for name, (low, high) in limits.items():
-        if not low <= settings[name] <= high:
+        if not (low <= settings[name] <= high and settings[name] < math.inf):
             between = f"from {low:g} to {high:g}" if high < math.inf else f"of {low:g} or more"
             raise InputError(f"--{name}={settings[name]}: expected a number {between}")
     if settings["dtype"] not in DTYPES:
@@ -112,9 +127,7 @@ def model_config(settings, data_vocab_size):
     if vocab_size < data_vocab_size:
         raise InputError(f"--vocab_size={vocab_size}: the data has {data_vocab_size} tokens; expected that or more "
                          "(data/prepare.py --vocab_size chooses it)")
-    names = ("context_length", "d_model", "num_layers", "num_heads", "num_kv_heads", "d_ff", "rope_theta", "norm_eps",
-             "tie_embeddings")
-    return Config(vocab_size, **{name: settings[name] for name in names})
+    return Config(vocab_size, **{name: settings[name] for name in MODEL_FLAGS})
 
 
 def new_folder(settings):
@@ -130,84 +143,161 @@ def new_folder(settings):
     return folder
 
 
-def check_room(folder, config):
-    """Raise InputError where the disk can't hold the checkpoints of a run: those kept, the best, and one being written."""
-    parent = next(parent for parent in folder.absolute().parents if parent.exists())
-    needed = 3 * 4 * tinylm.num_params(config) * (KEEP_CHECKPOINTS + 2)  # parameters and two moments of 4 bytes
+def checkpoint_bytes(config):
+    """The size of a checkpoint: parameters and two moments, of 4 bytes each."""
+    return 3 * 4 * tinylm.num_params(config)
+
+
+def check_room(folder, needed, purpose):
+    """Raise InputError where the disk below `folder` has less than `needed` bytes free."""
+    parent = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(parent).free
     if free < needed:
-        raise InputError(f"{parent} has {free / 1e6:,.0f} MB free; the checkpoints of this run need {needed / 1e6:,.0f} MB; "
-                         "make room or choose another --output_dir")
+        raise InputError(f"{parent} has {free / 1e6:,.0f} MB free; {purpose} {needed / 1e6:,.0f} MB; make room or choose another "
+                         "--output_dir")
 
 
 # ---- A run ----
 
 
-def start_run(given):
-    """A new run: settings chosen, data checked, parameters drawn. → the state that `train` goes on from."""
+def lock(folder):
+    """Claim a run's folder for this process until it closes the file returned, or ends in whatever way."""
+    file = open(folder / "lock", "a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise InputError(f"{folder} is in use by another run (process {file.read().strip()}); wait for it or stop it") from None
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    for left in folder.glob(".*.partial"):  # by a run that was killed
+        shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+    return file
+
+
+def start_run(given, init_from, folder):
+    """A new run: settings chosen, data checked, parameters drawn or loaded. → the state that `train` goes on from."""
     settings = complete(given)
-    folder = new_folder(settings)
+    params = None
+    if init_from:
+        params, config = tinylm.load_checkpoint(init_from)
+        sizes = {name: getattr(config, name) for name in MODEL_FLAGS} | {"vocab_size": config.vocab_size}
+        for flag, value in sizes.items():
+            if given.get(flag, value) != value:
+                raise InputError(f"--{flag}={given[flag]}: the model of --init_from={init_from} has {flag} {value}; leave the flag out")
+        settings |= sizes
+    model_config(settings, 257)  # raises where sizes don't fit, before any work
+    folder = folder or new_folder(settings)
     data = find_data(settings["data"])
     meta, ids = prepare.open_data(data)
     config = model_config(settings, meta["vocab_size"])
     tinylm.get_batch(ids["train"], 1, config.context_length, 0, 0)  # raises where the text is too short
-    check_room(folder, config)
-    generator = torch.Generator().manual_seed(settings["seed"])
-    params = tinylm.init_params(config, generator, settings["device"])
+    check_room(folder, checkpoint_bytes(config) * (settings["keep_checkpoints"] + 2), "the checkpoints of this run need")
+    if params is None:
+        params = tinylm.init_params(config, torch.Generator().manual_seed(settings["seed"]), settings["device"])
+    params = to_device(params, settings["device"])
     folder.mkdir(parents=True, exist_ok=True)
-    return {"settings": settings, "folder": folder, "data": data, "meta": meta, "ids": ids, "config": config, "step": 0,
-            "params": params, "optimizer": tinylm.adamw_init(params), "seconds": 0.0, "best": math.inf, "wandb_id": None}
+    locked = lock(folder)
+    (folder / "metrics.jsonl").unlink(missing_ok=True)
+    return {"settings": settings, "folder": folder, "lock": locked, "data": data, "meta": meta, "ids": ids,
+            "config": config, "step": 0, "params": params, "optimizer": tinylm.adamw_init(params), "seconds": 0.0,
+            "best": math.inf, "wandb_id": None}
 
 
-def resume_run(folder, given):
-    """A run as its latest checkpoint has it. Raises InputError for flags that would make it another run."""
-    folder = Path(folder)
+def to_device(tree, device):
+    return tinylm.tree_map(lambda tensor: tensor.to(device), tree)
+
+
+def resume_run(folder, given, done=InputError):
+    """A run as its latest checkpoint has it. Raises InputError for flags that would make it another run, `done` at its end."""
     checkpoint = folder / "latest"
     if not checkpoint.is_dir():
         raise InputError(f"--resume={folder}: no checkpoint there yet; expected a folder that train.py wrote")
+    locked = lock(folder)
     state = tinylm.read_json(checkpoint / "train_state.json")
-    settings = state["settings"]
-    for flag, value in given.items():
-        if flag not in CHANGEABLE and value != settings.get(flag):
-            raise InputError(f"--{flag}={value}: the run has {flag} {settings.get(flag)}, which can't change on resuming; "
-                             "start a new run for that")
-    settings = settings | given
-    settings["device"] = choose_device(settings["device"])
-    check(settings)
-    if state["step"] >= settings["num_steps"]:
-        raise InputError(f"--resume={folder}: the run has done its {state['step']} steps; give a larger --num_steps to extend it")
+    try:
+        settings, step, seconds = state["settings"], state["step"], state["seconds"]
+        for flag, value in given.items():
+            if flag not in CHANGEABLE and value != settings.get(flag):
+                raise InputError(f"--{flag}={value}: the run has {flag} {settings.get(flag)}, which can't change on resuming; "
+                                 "start a new run for that")
+        settings = settings | given
+        settings["device"] = choose_device(settings["device"])
+        check(settings)
+        best, wandb_id, tokenizer = state["best"], state["wandb_id"], state["tokenizer_sha256"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{checkpoint}/train_state.json is damaged ({type(error).__name__}: {error}); take another checkpoint") from None
+    if step >= settings["num_steps"]:
+        raise done(f"--resume={folder}: the run has done its {step} steps; give a larger --num_steps to extend it")
     data = find_data(settings["data"])
     meta, ids = prepare.open_data(data)
-    if meta["tokenizer_sha256"] != state["tokenizer_sha256"]:
+    if meta["tokenizer_sha256"] != tokenizer:
         raise InputError(f"{data} has another tokenizer than the run began with; prepare the data as it was")
     params, config = tinylm.load_checkpoint(checkpoint)
     optimizer = tinylm.load_optimizer(checkpoint, params)
-    move = lambda tree: tinylm.tree_map(lambda tensor: tensor.to(settings["device"]), tree)
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    kept = [line for line in lines if json.loads(line)["step"] <= state["step"]]
-    (folder / "metrics.jsonl").write_text("".join(f"{line}\n" for line in kept))
-    return {"settings": settings, "folder": folder, "data": data, "meta": meta, "ids": ids, "config": config,
-            "step": state["step"], "params": move(params), "optimizer": move(optimizer), "seconds": state["seconds"],
-            "best": state["best"] or math.inf, "wandb_id": state["wandb_id"]}
+    keep_metrics(folder / "metrics.jsonl", step)
+    return {"settings": settings, "folder": folder, "lock": locked, "data": data, "meta": meta, "ids": ids,
+            "config": config, "step": step, "params": to_device(params, settings["device"]),
+            "optimizer": to_device(optimizer, settings["device"]), "seconds": seconds,
+            "best": math.inf if best is None else best, "wandb_id": wandb_id}
+
+
+def keep_metrics(path, last_step):
+    """Drop from a run's metrics what it measured after `last_step`, a line cut short by its death included."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            if json.loads(line)["step"] <= last_step:
+                kept.append(f"{line}\n")
+        except ValueError:
+            pass
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def open_run(resume, init_from, given):
+    """The run that the flags mean: a new one, one to go on with, or (--resume=auto) whichever there is."""
+    if resume and init_from:
+        raise InputError(f"--resume={resume} and --init_from={init_from}: give one of the two")
+    if resume == "auto":
+        folder = Path(given.get("output_dir") or Path("runs") / (given.get("run_name") or Path(given.get("data", "stories")).name))
+        return resume_run(folder, given, Finished) if (folder / "latest").is_dir() else start_run(given, init_from, folder)
+    return resume_run(Path(resume), given) if resume else start_run(given, init_from, None)
 
 
 def save(run, step, params, optimizer, seconds, val_loss):
     """Write the checkpoint of a step and say which one is the latest and which the best; drop those no longer needed."""
     folder, checkpoint = run["folder"], run["folder"] / f"step-{step:07d}"
-    run["best"], is_best = min(run["best"], val_loss), val_loss < run["best"]
+    check_room(folder, checkpoint_bytes(run["config"]), "a checkpoint needs")
+    best = min(run["best"], val_loss)
     state = {"step": step, "settings": run["settings"], "seconds": seconds, "wandb_id": run["wandb_id"],
-             "best": run["best"] if run["best"] < math.inf else None, "tokenizer_sha256": run["meta"]["tokenizer_sha256"]}
-    end_token = prepare.bpe.END_OF_TEXT, run["meta"]["end_of_text_id"]
+             "best": best if best < math.inf else None, "tokenizer_sha256": run["meta"]["tokenizer_sha256"]}
+    end_token = bpe.END_OF_TEXT, run["meta"]["end_of_text_id"]
     tinylm.save_checkpoint(checkpoint, params, run["config"], run["data"] / "tokenizer.json", end_token, optimizer, state)
-    for name in ["latest"] + ["best"] * is_best:
+    for name in ["latest"] + ["best"] * (val_loss < run["best"]):
         link = folder / f".{name}.partial"
         link.unlink(missing_ok=True)
         link.symlink_to(checkpoint.name)
         os.replace(link, folder / name)
+    tinylm.flush_folder(folder)
+    run["best"] = best
     keep = {link.resolve().name for link in (folder / "latest", folder / "best")}
-    for old in sorted(folder.glob("step-*"))[:-KEEP_CHECKPOINTS]:
+    for old in sorted(folder.glob("step-*"))[:-run["settings"]["keep_checkpoints"]]:
         if old.name not in keep:
             shutil.rmtree(old)
+
+
+def try_to_save(run, step, *args):
+    """`save`, or say why not: a disk that is full now must not end a run that has room later. Returns whether it could."""
+    try:
+        save(run, step, *args)
+        return True
+    except (OSError, InputError) as error:
+        good = (run["folder"] / "latest").resolve().name if (run["folder"] / "latest").exists() else "none"
+        cli.fail(f"the checkpoint of step {step} could not be saved ({error}); the last good one is {good}")
+        return False
 
 
 # ---- The parts of a step ----
@@ -248,6 +338,7 @@ def step_functions(config, settings):
 
 def accumulate_gradients(gradients, params, ids, settings, step):
     """The loss and the gradients of a step: their means over its grad_accum_steps batches."""
+    prepare.check_unchanged(ids)
     count, total = settings["grad_accum_steps"], None
     for micro_step in range(step * count, (step + 1) * count):
         batch = tinylm.get_batch(ids, settings["batch_size"], settings["context_length"], settings["seed"], micro_step)
@@ -258,6 +349,7 @@ def accumulate_gradients(gradients, params, ids, settings, step):
 
 def evaluate(losses, params, ids, settings):
     """Mean loss, in nats per token, over the first eval_tokens tokens of the validation split, the same each time."""
+    prepare.check_unchanged(ids)
     total, count = 0.0, 0
     ids = ids[:settings["eval_tokens"] + 1]
     for inputs, targets, real in tinylm.eval_batches(ids, settings["batch_size"], settings["context_length"]):
@@ -325,6 +417,18 @@ class Log:
               f"after {cli.duration(self.seconds)}", flush=True)
         self.pause(step)
 
+    def skipped(self, run, step, loss, norm, lr, bad_steps):
+        """Keep and show a step that was not applied, as its numbers are not finite. Raises Diverged after several."""
+        numbers = f"loss {loss.item()}, gradient norm {norm.item()}, learning rate {lr:.2e}"
+        self.write(step, skipped=numbers)
+        self.screen.close()
+        print(f"step {step} is not applied: {numbers}", flush=True)
+        if bad_steps == PATIENCE:
+            good = run["folder"] / "latest"
+            begin = f"go on from {good.resolve().name} with --resume={run['folder']}, or " if good.exists() else ""
+            raise Diverged(f"{PATIENCE} steps in a row were not finite, the last at step {step}: {numbers}; {begin}"
+                           "start anew with a smaller --lr_max, a longer --warmup_steps or --dtype=float32")
+
     def close(self):
         self.screen.close()
         self.file.close()
@@ -370,6 +474,16 @@ class Interrupt:
             signal.signal(number, handler)
 
 
+def conclude(run, step, saved):
+    """Say how to go on. Raises InputError where the last checkpoint could not be saved."""
+    if not saved:
+        raise InputError(f"{run['folder']}: the run ended without its last checkpoint; make room and run it again with --resume")
+    if step < run["settings"]["num_steps"]:
+        print(f"stopped after step {step}; go on with: python train.py --resume={run['folder']}")
+    else:
+        print(f"done; write with: python sample.py --checkpoint={run['folder']}")
+
+
 def train(*, data: str | None = None, context_length: int | None = None, batch_size: int | None = None,
           grad_accum_steps: int | None = None, d_model: int | None = None, num_layers: int | None = None,
           num_heads: int | None = None, num_kv_heads: int | None = None, d_ff: int | None = None,
@@ -379,7 +493,7 @@ def train(*, data: str | None = None, context_length: int | None = None, batch_s
           beta1: float | None = None, beta2: float | None = None, eps: float | None = None,
           clip_grad: float | None = None, seed: int | None = None, device: str | None = None, dtype: str | None = None,
           compile: bool | None = None, output_dir: str | None = None, run_name: str | None = None,
-          resume: str | None = None, log_interval: int | None = None, eval_interval: int | None = None,
+          resume: str | None = None, init_from: str | None = None, keep_checkpoints: int | None = None, log_interval: int | None = None, eval_interval: int | None = None,
           eval_tokens: int | None = None, checkpoint_interval: int | None = None, use_wandb: bool | None = None,
           wandb_project: str | None = None):
     """Train a language model; checkpoints and metrics go to runs/NAME. Each flag has a default that suits the device.
@@ -421,49 +535,53 @@ def train(*, data: str | None = None, context_length: int | None = None, batch_s
     Run:
     output_dir: folder to write to [runs/RUN_NAME]
     run_name: name of the run [that of the data]
-    resume: folder of a run to go on with, from its latest checkpoint; its flags are kept
+    resume: folder of a run to go on with, its flags kept; or auto, to go on where there is one and else start it
+    init_from: Llama folder to take the model from, its sizes kept
     log_interval: steps between lines of the log [10]
     eval_interval: steps between evaluations [CPU 500, CUDA 500]
     eval_tokens: tokens of the validation split to evaluate on at most [CPU 131072, CUDA 4194304]
     checkpoint_interval: steps between checkpoints [eval_interval]
+    keep_checkpoints: the newest ones kept, beside the best [2]
     use_wandb: log to Weights & Biases too [False]
     wandb_project: project there [tinylm]
     """
     given = {flag: value for flag, value in locals().items() if value is not None}
-    given.pop("resume", None)
-    run = resume_run(resume, given) if resume else start_run(given)
+    run = open_run(given.pop("resume", None), given.pop("init_from", None), given)
     settings, params, optimizer = run["settings"], run["params"], run["optimizer"]
     gradients, update, losses = step_functions(run["config"], settings)
     keep_freed_memory()
     torch.set_float32_matmul_precision("high" if settings["device"] != "cpu" else "highest")  # TF32 on CUDA
     introduce(run)
-    log, interrupt = Log(run), Interrupt()
+    log, interrupt, bad_steps = Log(run), Interrupt(), 0
     due = lambda step, name: step % settings[name] == 0 or step == settings["num_steps"]
 
     for step in range(run["step"], settings["num_steps"]):
         lr = tinylm.cosine_lr(step, *(settings[name] for name in ("lr_max", "lr_min", "warmup_steps", "num_steps")))
         loss, grads = accumulate_gradients(gradients, params, run["ids"]["train"], settings, step)
-        params, optimizer, norm = update(params, grads, optimizer, torch.tensor(lr))
-        done, val_loss = step + 1, math.inf
+        new_params, new_optimizer, norm = update(params, grads, optimizer, torch.tensor(lr))
+        done, val_loss, saved = step + 1, math.inf, True
 
-        if due(done, "log_interval"):
-            log.training(done, loss, norm, lr)
+        if not math.isfinite(loss.item() + norm.item()):
+            bad_steps += 1
+            log.skipped(run, done, loss, norm, lr, bad_steps)
+        else:
+            params, optimizer, bad_steps = new_params, new_optimizer, 0
+            if due(done, "log_interval"):
+                log.training(done, loss, norm, lr)
         if due(done, "eval_interval"):
             val_loss = evaluate(losses, params, run["ids"]["val"], settings)
             log.evaluation(done, val_loss, run["meta"]["val"])
-        if due(done, "checkpoint_interval") or interrupt.asked:
-            save(run, done, params, optimizer, log.seconds, val_loss)
+        if (due(done, "checkpoint_interval") or interrupt.asked) and not bad_steps:
+            saved = try_to_save(run, done, params, optimizer, log.seconds, val_loss)
             log.pause(done)
         if interrupt.asked:
             break
 
     interrupt.restore()
     log.close()
-    if done < settings["num_steps"]:
-        print(f"stopped after step {done}; go on with: python train.py --resume={run['folder']}")
-    else:
-        print(f"done; write with: python sample.py --checkpoint={run['folder']}")
+    run["lock"].close()
+    conclude(run, done, saved)
 
 
 if __name__ == "__main__":
-    cli.run(train, tinylm.InputError)
+    cli.run(train)

@@ -13,6 +13,8 @@ import time
 class InputError(ValueError):
     """A mistake in what was given: one line saying what was given, what was expected and what to do."""
 
+    exit_code = 2
+
 
 def parse(name, annotation, text):
     """The value of one flag, by its annotation (`int`, `float`, `bool` or `str`, each perhaps `| None`)."""
@@ -80,10 +82,11 @@ def help_text(function):
     return "\n".join(lines)
 
 
-def run(function, *mistakes):
+def run(function):
     """Call `function` with the flags on the command line, through Fire.
 
-    A user's mistake (InputError, any of `mistakes`, or what the file system refuses) ends in one line and exit code 2.
+    An error that has an `exit_code`, as a user's mistakes do, ends in one line and that code; what the file system
+    refuses in one line and code 2.
     """
     program = os.path.basename(sys.argv[0])
     if any(argument in ("--help", "-h") for argument in sys.argv[1:]):
@@ -98,14 +101,17 @@ def run(function, *mistakes):
         parsers = {name: (lambda text, name=name: parse(name, parameters[name].annotation, text)) for name in parameters}
         fire.Fire(fire.decorators.SetParseFns(**parsers)(function),
                   command=[f"--{name}={text}" for name, text in flags.items()], name=program)
-    except (InputError, *mistakes) as error:
-        sys.exit(fail(f"{program}: {error}"))
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         sys.exit(fail(f"{program}: {where}{error.strerror or error}"))
     except KeyboardInterrupt:
         fail(f"\n{program}: interrupted")
         sys.exit(130)
+    except Exception as error:
+        if not hasattr(error, "exit_code"):
+            raise
+        fail(f"{program}: {error}")
+        sys.exit(error.exit_code)
 
 
 def fail(line):

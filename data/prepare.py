@@ -293,6 +293,7 @@ def open_data(folder):
             if path.stat().st_size != count * dtype.itemsize or not count:
                 raise InputError(f"{path} has {path.stat().st_size:,} bytes; expected {count * dtype.itemsize:,}; {again}")
             ids[split] = np.memmap(path, dtype, "r")
+            ids[split].stamp = stamp(path)
             highest = max(int(ids[split][i:i + (1 << 24)].max()) for i in range(0, count, 1 << 24))
             if highest >= meta["vocab_size"]:
                 raise InputError(f"{path} holds the id {highest}, beyond the vocabulary of {meta['vocab_size']}; {again}")
@@ -301,6 +302,18 @@ def open_data(folder):
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise InputError(f"{folder}/meta.json is damaged ({type(error).__name__}: {error}); {again}") from None
     return meta, ids
+
+
+def stamp(path):
+    """What tells a file from another one, or an older one, in its place."""
+    status = os.stat(path)
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def check_unchanged(ids):
+    """Raise InputError where the file behind these ids is no longer the one that was opened: reading on could crash."""
+    if not os.path.exists(ids.filename) or stamp(ids.filename) != ids.stamp:
+        raise InputError(f"{ids.filename} has changed while it was in use; prepare the data again and resume the run")
 
 
 if __name__ == "__main__":
