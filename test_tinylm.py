@@ -11,11 +11,13 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -940,6 +942,7 @@ WRONG_PREPARE = [
     (["--input=text.txt", "--errors=ignore"], "strict or replace"),
     (["--input=text.txt", "--output=mine"], "was not written by this command"),
     (["--input=text.txt", "--workers=0"], "1 or more"),
+    (["--input=text.txt", "--tokenizer=nowhere.json"], "nowhere.json is missing"),
 ]
 
 
@@ -1152,3 +1155,104 @@ def test_killed_at_any_moment_it_resumes_exactly(tmp_path):
         assert (tmp_path / "whole/latest" / name).read_bytes() == (tmp_path / "killed/latest" / name).read_bytes()
     with pytest.raises(train.Finished, match="has done its 400 steps"):
         train.train(resume="auto", data=str(data), output_dir=str(tmp_path / "killed"))
+
+
+# ---- Starting from an existing model ----
+
+
+def test_init_from_goes_on_with_the_model(tmp_path):
+    """A model of transformers is trained on, with its own sizes, on data in its own vocabulary."""
+    data = prepared(tmp_path)
+    llama = transformers.LlamaConfig(vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                                     num_key_value_heads=2, max_position_embeddings=64)
+    transformers.LlamaForCausalLM(llama).to(torch.bfloat16).save_pretrained(tmp_path / "llama")
+    flags = dict(num_steps=2, log_interval=1, lr_max=0.0, device="cpu", data=str(data))
+    train.train(init_from=str(tmp_path / "llama"), output_dir=str(tmp_path / "run"), **flags)
+    before, config = tinylm.load_checkpoint(tmp_path / "llama")
+    after, same_config = tinylm.load_checkpoint(tmp_path / "run/latest")
+    assert config == same_config
+    same(after, before, 0)
+    with pytest.raises(cli.InputError, match="--d_model=64.*has d_model 32"):
+        train.train(init_from=str(tmp_path / "llama"), d_model=64, **flags)
+    prepare.prepare(input=str(tmp_path / "corpus.txt"), output=str(tmp_path / "again"), tokenizer=str(tmp_path / "run/latest"))
+    assert (tmp_path / "again/train.bin").read_bytes() == (data / "train.bin").read_bytes()
+
+
+# ---- Files that are damaged or hostile ----
+
+
+@pytest.fixture(scope="module")
+def valid_checkpoint(tmp_path_factory, tokenizer_file):
+    folder = tmp_path_factory.mktemp("valid") / "model"
+    config = small_config(vocab_size=300, d_model=8, num_heads=2, num_layers=1, d_ff=8)
+    tinylm.save_checkpoint(folder, tinylm.init_params(config, generator()), config, tokenizer_file, (END, 256))
+    return folder
+
+
+def mutate(content, rng):
+    """Damage bytes the way disks, editors and attackers do."""
+    content = bytearray(content)
+    kind, at = rng.randrange(7), rng.randrange(len(content))
+    if kind == 0:
+        return bytes(content[:at])
+    if kind == 1:
+        content[at] ^= 1 << rng.randrange(8)
+    elif kind == 2:
+        del content[at:at + rng.randrange(1, 20)]
+    elif kind == 3:
+        content[at:at] = rng.randbytes(rng.randrange(1, 20))
+    elif kind == 4:  # another number where one stands
+        numbers = list(re.finditer(rb"\\d+", content[:20_000]))
+        number = rng.choice(numbers) if numbers else None
+        if number:
+            content[number.start():number.end()] = rng.choice([b"-1", b"0", b"99999999999999999999", b"1e99", b"null", b"[]", b"{}", b"7"])
+    elif kind == 5:  # a piece twice
+        content[at:at] = content[at:at + 200]
+    else:
+        content[:8] = rng.choice([b"\\xff" * 8, (1 << 40).to_bytes(8, "little"), bytes(8), rng.randbytes(8)])
+    return bytes(content)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_damaged_files_are_refused_or_load_whole(valid_checkpoint, tmp_path, name):
+    """700 mutations of each: refused by our own error or a sound model, within a second and ten times the file in memory."""
+    shutil.copytree(valid_checkpoint, tmp_path / "model")
+    original, rng, refused = (valid_checkpoint / name).read_bytes(), random.Random(name), 0
+    for _ in range(700):
+        (tmp_path / "model" / name).write_bytes(mutate(original, rng))
+        begin = time.perf_counter()
+        tracemalloc.start()
+        try:
+            if name == "tokenizer.json":
+                tokenizer = bpe.load(tmp_path / "model" / name)
+                ids = bpe.encode(tokenizer, "Once upon a time é")
+                assert ids.max() < tokenizer.vocab_size and bpe.decode(tokenizer, ids) == "Once upon a time é"
+            else:
+                params, config = tinylm.load_checkpoint(tmp_path / "model")
+                assert [(path, p.shape) for path, p in tinylm.tree_leaves(params)] == tinylm.tree_leaves(tinylm.param_shapes(config))
+        except (tinylm.InputError, cli.InputError) as error:
+            assert name in str(error) or str(tmp_path) in str(error)
+            refused += 1
+        finally:
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+        assert time.perf_counter() - begin < 1 and peak < 10 * max(len(original), 200_000)
+    assert refused > 200
+
+
+@pytest.mark.parametrize("option, value", [("num_hidden_layers", 10**18), ("hidden_size", 10**18), ("vocab_size", 10**18)])
+def test_absurd_sizes_are_refused(valid_checkpoint, tmp_path, option, value):
+    shutil.copytree(valid_checkpoint, tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text()) | {option: value}
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    with pytest.raises(tinylm.InputError):
+        tinylm.load_checkpoint(tmp_path / "model")
+
+
+def test_data_that_changes_under_a_run(tmp_path):
+    data = prepared(tmp_path)
+    ids = prepare.open_data(data)[1]["val"]
+    prepare.check_unchanged(ids)
+    damage(data, "val.bin", lambda content: content[:10])
+    with pytest.raises(cli.InputError, match="val.bin has changed"):
+        prepare.check_unchanged(ids)

@@ -616,7 +616,8 @@ def generate(params, prompt, config, max_new_tokens, temperature=1.0, top_k=0, t
     half again, so that a token costs the same on average however long the text becomes.
     """
     history = fresh = prompt[:, -config.context_length:]
-    cache = init_cache(config, len(prompt), config.context_length, dtype, prompt.device)
+    length = min(config.context_length, history.shape[1] + max_new_tokens)
+    cache = init_cache(config, len(prompt), length, dtype, prompt.device)
     stopped = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
     for _ in range(max_new_tokens):
         if history.shape[1] > config.context_length:
@@ -863,12 +864,17 @@ def load_checkpoint(folder):
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.is_file() and not (folder / names[0]).is_file():
-        names = sorted(set(read_json(index)["weight_map"].values()))
+        try:
+            names = sorted(set(read_json(index)["weight_map"].values()))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{index} is damaged ({type(error).__name__}: {error})") from None
     tensors = {}
     for name in names:
         if Path(name).name != name or not (folder / name).is_file():
             raise InputError(f"{folder} lacks {name}; take another checkpoint")
         tensors |= read_safetensors(folder / name)
+    if config.num_layers > len(tensors):  # before anything is made for each layer
+        raise InputError(f"{folder}/config.json speaks of {config.num_layers} layers; its tensors are {len(tensors)}")
     return from_hf(tensors, config, folder), config
 
 

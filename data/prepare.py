@@ -178,7 +178,7 @@ def write_ids(tokenizer, spans, path, workers, errors):
 
 
 def prepare(*, dataset: str = "", input: str = "", val_input: str = "", val_fraction: float | None = None, output: str = "",
-            vocab_size: int | None = None, workers: int | None = None, errors: str = "strict"):
+            vocab_size: int | None = None, tokenizer: str = "", workers: int | None = None, errors: str = "strict"):
     """Turn a corpus into tokens: a folder data/NAME/ that train.py trains on.
 
     Where the text comes from:
@@ -190,6 +190,7 @@ def prepare(*, dataset: str = "", input: str = "", val_input: str = "", val_frac
 
     What is made of it:
     vocab_size: tokens in the vocabulary, from 257 (bytes) on [2048; tinystories 10000, shakespeare 1024]
+    tokenizer: use this tokenizer.json, or the one in this folder, instead of learning one
     output: the folder to write [data/ and the name of the dataset or input]
     workers: processes to use [one a core]
     """
@@ -204,10 +205,13 @@ def prepare(*, dataset: str = "", input: str = "", val_input: str = "", val_frac
         raise InputError(f"--errors={errors}: expected strict or replace")
     if workers is not None and workers < 1:
         raise InputError(f"--workers={workers}: expected 1 or more")
+    if tokenizer and vocab_size:
+        raise InputError(f"--tokenizer={tokenizer} has its own vocabulary; leave out --vocab_size")
+    given = load_tokenizer(tokenizer) if tokenizer else None
     dataset = dataset or ("" if input else "stories")
     if dataset and dataset not in VOCAB_SIZES:
         raise InputError(f"--dataset={dataset}: expected one of {', '.join(VOCAB_SIZES)}, or your own text with --input")
-    vocab_size = vocab_size or VOCAB_SIZES.get(dataset, 2048)
+    vocab_size = given.vocab_size if given else VOCAB_SIZES.get(dataset, 2048) if vocab_size is None else vocab_size
     if vocab_size < 257:
         raise InputError(f"--vocab_size={vocab_size}: expected 257 or more: the 256 bytes and {bpe.END_OF_TEXT}")
     output = Path(output or DATA / (dataset or Path(input).resolve().stem))
@@ -231,7 +235,8 @@ def prepare(*, dataset: str = "", input: str = "", val_input: str = "", val_frac
             raise InputError(f"{input or dataset}: too little text to keep {val_fraction} of it for validation; use more text "
                              "or another --val_fraction")
         check_room(partial, sum(end - start for _, start, end in train + val), vocab_size)
-        write_data(partial, dataset or input, train, val, vocab_size, workers, errors)
+        given = given or bpe.train(train, vocab_size, workers=workers, errors=errors)
+        write_data(partial, dataset or input, train, val, given, workers, errors)
         shutil.rmtree(output, ignore_errors=True)
         os.replace(partial, output)
     except BaseException:
@@ -240,9 +245,17 @@ def prepare(*, dataset: str = "", input: str = "", val_input: str = "", val_frac
     report(output, vocab_size)
 
 
-def write_data(folder, source, train, val, vocab_size, workers, errors):
+def load_tokenizer(path):
+    """The tokenizer in a file or folder. Raises InputError where it can't end a document."""
+    path = Path(path)
+    tokenizer = bpe.load(path / "tokenizer.json" if path.is_dir() else path)
+    if bpe.END_OF_TEXT not in tokenizer.special_tokens:
+        raise InputError(f"{path} has no special token {bpe.END_OF_TEXT} to end documents with; use a tokenizer that has")
+    return tokenizer
+
+
+def write_data(folder, source, train, val, tokenizer, workers, errors):
     """Write tokenizer.json, train.bin, val.bin and, when all is there, meta.json."""
-    tokenizer = bpe.train(train, vocab_size, workers=workers, errors=errors)
     bpe.save(tokenizer, folder / "tokenizer.json")
     meta = {"source": str(source), "vocab_size": tokenizer.vocab_size, "dtype": tokenizer.dtype.name,
             "end_of_text_id": tokenizer.special_tokens[bpe.END_OF_TEXT],
