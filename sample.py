@@ -86,8 +86,8 @@ def sample(*, prompt: str = "", checkpoint: str = "", max_new_tokens: int = 500,
     params, config = tinylm.load_checkpoint(folder)
     tokenizer = bpe.load(folder / "tokenizer.json")
     if tokenizer.vocab_size > config.vocab_size:
-        raise InputError(f"{folder}: its tokenizer has {tokenizer.vocab_size} tokens, its model {config.vocab_size}; they do not "
-                         "belong together")
+        raise InputError(f"{folder}: its tokenizer has {tokenizer.vocab_size} tokens, its model {config.vocab_size}; "
+                         "they do not belong together")
     stop = tokenizer.special_tokens.get(bpe.END_OF_TEXT)
     # In training every document but the first follows the end of another.
     start = [] if stop is None else [stop]

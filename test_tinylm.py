@@ -553,6 +553,8 @@ def test_ids_of_long_texts_in_pieces_and_processes(three_tokenizers, tmp_path, m
     for workers in (1, 2):
         assert bpe.encode_file(ours, path, tmp_path / "ids", workers=workers) == len(expected)
         assert np.fromfile(tmp_path / "ids", np.uint16).tolist() == expected
+    monkeypatch.setattr(bpe, "multiprocessing", multiprocessing.get_context("spawn"))
+    assert np.concatenate([ids for _, ids in bpe.encode_pieces(ours, [path], workers=2)]).tolist() == expected
     again = [bpe.train([path], 500, workers=workers) for workers in (1, 2)]
     assert spelled_merges(again[0]) == spelled_merges(again[1]) == spelled_merges(train_on(text, tmp_path, 500, workers=1))
 

@@ -156,7 +156,7 @@ class TiledAttention(torch.autograd.Function):
 
     @staticmethod
     def scores(q, k):
-        """Scaled scores of a tile, -∞ where a key is in the future. q (n, group, t, D), k (n, s, D) → (n, group, t, s)."""
+        """Scaled scores of a tile, -∞ for keys in the future. q (n, group, t, D), k (n, s, D) → (n, group, t, s)."""
         t, s = q.shape[-2], k.shape[-2]
         scores = at_least_float32((q.flatten(1, 2) * q.shape[-1]**-0.5) @ k.mT).unflatten(1, (-1, t))
         scores[..., s - t:] += torch.full((t, t), -math.inf, device=q.device, dtype=scores.dtype).triu_(1)
@@ -688,7 +688,8 @@ def read_safetensors(path):
                 if start != position:
                     raise ValueError(f"{name}: its bytes overlap others or leave a gap")
                 data = np.fromfile(file, dtype=np.uint8, count=end - start)
-                tensors[name] = torch.from_numpy(data).view(dtype).view(shape) if len(data) else torch.empty(shape, dtype=dtype)
+                tensor = torch.from_numpy(data).view(dtype) if len(data) else torch.empty(0, dtype=dtype)
+                tensors[name] = tensor.view(shape)
                 position = end
             if position != size - 8 - length:
                 raise ValueError(f"it has {size - 8 - length} bytes of numbers, its header speaks of {position}")
@@ -818,7 +819,8 @@ def config_from_hf(hf, source):
     except (KeyError, InputError) as error:
         raise InputError(f"{source} is damaged or incomplete ({error})") from None
     if (hf.get("head_dim") or config.head_dim) != config.head_dim:
-        raise InputError(f"{source} asks for head_dim {hf['head_dim']}; this model's is d_model / num_heads = {config.head_dim}")
+        raise InputError(f"{source} asks for head_dim {hf['head_dim']}; this model's is d_model / num_heads, "
+                         f"{config.head_dim}")
     return config
 
 

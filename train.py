@@ -32,8 +32,8 @@ DEVICE_DEFAULTS = {
              "eval_tokens": 1 << 22, "dtype": "bfloat16", "compile": True},
 }
 # What a resumed run may change: it alters how the run is watched and where it computes, not what it computes.
-CHANGEABLE = {"num_steps", "log_interval", "eval_interval", "eval_tokens", "checkpoint_interval", "keep_checkpoints", "device",
-              "use_wandb", "wandb_project"}
+CHANGEABLE = {"num_steps", "log_interval", "eval_interval", "eval_tokens", "checkpoint_interval", "keep_checkpoints",
+              "device", "use_wandb", "wandb_project"}
 MODEL_FLAGS = ("context_length", "d_model", "num_layers", "num_heads", "num_kv_heads", "d_ff", "rope_theta", "norm_eps",
                "tie_embeddings")
 PATIENCE = 5  # steps in a row whose numbers are not finite, before a run gives up
@@ -116,8 +116,8 @@ def find_data(name):
         prepare.prepare(dataset=name)
         folder = prepare.DATA / name
     if folder is None:
-        raise InputError(f"--data={name}: no such data folder; make one with data/prepare.py --input=YOUR_TEXT, or use one of "
-                         f"{', '.join(prepare.VOCAB_SIZES)}")
+        raise InputError(f"--data={name}: no such data folder; make one with data/prepare.py --input=YOUR_TEXT, or use "
+                         f"one of {', '.join(prepare.VOCAB_SIZES)}")
     return folder
 
 
@@ -153,8 +153,8 @@ def check_room(folder, needed, purpose):
     parent = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(parent).free
     if free < needed:
-        raise InputError(f"{parent} has {free / 1e6:,.0f} MB free; {purpose} {needed / 1e6:,.0f} MB; make room or choose another "
-                         "--output_dir")
+        raise InputError(f"{parent} has {free / 1e6:,.0f} MB free; {purpose} {needed / 1e6:,.0f} MB; make room or "
+                         "choose another --output_dir")
 
 
 # ---- A run ----
@@ -167,7 +167,8 @@ def lock(folder):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
-        raise InputError(f"{folder} is in use by another run (process {file.read().strip()}); wait for it or stop it") from None
+        raise InputError(f"{folder} is in use by another run (process {file.read().strip()}); wait for it or stop "
+                         "it") from None
     file.truncate(0)
     file.write(f"{os.getpid()}\n")
     file.flush()
@@ -185,7 +186,8 @@ def start_run(given, init_from, folder):
         sizes = {name: getattr(config, name) for name in MODEL_FLAGS} | {"vocab_size": config.vocab_size}
         for flag, value in sizes.items():
             if given.get(flag, value) != value:
-                raise InputError(f"--{flag}={given[flag]}: the model of --init_from={init_from} has {flag} {value}; leave the flag out")
+                raise InputError(f"--{flag}={given[flag]}: the model of --init_from={init_from} has {flag} {value}; "
+                                 "leave the flag out")
         settings |= sizes
     model_config(settings, 257)  # raises where sizes don't fit, before any work
     folder = folder or new_folder(settings)
@@ -210,7 +212,8 @@ def to_device(tree, device):
 
 
 def resume_run(folder, given, done=InputError):
-    """A run as its latest checkpoint has it. Raises InputError for flags that would make it another run, `done` at its end."""
+    """A run as its latest checkpoint has it. Raises InputError for flags that would make it another run, and `done`
+    where it has done all its steps."""
     checkpoint = folder / "latest"
     if not checkpoint.is_dir():
         raise InputError(f"--resume={folder}: no checkpoint there yet; expected a folder that train.py wrote")
@@ -220,14 +223,15 @@ def resume_run(folder, given, done=InputError):
         settings, step, seconds = state["settings"], state["step"], state["seconds"]
         for flag, value in given.items():
             if flag not in CHANGEABLE and value != settings.get(flag):
-                raise InputError(f"--{flag}={value}: the run has {flag} {settings.get(flag)}, which can't change on resuming; "
-                                 "start a new run for that")
+                raise InputError(f"--{flag}={value}: the run has {flag} {settings.get(flag)}, which can't change on "
+                                 "resuming; start a new run for that")
         settings = settings | given
         settings["device"] = choose_device(settings["device"])
         check(settings)
         best, wandb_id, tokenizer = state["best"], state["wandb_id"], state["tokenizer_sha256"]
     except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{checkpoint}/train_state.json is damaged ({type(error).__name__}: {error}); take another checkpoint") from None
+        raise InputError(f"{checkpoint}/train_state.json is damaged ({type(error).__name__}: {error}); take another "
+                         "checkpoint") from None
     if step >= settings["num_steps"]:
         raise done(f"--resume={folder}: the run has done its {step} steps; give a larger --num_steps to extend it")
     data = find_data(settings["data"])
@@ -262,7 +266,8 @@ def open_run(resume, init_from, given):
     if resume and init_from:
         raise InputError(f"--resume={resume} and --init_from={init_from}: give one of the two")
     if resume == "auto":
-        folder = Path(given.get("output_dir") or Path("runs") / (given.get("run_name") or Path(given.get("data", "stories")).name))
+        name = given.get("run_name") or Path(given.get("data", DEFAULTS["data"])).name
+        folder = Path(given.get("output_dir") or Path("runs") / name)
         return resume_run(folder, given, Finished) if (folder / "latest").is_dir() else start_run(given, init_from, folder)
     return resume_run(Path(resume), given) if resume else start_run(given, init_from, None)
 
@@ -456,7 +461,7 @@ def introduce(run):
 
 
 class Interrupt:
-    """Turns the first Ctrl-C or SIGTERM into `asked`, so that a step ends and a checkpoint is saved; a second one ends all."""
+    """Turns the first Ctrl-C or SIGTERM into `asked`, so that the step ends and is saved; a second one ends all."""
 
     def __init__(self):
         self.asked = False
@@ -477,7 +482,8 @@ class Interrupt:
 def conclude(run, step, saved):
     """Say how to go on. Raises InputError where the last checkpoint could not be saved."""
     if not saved:
-        raise InputError(f"{run['folder']}: the run ended without its last checkpoint; make room and run it again with --resume")
+        raise InputError(f"{run['folder']}: the run ended without its last checkpoint; make room and run it again with "
+                         "--resume")
     if step < run["settings"]["num_steps"]:
         print(f"stopped after step {step}; go on with: python train.py --resume={run['folder']}")
     else:
@@ -493,13 +499,14 @@ def train(*, data: str | None = None, context_length: int | None = None, batch_s
           beta1: float | None = None, beta2: float | None = None, eps: float | None = None,
           clip_grad: float | None = None, seed: int | None = None, device: str | None = None, dtype: str | None = None,
           compile: bool | None = None, output_dir: str | None = None, run_name: str | None = None,
-          resume: str | None = None, init_from: str | None = None, keep_checkpoints: int | None = None, log_interval: int | None = None, eval_interval: int | None = None,
+          resume: str | None = None, init_from: str | None = None, keep_checkpoints: int | None = None,
+          log_interval: int | None = None, eval_interval: int | None = None,
           eval_tokens: int | None = None, checkpoint_interval: int | None = None, use_wandb: bool | None = None,
           wandb_project: str | None = None):
     """Train a language model; checkpoints and metrics go to runs/NAME. Each flag has a default that suits the device.
 
     Data:
-    data: a name below data/ or a folder that data/prepare.py wrote; stories, shakespeare and tinystories prepare themselves [stories]
+    data: a name below data/, or a folder that data/prepare.py wrote; known corpora prepare themselves [stories]
     context_length: tokens the model sees at once [256]
     batch_size: sequences in a batch [CPU 4, CUDA 128]
     grad_accum_steps: batches in a step [1]

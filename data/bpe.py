@@ -206,13 +206,13 @@ class HashTable:
         return numbers
 
     def words(self, first=0):
-        """The keys from number `first` on as bytes, filled up with zeros, and lengths. → uint8 (keys, 15), int64 (keys)."""
+        """The keys from number `first` on as bytes, filled up with zeros, and lengths. → uint8 (keys, 15), (keys)."""
         raw = np.stack((self.low[first:], self.high[first:]), 1).astype("<u8").view(np.uint8)
         return raw[:, :KEY_BYTES], raw[:, KEY_BYTES].astype(np.int64) % 128  # LONG_WORD has length 0
 
 
 def split_words(text, special_spans):
-    """Cut text into words. → starts, lengths, and which are too long for a key of their own; int64 (words), int64 (few)."""
+    """Cut text into words. → int64: starts (words), lengths (words), which are too long for a key of their own."""
     starts = word_starts(text, special_spans)
     lengths = np.diff(starts, append=len(text))
     return starts, lengths, np.flatnonzero(lengths > KEY_BYTES)

@@ -52,7 +52,8 @@ def read_flags(parameters, arguments):
             name, equals, value = re.sub("^no_?", "", name), "=", "False"
         if name not in parameters:
             near = difflib.get_close_matches(name, parameters, 1, 0.5)
-            raise InputError(f"unknown flag --{name}; " + (f"did you mean --{near[0]}?" if near else "--help lists the names"))
+            advice = f"did you mean --{near[0]}?" if near else "--help lists the names"
+            raise InputError(f"unknown flag --{name}; {advice}")
         if name in flags:
             raise InputError(f"--{name} is given twice; give it once")
         if not equals:

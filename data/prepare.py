@@ -51,8 +51,8 @@ def download(url, path, size, attempts=8, pause=1):
         if begin == size:
             break
         if shutil.disk_usage(path.parent).free < size - begin:
-            raise InputError(f"{path.parent} has no room for the {(size - begin) / 1e6:,.0f} MB of {url}; make some and run "
-                             "the command again")
+            raise InputError(f"{path.parent} has no room for the {(size - begin) / 1e6:,.0f} MB of {url}; make some "
+                             "and run the command again")
         try:
             request = urllib.request.Request(url, headers={"Range": f"bytes={begin}-"} if begin else {})
             with urllib.request.urlopen(request, timeout=30) as response:
@@ -157,7 +157,8 @@ def cut_point(path, start, target, end):
 def write_ids(tokenizer, spans, path, workers, errors):
     """Encode spans into a file of ids, each file's text ended by the end-of-text token; returns tokens and bytes."""
     end = np.array([tokenizer.special_tokens[bpe.END_OF_TEXT]], tokenizer.dtype)
-    sizes = np.array([0 if i in tokenizer.special_tokens.values() else len(token) for i, token in enumerate(tokenizer.tokens)])
+    special = set(tokenizer.special_tokens.values())
+    sizes = np.array([0 if i in special else len(token) for i, token in enumerate(tokenizer.tokens)])
     counts = {"tokens": 0, "bytes": 0}
     before, last = None, end
     with open(path, "wb") as file:
@@ -228,12 +229,13 @@ def prepare(*, dataset: str = "", input: str = "", val_input: str = "", val_frac
         if dataset == "stories":
             sources = [[path] for path in write_stories(partial)]
         elif dataset:
-            sources = [[download(url, DATA / "downloads" / f"{dataset}-{url.split('/')[-1]}", size)] for url, size in DOWNLOADS[dataset]]
+            kept = DATA / "downloads"
+            sources = [[download(url, kept / f"{dataset}-{url.split('/')[-1]}", size)] for url, size in DOWNLOADS[dataset]]
         spans = [whole_spans(files) for files in sources]
         train, val = spans if len(spans) == 2 else split_spans(spans[0], val_fraction)
         if not train or not val:
-            raise InputError(f"{input or dataset}: too little text to keep {val_fraction} of it for validation; use more text "
-                             "or another --val_fraction")
+            raise InputError(f"{input or dataset}: too little text to keep {val_fraction} of it for validation; use "
+                             "more text or another --val_fraction")
         check_room(partial, sum(end - start for _, start, end in train + val), vocab_size)
         given = given or bpe.train(train, vocab_size, workers=workers, errors=errors)
         write_data(partial, dataset or input, train, val, given, workers, errors)
@@ -269,8 +271,8 @@ def check_room(folder, num_bytes, vocab_size):
     """Raise InputError where the disk can't hold the ids: two bytes each, for one byte of text or, merged, at least two."""
     needed, free = num_bytes * (2 if vocab_size < 512 else 1), shutil.disk_usage(folder).free
     if free < needed:
-        raise InputError(f"{folder.parent} has {free / 1e6:,.0f} MB free; the data may need {needed / 1e6:,.0f} MB; make room or "
-                         "choose another --output")
+        raise InputError(f"{folder.parent} has {free / 1e6:,.0f} MB free; the data may need {needed / 1e6:,.0f} MB; make "
+                         "room or choose another --output")
 
 
 def report(folder, asked):

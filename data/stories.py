@@ -19,7 +19,8 @@ NAMES = {
 ANIMALS = ("rabbit fox bear mouse duck frog squirrel hedgehog beaver badger otter kitten puppy lamb pony piglet calf owl "
            "sparrow robin goose penguin turtle lizard monkey elephant lion tiger panda koala kangaroo giraffe zebra camel "
            "raccoon mole hamster donkey goat rooster swan deer wolf seal parrot chipmunk walrus ferret pelican ostrich "
-           "crocodile leopard moose bison heron crow toad dolphin gazelle").split()
+           "crocodile leopard moose bison heron crow toad dolphin gazelle "
+           "armadillo buffalo cheetah ermine hippo iguana jackal lemur lynx meerkat newt").split()
 CRITTERS = ("ladybug snail beetle butterfly caterpillar cricket bee ant spider worm moth firefly grasshopper dragonfly "
             "tadpole chick duckling baby~bird baby~mouse small~fish gosling little~bat").split()
 KIN = {"she": "Mom Grandma Aunt~May Aunt~Sue".split(), "he": "Dad Grandpa Uncle~Joe Uncle~Bob".split()}
@@ -28,7 +29,8 @@ WORKERS = ("baker farmer teacher doctor gardener fisherman carpenter postman sho
            "musician pilot captain cobbler florist butcher").split()
 TRAITS = ("kind brave curious shy clever cheerful quiet gentle lively careful stubborn playful patient proud friendly "
           "dreamy helpful sleepy busy funny polite honest thoughtful noisy bold calm eager graceful grateful hopeful jolly "
-          "loyal lucky merry modest neat nimble serious silly smart sweet tidy wise witty").split()
+          "loyal lucky merry modest neat nimble serious silly smart sweet tidy wise witty adventurous daring dutiful earnest fearless "
+          "generous nervous peaceful talkative thankful tireless trusty unlucky watchful").split()
 SIZES = "little small tiny young".split()
 COLORS = ("red blue green yellow orange purple pink white black brown silver golden gray striped spotted violet crimson "
           "turquoise cream scarlet beige bronze copper coral emerald indigo ivory lavender maroon navy olive peach ruby "
@@ -575,7 +577,8 @@ PRONOUNS = {"he": ("he", "his", "him"), "she": ("she", "her", "her")}
 
 def draw_cast(rng):
     """Who and what a story is about: the text of every slot."""
-    pick = lambda words: words[int(rng.random() * len(words))]
+    # A few words are frequent and most are rare, as in natural text: the first of n is drawn with probability n^(-1/3).
+    pick = lambda words: words[int(rng.random() ** 3 * len(words))]
     cast = {slot: pick(words) for slot, words in LISTS.items()}
     while cast["color2"] == cast["color"]:
         cast["color2"] = pick(COLORS)
@@ -584,14 +587,14 @@ def draw_cast(rng):
     while cast["home"] == cast["place"]:
         cast["home"] = pick(PLACES).replace("~", " ")
     for role, kind, prefix in (("hero", "kind", ""), ("friend", "friendkind", "f")):
-        gender = pick(("he", "she"))
+        gender = rng.choice(("he", "she"))
         cast[role] = pick(NAMES[gender])
         cast[kind] = pick(ANIMALS) if rng.random() < 0.4 else {"he": "boy", "she": "girl"}[gender]
         for pronoun, word in zip(("he", "his", "him"), PRONOUNS[gender]):
             cast[prefix + pronoun], cast[prefix + pronoun.capitalize()] = word, word.capitalize()
     while cast["friend"] == cast["hero"]:
         cast["friend"] = pick(NAMES[cast["fhe"]])
-    cast["ehe"] = pick(("he", "she"))
+    cast["ehe"] = rng.choice(("he", "she"))
     cast["elder"] = pick(KIN[cast["ehe"]]).replace("~", " ")
     fruit = cast["fruit"]
     cast["fruits"] = fruit[:-1] + "ies" if fruit.endswith("y") else fruit + "es" if fruit.endswith("ch") else fruit + "s"
