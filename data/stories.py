@@ -579,6 +579,7 @@ def draw_cast(rng):
     """Who and what a story is about: the text of every slot."""
     # A few words are frequent and most are rare, as in natural text: the first of n is drawn with probability n^(-1/3).
     pick = lambda words: words[int(rng.random() ** 3 * len(words))]
+    pick_name = lambda names: names[int(rng.random() ** 5 * len(names))]  # more so: half of all children are Lily or Tom
     cast = {slot: pick(words) for slot, words in LISTS.items()}
     while cast["color2"] == cast["color"]:
         cast["color2"] = pick(COLORS)
@@ -588,12 +589,12 @@ def draw_cast(rng):
         cast["home"] = pick(PLACES).replace("~", " ")
     for role, kind, prefix in (("hero", "kind", ""), ("friend", "friendkind", "f")):
         gender = rng.choice(("he", "she"))
-        cast[role] = pick(NAMES[gender])
+        cast[role] = pick_name(NAMES[gender])
         cast[kind] = pick(ANIMALS) if rng.random() < 0.4 else {"he": "boy", "she": "girl"}[gender]
         for pronoun, word in zip(("he", "his", "him"), PRONOUNS[gender]):
             cast[prefix + pronoun], cast[prefix + pronoun.capitalize()] = word, word.capitalize()
     while cast["friend"] == cast["hero"]:
-        cast["friend"] = pick(NAMES[cast["fhe"]])
+        cast["friend"] = pick_name(NAMES[cast["fhe"]])
     cast["ehe"] = rng.choice(("he", "she"))
     cast["elder"] = pick(KIN[cast["ehe"]]).replace("~", " ")
     fruit = cast["fruit"]
