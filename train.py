@@ -311,8 +311,7 @@ def try_to_save(run, step, *args):
 def keep_freed_memory():
     """Ask glibc to keep memory that tensors free for the next ones.
 
-    By default it returns large blocks to the system, and each step waits for them to be mapped and zeroed again: on the
-    CPUs measured this is a fifth of the time of a large model's step.
+    By default it returns large blocks to the system, and each step waits for them to be mapped and zeroed again.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:

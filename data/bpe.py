@@ -17,7 +17,6 @@ import json
 import multiprocessing
 import os
 import re
-import sys
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass
