@@ -546,6 +546,7 @@ def test_ids_of_long_texts_in_pieces_and_processes(three_tokenizers, tmp_path, m
             "ab " * 100 + "".join(map(chr, random.Random(0).choices(range(0x20, 0x2000), k=20000))))
     expected = tik.encode(text, allowed_special="all")
     monkeypatch.setattr(bpe, "CHUNK_BYTES", 10_000)
+    monkeypatch.setattr(bpe, "PIECE_BYTES", 3_000)
     monkeypatch.setattr(bpe.Encoder, "MOST_WORDS", 3000)
     assert bpe.encode(ours, text).tolist() == expected
     path = tmp_path / "long.txt"

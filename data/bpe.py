@@ -29,7 +29,8 @@ from data.cli import InputError, Progress
 
 # What `word_starts` computes, as the regular expression that tiktoken and tokenizers know as GPT-2's.
 SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-CHUNK_BYTES = 4 << 20  # a piece of work: large enough for arrays to pay, small enough for memory
+CHUNK_BYTES = 4 << 20  # of a file, read and worked on at once
+PIECE_BYTES = 1 << 18  # of that, split at once: large enough for arrays to pay, small enough to stay in a core's cache
 LETTER, NUMBER, OTHER, SPACE, SPECIAL = range(5)  # classes; those below SPACE are visible
 
 
@@ -75,6 +76,16 @@ def byte_classes(text, special_spans):
     return classes
 
 
+@lru_cache(maxsize=1)
+def contraction_lengths():
+    """The length of the contraction that begins with an apostrophe and these two bytes, or 0. → int64 (256, 256)."""
+    lengths = np.zeros((256, 256), np.int64)
+    for first, second in (b"ll", b"ve", b"re"):
+        lengths[first, second] = 3
+    lengths[list(b"sdmt")] = 2
+    return lengths
+
+
 def word_starts(text, special_spans=()):
     """Where words begin, as SPLIT_PATTERN cuts them, a special token being a word. text: bytes of UTF-8 → int64 (words).
 
@@ -101,113 +112,114 @@ def word_starts(text, special_spans=()):
         starts[start] = True
         starts[end:end + 1] = True
 
-    quotes = np.flatnonzero(data == ord("'"))
-    quotes = quotes[starts[quotes]]
-    for letters in (b"s", b"d", b"m", b"t", b"ll", b"ve", b"re"):
-        end = 1 + len(letters)
-        found = quotes[quotes + end <= len(text)]
-        for i, letter in enumerate(letters, 1):  # a special token may begin with such letters too
-            found = found[(data[found + i] == letter) & (classes[found + i] == LETTER)]
-        starts[found + 1] = False
-        starts[found[found + end < len(text)] + end] = True
+    quotes = np.flatnonzero(data[:-1] == ord("'"))
+    quotes = quotes[starts[quotes] & (classes[quotes + 1] == LETTER)]  # a special token may begin with such letters too
+    second = np.minimum(quotes + 2, len(text) - 1)  # where the text ends after one letter, that letter is no pair either
+    length = contraction_lengths()[data[quotes + 1], np.where(classes[second] == LETTER, data[second], 0)]
+    length[quotes + length > len(text)] = 0
+    quotes, length = quotes[length > 0], length[length > 0]
+    starts[quotes + 1] = False
+    ends = quotes + length
+    starts[ends[ends < len(text)]] = True
     return np.flatnonzero(starts)
 
 
 # ---- Words met before ----
 
-KEY_BYTES = 15  # words up to here are their own key: two 64-bit integers, with the length in the highest byte
-LOW_MASKS = np.array([(1 << 8 * min(n, 8)) - 1 for n in range(KEY_BYTES + 1)] + [0], np.uint64)
-HIGH_MASKS = np.array([(1 << 8 * max(n - 8, 0)) - 1 for n in range(KEY_BYTES + 1)] + [0], np.uint64)
-LENGTH_FIELDS = np.array([n << 56 for n in range(KEY_BYTES + 1)] + [1 << 63], np.uint64)
-LONG_WORD = np.uint64(0), np.uint64(1 << 63)  # the key that stands for all longer words
+KEY_BYTES = 15  # words up to here are their own key: 16 bytes, filled up with a byte that UTF-8 never has
+FILLER = 0xFF
+# What to set in the 16 bytes that begin at a word, by the length of the word; a longer word's are all set.
+FILLS = np.array([[0] * n + [FILLER] * (16 - n) for n in range(KEY_BYTES + 1)] + [[FILLER] * 16], np.uint8).view(np.uint64)
+LONG_WORD = FILLS[-1:]  # the key that stands for all longer words
 
 
 def word_keys(text, starts, lengths):
-    """The exact key of each word: its bytes and its length, or LONG_WORD. → two uint64 (words)."""
+    """The exact key of each word: its bytes, or LONG_WORD. → uint64 (words, 2)."""
     sixteen = np.ndarray((len(text),), "V16", text + bytes(16), 0, (1,))  # the 16 bytes from each position on
-    low, high = sixteen[starts].view("<u8").reshape(-1, 2).T
-    lengths = np.minimum(lengths, KEY_BYTES + 1)
-    return low & LOW_MASKS.take(lengths), high & HIGH_MASKS.take(lengths) | LENGTH_FIELDS.take(lengths)
+    keys = sixteen[starts].view(np.uint64).reshape(-1, 2)
+    return np.bitwise_or(keys, FILLS.take(lengths, 0, mode="clip"), out=keys)
 
 
 class HashTable:
-    """A growing map from keys (low, high), two uint64 with high > 0, to 0, 1, 2 … in the order they were added.
+    """A growing map from keys, pairs of uint64 the second of which is not 0, to 0, 1, 2 … in the order they were added.
 
-    Open addressing with linear probing, for whole arrays of keys at once.
+    Open addressing with linear probing, for whole arrays of keys (n, 2) at once.
     """
 
     def __init__(self):
-        self.low, self.high = np.empty(0, np.uint64), np.empty(0, np.uint64)
+        self.keys = np.empty((0, 2), np.uint64)
         self.rehash(1 << 14)
 
     def __len__(self):
-        return len(self.low)
+        return len(self.keys)
 
     def rehash(self, size):
         """Make room: place the keys anew in `size` slots, a power of two."""
-        self.slot_low, self.slot_high = np.zeros(size, np.uint64), np.zeros(size, np.uint64)  # high 0: empty
-        self.slot_number = np.zeros(size, np.int32)
-        slots = self.place(self.low, self.high)
-        self.slot_number[slots] = np.arange(len(self.low))
+        self.slot_keys = np.zeros((size, 2), np.uint64)  # zeros: empty
+        self.slot_number = np.full(size, -1, np.int32)
+        self.slot_number[self.place(self.keys)] = np.arange(len(self))
 
-    def first_slot(self, low, high):
-        mixed = (low ^ high * np.uint64(0x9E3779B97F4A7C15)) * np.uint64(0xD6E8FEB86659FD93)
-        return (mixed >> np.uint64(64 - (len(self.slot_low).bit_length() - 1))).astype(np.int64)
+    def first_slot(self, keys):
+        mixed = keys[:, 1] * np.uint64(0x9E3779B97F4A7C15)
+        mixed ^= keys[:, 0]
+        mixed *= np.uint64(0xD6E8FEB86659FD93)
+        mixed >>= np.uint64(64 - (len(self.slot_keys).bit_length() - 1))
+        return mixed.view(np.int64)
 
-    def place(self, low, high):
+    def differ(self, slots, keys):
+        """Which slots hold another key than these, or none. → bool (keys)."""
+        return (self.slot_keys.take(slots, 0) != keys).view(np.uint16).ravel() != 0  # two bools read as one number
+
+    def place(self, keys):
         """The slot of each key, which takes an empty one where it is new."""
-        slots = self.first_slot(low, high)
-        pending = np.arange(len(low))
+        slots = self.first_slot(keys)
+        pending = np.arange(len(keys))
         while len(pending):
-            at, low_p, high_p = slots[pending], low[pending], high[pending]
-            empty = self.slot_high[at] == 0
-            # Where several keys want one empty slot the last one written has it; all look again at who does.
-            self.slot_high[at[empty]], self.slot_low[at[empty]] = high_p[empty], low_p[empty]
-            missed = (self.slot_low[at] != low_p) | (self.slot_high[at] != high_p)
-            pending = pending[missed]
-            slots[pending] = (slots[pending] + 1) % len(self.slot_low)
+            at = slots[pending]
+            empty = self.slot_keys[at, 1] == 0
+            # Where several keys want one empty slot the last one written has it, so the first of them, which is met
+            # most often, is written last. All look again at who has it.
+            self.slot_keys[at[empty][::-1]] = keys[pending[empty]][::-1]
+            pending = pending[self.differ(at, keys[pending])]
+            slots[pending] = (slots[pending] + 1) % len(self.slot_keys)
         return slots
 
-    def find(self, low, high):
+    def find(self, keys):
         """The number of each key, or -1. → int32 (keys)."""
-        slots = self.first_slot(low, high)
+        slots = self.first_slot(keys)
         numbers = self.slot_number.take(slots)
-        pending = np.flatnonzero((self.slot_low.take(slots) != low) | (self.slot_high.take(slots) != high))
-        slots, low, high = slots[pending], low[pending], high[pending]
+        pending = np.flatnonzero(self.differ(slots, keys) & (numbers >= 0))
+        slots, keys = slots[pending], keys[pending]
         while len(pending):
-            slot_low, slot_high = self.slot_low[slots], self.slot_high[slots]
-            found, empty = (slot_low == low) & (slot_high == high), slot_high == 0
-            numbers[pending[found]] = self.slot_number[slots[found]]
-            numbers[pending[empty]] = -1
-            going = ~(found | empty)
-            pending, low, high = pending[going], low[going], high[going]
-            slots = (slots[going] + 1) % len(self.slot_low)
+            slots = (slots + 1) % len(self.slot_keys)
+            stored = numbers[pending] = self.slot_number[slots]
+            going = np.flatnonzero(self.differ(slots, keys) & (stored >= 0))
+            pending, slots, keys = pending[going], slots[going], keys[going]
         return numbers
 
-    def add(self, low, high):
+    def add(self, keys):
         """Add keys that are not in the table; a key may stand more than once."""
-        while 6 * (len(self) + len(low)) > len(self.slot_low):
-            self.rehash(2 * len(self.slot_low))
-        slots = np.unique(self.place(low, high))
-        self.slot_number[slots] = np.arange(len(self), len(self) + len(slots))
-        self.low = np.concatenate((self.low, self.slot_low[slots]))
-        self.high = np.concatenate((self.high, self.slot_high[slots]))
+        while 6 * (len(self) + len(keys)) > len(self.slot_keys):
+            self.rehash(2 * len(self.slot_keys))
+        slots = self.place(keys)
+        first = np.sort(np.unique(slots, return_index=True)[1])
+        self.slot_number[slots[first]] = np.arange(len(self), len(self) + len(first))
+        self.keys = np.concatenate((self.keys, keys[first]))
 
-    def find_or_add(self, low, high):
+    def find_or_add(self, keys):
         """The number of each key, new ones added. → int32 (keys)."""
-        numbers = self.find(low, high)
+        numbers = self.find(keys)
         new = np.flatnonzero(numbers < 0)
         while len(new):  # a part at a time: what is frequent comes early, and the table need not grow for the rest
-            part = new[:len(self.slot_low) // 8]
-            self.add(low[part], high[part])
-            numbers[new] = self.find(low[new], high[new])
+            self.add(keys[new[:len(self.slot_keys) // 8]])
+            numbers[new] = self.find(keys[new])
             new = new[numbers[new] < 0]
         return numbers
 
     def words(self, first=0):
-        """The keys from number `first` on as bytes, filled up with zeros, and lengths. → uint8 (keys, 15), (keys)."""
-        raw = np.stack((self.low[first:], self.high[first:]), 1).astype("<u8").view(np.uint8)
-        return raw[:, :KEY_BYTES], raw[:, KEY_BYTES].astype(np.int64) % 128  # LONG_WORD has length 0
+        """The keys from number `first` on as bytes, filled up, and lengths. → uint8 (keys, 15), int64 (keys)."""
+        raw = self.keys[first:].view(np.uint8)
+        return raw[:, :KEY_BYTES], (raw != FILLER).sum(1)  # LONG_WORD has length 0
 
 
 def split_words(text, special_spans):
@@ -264,7 +276,8 @@ def find_spans(pattern, text):
 class Encoder:
     """A tokenizer at work: the ids of every word it has met, and how to make those of one it has not.
 
-    `first` and `count` say where in `ids` the tokens of each word of `table` stand, `long` the same of longer words.
+    `first` and `count` say where in `ids` the tokens of each word of `table` stand, `long` the same of longer words;
+    `only` is the id of a word of one token, and -1 for others.
     """
 
     MOST_WORDS = 1 << 20  # what is remembered is dropped beyond this, so that memory has a bound
@@ -277,7 +290,7 @@ class Encoder:
         left, right, made = tokenizer.merges.T
         self.made = made.astype(np.int32)
         self.pairs = HashTable()
-        order = self.pairs.find_or_add(*self.pair_keys(left, right))
+        order = self.pairs.find_or_add(self.pair_keys(left, right))
         self.rank = np.full(len(self.pairs) + 1, NO_MERGE, np.int32)  # the last stands for a pair not found, number -1
         self.rank[order] = np.arange(len(order))
         self.forget()
@@ -285,19 +298,20 @@ class Encoder:
     def forget(self):
         """Start with no words but the special tokens."""
         self.table, self.long = HashTable(), {}
-        self.table.add(*map(np.atleast_1d, LONG_WORD))
-        self.ids, self.first, self.count = np.empty(0, np.int64), np.zeros(1, np.int64), np.zeros(1, np.int64)
+        self.table.add(LONG_WORD)
+        self.ids, self.first, self.count = np.empty(0, np.int32), np.zeros(1, np.int64), np.zeros(1, np.int64)
+        self.only = np.full(1, -1, np.int32)
         for text, token_id in self.tokenizer.special_tokens.items():
             word = text.encode()
             if len(word) <= KEY_BYTES:
-                self.table.add(*word_keys(word, np.zeros(1, np.int64), np.array([len(word)])))
+                self.table.add(word_keys(word, np.zeros(1, np.int64), np.array([len(word)])))
                 self.remember(np.array([token_id]), np.ones(1, np.int64))
             else:
                 self.long[word] = self.keep(np.array([token_id]))
 
     def keep(self, ids):
         """Store ids; returns where."""
-        self.ids = np.concatenate((self.ids, ids))
+        self.ids = np.concatenate((self.ids, ids), dtype=np.int32)
         return len(self.ids) - len(ids), len(ids)
 
     def remember(self, ids, counts):
@@ -305,16 +319,15 @@ class Encoder:
         first, _ = self.keep(ids)
         self.first = np.concatenate((self.first, first + np.cumsum(counts) - counts))
         self.count = np.concatenate((self.count, counts))
+        self.only = np.where(self.count == 1, self.ids.take(self.first, mode="clip"), -1)
 
     @staticmethod
     def pair_keys(left, right):
-        low = left.astype(np.uint32).astype(np.uint64) << np.uint64(32) | right.astype(np.uint32)
-        return low, np.ones_like(low)
+        return np.stack((left.ravel(), right.ravel() + 2), 1).astype(np.uint64)  # ids are -1 and up; a key's second isn't 0
 
     def ranks(self, left, right):
         """Which merge joins each pair of ids; NO_MERGE where none. int32 (...) twice → int32 (...)."""
-        low, high = self.pair_keys(left.ravel(), right.ravel())
-        return self.rank[self.pairs.find(low, high)].reshape(left.shape)
+        return self.rank[self.pairs.find(self.pair_keys(left, right))].reshape(left.shape)
 
     def merge_words(self, words, lengths):
         """Apply the merges to many words at once. words uint8 (W, L), lengths (W) → ids of all in a row, counts (W).
@@ -343,7 +356,7 @@ class Encoder:
             each, best = each[before], best[before]
             ranks[each, best - 1] = self.ranks(ids[each, best - 1], ids[each, best])
         used = result >= 0
-        return result[used].astype(np.int64), used.sum(1)
+        return result[used], used.sum(1)
 
     @cached_property
     def merge_of_pair(self):
@@ -388,21 +401,37 @@ class Encoder:
                 self.long[word] = self.keep(self.merge_long(word))
 
     def encode(self, text):
-        """The ids of a text. bytes of UTF-8 → int64 (tokens)."""
-        starts, lengths, long = split_words(text, find_spans(self.pattern, text))
+        """The ids of a text. bytes of UTF-8 → tokenizer.dtype (tokens)."""
         if len(self.table) + 4 * len(self.long) > self.MOST_WORDS:
             self.forget()
-        known = len(self.table)
-        numbers = self.table.find_or_add(*word_keys(text, starts, lengths))
+        known, found = len(self.table), []
+        for piece in cut_text(text, PIECE_BYTES, self.pattern):
+            starts, lengths, long = split_words(piece, find_spans(self.pattern, piece))
+            numbers = self.table.find_or_add(word_keys(piece, starts, lengths))
+            found.append((numbers, cut_words(piece, starts, lengths, long)))
         if len(self.table) > known:
             self.remember(*self.merge_words(*self.table.words(known)))
-        first, count = self.first.take(numbers), self.count.take(numbers)
-        if len(long):
-            words = cut_words(text, starts, lengths, long)
-            self.learn_long({word: None for word in words if word not in self.long})
-            first[long], count[long] = np.array([self.long[word] for word in words]).T
-        before = np.cumsum(count) - count  # tokens before each word
-        return self.ids.take(np.repeat(first - before, count) + np.arange(count.sum()))
+        self.learn_long({word: None for _, words in found for word in words if word not in self.long})
+        return np.concatenate([np.empty(0, self.tokenizer.dtype), *(self.spell(*piece) for piece in found)])
+
+    def spell(self, numbers, long_words):
+        """The ids of words: their numbers in the table, and those too long for it, in order. → dtype (tokens)."""
+        heads = self.only.take(numbers)  # right for words of one token, which nearly all are
+        several = np.flatnonzero(heads < 0)
+        if not len(several):
+            return heads.astype(self.tokenizer.dtype)
+        first, count = self.first[numbers[several]], self.count[numbers[several]]
+        if long_words:
+            first[numbers[several] == 0], count[numbers[several] == 0] = np.array([self.long[word] for word in long_words]).T
+        before = np.cumsum(count) - count
+        step = np.arange(count.sum()) - np.repeat(before, count)  # 0, 1 … in each word
+        places = np.repeat(several - np.arange(len(several)) + before, count) + step
+        ids = np.empty(len(heads) - len(several) + len(step), self.tokenizer.dtype)
+        others = np.ones(len(ids), bool)
+        others[places] = False
+        ids[others] = heads[heads >= 0]
+        ids[places] = self.ids.take(np.repeat(first, count) + step)
+        return ids
 
 
 encoder = lru_cache(maxsize=4)(Encoder)  # a tokenizer keeps what it has met from call to call
@@ -418,13 +447,8 @@ def as_bytes(text):
 
 def encode(tokenizer, text):
     """The ids of a text. str → tokenizer.dtype (tokens). Raises InputError for lone surrogates."""
-    text = as_bytes(text)
-    borders, position = [0], 0
-    while position < len(text):
-        position = safe_cut(text, position + CHUNK_BYTES, special_pattern(tokenizer.special_tokens)) or len(text)
-        borders.append(position)
-    pieces = [encoder(tokenizer).encode(text[a:b]).astype(tokenizer.dtype) for a, b in zip(borders, borders[1:])]
-    return np.concatenate(pieces) if pieces else np.empty(0, tokenizer.dtype)
+    chunks = cut_text(as_bytes(text), CHUNK_BYTES, special_pattern(tokenizer.special_tokens))
+    return np.concatenate([np.empty(0, tokenizer.dtype), *map(encoder(tokenizer).encode, chunks)])
 
 
 def decode(tokenizer, ids):
@@ -454,6 +478,15 @@ def safe_cut(text, target, pattern):
         if not any(start < cut - around.start < end for start, end in find_spans(pattern, text[around])):
             return cut
     return None
+
+
+def cut_text(text, size, pattern):
+    """Cut text into pieces of about `size` bytes at safe borders; yields bytes."""
+    position = 0
+    while position < len(text):
+        cut = safe_cut(text, position + size, pattern) or len(text)
+        yield text[position:cut]
+        position = cut
 
 
 def as_span(path):
@@ -538,20 +571,24 @@ def start_counting(special_tokens, errors):
 
 
 def count_words(span):
-    """Count the words of a piece. → keys low and high and their counts, and {long word: count}."""
+    """Count the words of a span. → keys (words, 2), int64 (words), {long word: count}."""
     text = read_span(span, Job.errors)
-    starts, lengths, long = split_words(text, find_spans(Job.pattern, text))
-    counts = np.bincount(Job.table.find_or_add(*word_keys(text, starts, lengths)))
+    numbers, long_words = [np.empty(0, np.int32)], Counter()
+    for piece in cut_text(text, PIECE_BYTES, Job.pattern):
+        starts, lengths, long = split_words(piece, find_spans(Job.pattern, piece))
+        numbers.append(Job.table.find_or_add(word_keys(piece, starts, lengths)))
+        long_words.update(cut_words(piece, starts, lengths, long))
+    counts = np.bincount(np.concatenate(numbers))
     met = np.flatnonzero(counts)
-    return Job.table.low[met], Job.table.high[met], counts[met], Counter(cut_words(text, starts, lengths, long))
+    return Job.table.keys[met], counts[met], long_words
 
 
 def start_encoding(tokenizer, errors):
-    Job.encoder, Job.dtype, Job.errors = encoder(tokenizer), tokenizer.dtype, errors
+    Job.encoder, Job.errors = encoder(tokenizer), errors
 
 
 def encode_span(span):
-    return Job.encoder.encode(read_span(span, Job.errors)).astype(Job.dtype)
+    return Job.encoder.encode(read_span(span, Job.errors))
 
 
 def encode_pieces(tokenizer, paths, workers=None, errors="strict"):
@@ -579,9 +616,9 @@ def count_corpus(paths, special_tokens, workers, errors):
     """Count the words of files, special tokens left out. → [word], int64 (words)."""
     spans = list(cut_spans(paths, special_pattern(special_tokens)))
     table, counts, long = HashTable(), np.zeros(0, np.int64), Counter()
-    for low, high, piece, long_piece in spread(count_words, spans, (start_counting, (special_tokens, errors)), workers,
-                                               "counting words"):
-        numbers = table.find_or_add(low, high)
+    setup = start_counting, (special_tokens, errors)
+    for keys, piece, long_piece in spread(count_words, spans, setup, workers, "counting words"):
+        numbers = table.find_or_add(keys)
         counts = np.pad(counts, (0, len(table) - len(counts)))
         counts[numbers] += piece
         long.update(long_piece)
