@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import re
 import unicodedata
+from array import array
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -630,19 +631,6 @@ def count_corpus(paths, special_tokens, workers, errors):
     return [word for word, kept in zip(words, keep.tolist()) if kept], counts[keep]
 
 
-def grouped(neighbours, weights, places):
-    """Sum weights by neighbour; yields (neighbour, sum, its places in order). Neighbours below 0 are no tokens."""
-    order = np.argsort(neighbours, kind="stable")
-    neighbours, weights, places = neighbours[order], weights[order], places[order]
-    begins = np.flatnonzero(neighbours[1:] != neighbours[:-1]) + 1
-    begins = np.concatenate(([0], begins)) if len(order) else begins
-    sums = np.add.reduceat(weights, begins).tolist() if len(order) else []
-    ends = [*begins[1:].tolist(), len(order)]
-    for neighbour, total, begin, end in zip(neighbours[begins].tolist(), sums, begins.tolist(), ends):
-        if neighbour >= 0:
-            yield neighbour, total, places[begin:end]
-
-
 def sort_key(token):
     """A string that sorts the other way round than `token`: the greatest bytes first, the longer before its beginning."""
     return token.translate(bytes(range(255, -1, -1))).decode("latin-1") + "\u0100"
@@ -657,69 +645,70 @@ def train_merges(words, counts, tokens, num_merges):
     words: [bytes], counts (words), tokens: [bytes] of the first ids, the 256 bytes leading → [(left id, right id)].
     `tokens` grows by what each merge makes.
     """
-    text = b"".join(words)
     lengths = np.array([len(word) for word in words], np.int64)
-    ids = np.full(len(text) + len(words) + 1, -1, np.int32)
-    word_of = np.repeat(np.arange(len(words), dtype=np.int32), lengths)
-    ids[np.arange(len(text)) + word_of + 1] = np.frombuffer(text, np.uint8)  # a -1 before each word and at the end
+    ids = np.full(lengths.sum() + len(words) + 1, -1, np.int32)
     weight = np.zeros(len(ids), np.int64)
-    weight[np.arange(len(text)) + word_of + 1] = counts[word_of]
+    inside = np.arange(lengths.sum()) + np.repeat(np.arange(1, len(words) + 1), lengths)  # with a -1 before each word
+    ids[inside], weight[inside] = np.frombuffer(b"".join(words), np.uint8), np.repeat(counts, lengths)
     following = np.arange(1, len(ids) + 1, dtype=np.int32)
     preceding = np.arange(-1, len(ids) - 1, dtype=np.int32)
-    del text, word_of
 
     count_of, places_of, heap = {}, {}, []
     keys = [sort_key(token) for token in tokens]
 
-    def add(left, right, count, places):
-        count_of[left, right], places_of[left, right] = count, places
-        heapq.heappush(heap, (-count, keys[left], keys[right], left, right))
+    def add(pair, count, places):
+        count_of[pair], places_of[pair] = count, places
+        heapq.heappush(heap, (-count, keys[pair[0]], keys[pair[1]], pair))
 
-    places = np.flatnonzero((ids[:-1] >= 0) & (ids[1:] >= 0))
-    pairs = ids[places].astype(np.int64) * 256 + ids[places + 1]
-    for pair, count, at in grouped(pairs, weight[places], places):
-        add(*divmod(pair, 256), count, at)
+    places = np.flatnonzero((ids[:-1] >= 0) & (ids[1:] >= 0)).astype(np.int32)
+    pairs = ids[places] * 256 + ids[places + 1]
+    order = np.argsort(pairs, kind="stable")
+    places, (kinds, begins) = places[order], np.unique(pairs[order], return_index=True)
+    sums = np.add.reduceat(weight[places], begins) if len(begins) else begins
+    for pair, count, at in zip(kinds.tolist(), sums.tolist(), np.split(places, begins[1:])):
+        add(divmod(pair, 256), count, at)
+    del inside, places, pairs, order
 
+    # From here on single numbers are read and written, which a memoryview does faster than an array.
+    ids, weight, following, preceding = map(memoryview, (ids, weight, following, preceding))
     merges = []
     progress = Progress("merging", num_merges, "merges", 1)
     while len(merges) < num_merges and heap:
-        count, _, _, left, right = heapq.heappop(heap)
-        now = count_of.get((left, right), 0)
+        count, _, _, pair = heapq.heappop(heap)
+        now = count_of[pair]
         if now != -count:  # merges since have taken some of its places
             if now > 0:
-                heapq.heappush(heap, (-now, keys[left], keys[right], left, right))
+                heapq.heappush(heap, (-now, keys[pair[0]], keys[pair[1]], pair))
             continue
-        made = len(tokens)
+        (left, right), made = pair, len(tokens)
         tokens.append(tokens[left] + tokens[right])
         keys.append(sort_key(tokens[made]))
-        merges.append((left, right))
+        merges.append(pair)
         progress.update(len(merges))
 
-        at = places_of.pop((left, right))
-        at = at[(ids[at] == left) & (ids[following[at]] == right)]
-        if left == right:  # of overlapping pairs, as in aaaa, every other one merges
-            joined = np.concatenate(([False], following[at[:-1]] == at[1:]))
-            index = np.arange(len(at))
-            at = at[(index - np.maximum.accumulate(np.where(joined, 0, index))) % 2 == 0]
-        gone = following[at]
-        old_left, old_right, weights = ids[preceding[at]], ids[following[gone]], weight[at]
-        ids[at], ids[gone] = made, -2
-        following[at] = following[gone]
-        preceding[following[at]] = at
-        new_left, new_right = ids[preceding[at]], ids[following[at]]
-        # Where the right neighbour was merged too, the pair between the two is counted there, as its left one.
-        alone = new_right != made
-        for token, lost, _ in grouped(old_left, weights, at):
-            if (token, left) in count_of:
-                count_of[token, left] -= lost
-        for token, lost, _ in grouped(old_right[alone], weights[alone], at[alone]):
-            if (right, token) in count_of:
-                count_of[right, token] -= lost
-        del count_of[left, right]
-        for token, found, places in grouped(new_left, weights, preceding[at]):
-            add(token, made, found, places)
-        for token, found, places in grouped(new_right[alone], weights[alone], at[alone]):
-            add(made, token, found, places)
+        merged = []
+        for place in places_of.pop(pair).tolist():
+            second = following[place]
+            if ids[place] != left or ids[second] != right:
+                continue  # one of the two has been merged otherwise since
+            after = following[second]
+            for lost in ((ids[preceding[place]], left), (right, ids[after])):
+                if lost in count_of:
+                    count_of[lost] -= weight[place]
+            ids[place], ids[second] = made, -2
+            following[place], preceding[after] = after, place
+            merged.append(place)
+        del count_of[pair]
+
+        found = {}
+        for place in merged:
+            before, after = preceding[place], following[place]
+            if ids[before] >= 0:
+                found.setdefault((ids[before], made), []).append(before)
+            if ids[after] >= 0 and ids[after] != made:  # two made side by side are found from the right one
+                found.setdefault((made, ids[after]), []).append(place)
+        for pair, places in found.items():
+            add(pair, sum([weight[place] for place in places]), array("i", places))
     progress.close()
     return merges
 
