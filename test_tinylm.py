@@ -503,14 +503,19 @@ nasty = st.lists(st.one_of(
     max_size=12).map("".join)
 
 
-@given(nasty)
-def test_training_is_the_definition(tmp_path_factory, text):
-    tokenizer = train_on(text, tmp_path_factory.mktemp("bpe"), 300)
+@pytest.mark.parametrize("many", [1, 4, 1000])
+@given(text=nasty)
+def test_training_is_the_definition(tmp_path_factory, many, text):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bpe.LinkedWords, "MANY", many)
+        tokenizer = train_on(text, tmp_path_factory.mktemp("bpe"), 300)
     assert spelled_merges(tokenizer) == naive_train(text, 300 - 257, [END])
     assert len(set(tokenizer.tokens)) == len(tokenizer.tokens)
 
 
-def test_training_is_the_definition_on_stories(tmp_path):
+@pytest.mark.parametrize("many", [1, 64])
+def test_training_is_the_definition_on_stories(tmp_path, monkeypatch, many):
+    monkeypatch.setattr(bpe.LinkedWords, "MANY", many)
     text = "".join(stories.story(3, i) + END for i in range(60))
     assert spelled_merges(train_on(text, tmp_path, 500)) == naive_train(text, 500 - 257, [END])
 

@@ -636,42 +636,110 @@ def sort_key(token):
     return token.translate(bytes(range(255, -1, -1))).decode("latin-1") + "\u0100"
 
 
+def grouped(left, right, weights, places):
+    """Sum weights by pair of ids. → lists: pairs of tokens (ids below 0 are none), their sums, their places in order."""
+    keys = left.astype(np.int64) << 32 | right
+    order = np.argsort(keys, kind="stable")
+    order = order[np.minimum(left, right)[order] >= 0]
+    keys, places = keys[order], places[order]
+    begins = np.flatnonzero(np.diff(keys, prepend=-1))
+    sums = np.add.reduceat(weights[order], begins).tolist() if len(begins) else []
+    first, ends = order[begins], [*begins[1:].tolist(), len(keys)]
+    places = [places[begin:end] for begin, end in zip(begins.tolist(), ends)]
+    return list(zip(left[first].tolist(), right[first].tolist())), sums, places
+
+
+class LinkedWords:
+    """Words as they are merged: the ids of all in one array, -1 between words and -2 where a token was joined to the
+    one before it; `following` and `preceding` are the places of the neighbours, `weight` the count of the word.
+    """
+
+    MANY = 64  # places from which on whole arrays beat going from one to the next
+
+    def __init__(self, words, counts):
+        lengths = np.array([len(word) for word in words], np.int64)
+        inside = np.arange(lengths.sum()) + np.repeat(np.arange(1, len(words) + 1), lengths)  # a -1 before each word
+        self.ids = np.full(lengths.sum() + len(words) + 1, -1, np.int32)
+        self.weight = np.zeros(len(self.ids), np.int64)
+        self.ids[inside] = np.frombuffer(b"".join(words), np.uint8)
+        self.weight[inside] = np.repeat(counts, lengths)
+        self.following = np.arange(1, len(self.ids) + 1, dtype=np.int32)
+        self.preceding = np.arange(-1, len(self.ids) - 1, dtype=np.int32)
+        # Single numbers are read and written faster through a memoryview than in an array.
+        self.views = tuple(map(memoryview, (self.ids, self.weight, self.following, self.preceding)))
+
+    def pairs(self):
+        """All pairs of neighbours, their counts, their places."""
+        places = np.arange(len(self.ids) - 1, dtype=np.int32)
+        return grouped(self.ids[:-1], self.ids[1:], self.weight[:-1], places)
+
+    def join(self, pair, made, places):
+        """Make `made` of a pair wherever it still stands in `places`. → lists: pairs lost and their counts, and pairs
+        found, their counts, their places."""
+        return (self.join_many if len(places) >= self.MANY else self.join_few)(*pair, made, places)
+
+    def join_few(self, left, right, made, places):
+        ids, weight, following, preceding = self.views
+        lost, lost_counts, found, joined = [], [], {}, []
+        for place in places.tolist():
+            second = following[place]
+            if ids[place] != left or ids[second] != right:
+                continue  # one of the two has been joined otherwise since
+            after = following[second]
+            lost += (ids[preceding[place]], left), (right, ids[after])
+            lost_counts += weight[place], weight[place]
+            ids[place], ids[second] = made, -2
+            following[place], preceding[after] = after, place
+            joined.append(place)
+        for place in joined:
+            before, after = preceding[place], following[place]
+            if ids[before] >= 0:
+                found.setdefault((ids[before], made), []).append(before)
+            if ids[after] >= 0 and ids[after] != made:  # of two made side by side the second finds the pair between them
+                found.setdefault((made, ids[after]), []).append(place)
+        counts = [sum([weight[place] for place in at]) for at in found.values()]
+        return lost, lost_counts, list(found), counts, [array("i", at) for at in found.values()]
+
+    def join_many(self, left, right, made, places):
+        ids, weight, following, preceding = self.ids, self.weight, self.following, self.preceding
+        at = places[(ids[places] == left) & (ids[following[places]] == right)]
+        if left == right:  # of overlapping pairs, as in aaaa, every other one is joined
+            overlaps = np.concatenate(([False], following[at[:-1]] == at[1:]))
+            index = np.arange(len(at))
+            at = at[(index - np.maximum.accumulate(np.where(overlaps, 0, index))) % 2 == 0]
+        second, weights = following[at], weight[at]
+        after = following[second]
+        old = ids[preceding[at]], ids[after]
+        ids[at], ids[second] = made, -2
+        following[at], preceding[after] = after, at
+        before = preceding[at]
+        alone = ids[after] != made  # of two made side by side the second loses and finds the pair between them
+        weights, places = np.concatenate((weights, weights[alone])), np.concatenate((before, at[alone]))
+        lost_left, lost_right = np.full((2, len(places)), ((right,), (left,)), np.int32)
+        lost_left[:len(at)], lost_right[len(at):] = old[0], old[1][alone]
+        found_left, found_right = np.full((2, len(places)), made, np.int32)
+        found_left[:len(at)], found_right[len(at):] = ids[before], ids[after[alone]]
+        return *grouped(lost_left, lost_right, weights, places)[:2], *grouped(found_left, found_right, weights, places)
+
+
 def train_merges(words, counts, tokens, num_merges):
     """Learn merges: join the pair with the highest count, of equals the greatest pair of byte strings, again and again.
 
-    All words stand in one array of ids with -1 between them, linked to their neighbours still alive. Each pair knows
-    the places it was seen at: all of them are found when the later of its two tokens is made, and later merges can
-    only take some away; so a merge touches just its own places and their neighbours.
+    Each pair knows the places it was seen at: all of them are found when the later of its two tokens is made, and later
+    merges can only take some away; so a merge touches just its own places and their neighbours.
     words: [bytes], counts (words), tokens: [bytes] of the first ids, the 256 bytes leading → [(left id, right id)].
     `tokens` grows by what each merge makes.
     """
-    lengths = np.array([len(word) for word in words], np.int64)
-    ids = np.full(lengths.sum() + len(words) + 1, -1, np.int32)
-    weight = np.zeros(len(ids), np.int64)
-    inside = np.arange(lengths.sum()) + np.repeat(np.arange(1, len(words) + 1), lengths)  # with a -1 before each word
-    ids[inside], weight[inside] = np.frombuffer(b"".join(words), np.uint8), np.repeat(counts, lengths)
-    following = np.arange(1, len(ids) + 1, dtype=np.int32)
-    preceding = np.arange(-1, len(ids) - 1, dtype=np.int32)
-
-    count_of, places_of, heap = {}, {}, []
+    linked = LinkedWords(words, counts)
+    count_of, places_of, heap, merges = {}, {}, [], []
     keys = [sort_key(token) for token in tokens]
 
     def add(pair, count, places):
         count_of[pair], places_of[pair] = count, places
         heapq.heappush(heap, (-count, keys[pair[0]], keys[pair[1]], pair))
 
-    places = np.flatnonzero((ids[:-1] >= 0) & (ids[1:] >= 0)).astype(np.int32)
-    pairs = ids[places] * 256 + ids[places + 1]
-    order = np.argsort(pairs, kind="stable")
-    places, (kinds, begins) = places[order], np.unique(pairs[order], return_index=True)
-    sums = np.add.reduceat(weight[places], begins) if len(begins) else begins
-    for pair, count, at in zip(kinds.tolist(), sums.tolist(), np.split(places, begins[1:])):
-        add(divmod(pair, 256), count, at)
-    del inside, places, pairs, order
-
-    # From here on single numbers are read and written, which a memoryview does faster than an array.
-    ids, weight, following, preceding = map(memoryview, (ids, weight, following, preceding))
-    merges = []
+    for pair, count, places in zip(*linked.pairs()):
+        add(pair, count, places)
     progress = Progress("merging", num_merges, "merges", 1)
     while len(merges) < num_merges and heap:
         count, _, _, pair = heapq.heappop(heap)
@@ -680,35 +748,18 @@ def train_merges(words, counts, tokens, num_merges):
             if now > 0:
                 heapq.heappush(heap, (-now, keys[pair[0]], keys[pair[1]], pair))
             continue
-        (left, right), made = pair, len(tokens)
-        tokens.append(tokens[left] + tokens[right])
+        made = len(tokens)
+        tokens.append(tokens[pair[0]] + tokens[pair[1]])
         keys.append(sort_key(tokens[made]))
         merges.append(pair)
-        progress.update(len(merges))
-
-        merged = []
-        for place in places_of.pop(pair).tolist():
-            second = following[place]
-            if ids[place] != left or ids[second] != right:
-                continue  # one of the two has been merged otherwise since
-            after = following[second]
-            for lost in ((ids[preceding[place]], left), (right, ids[after])):
-                if lost in count_of:
-                    count_of[lost] -= weight[place]
-            ids[place], ids[second] = made, -2
-            following[place], preceding[after] = after, place
-            merged.append(place)
+        lost, lost_counts, *found = linked.join(pair, made, np.asarray(places_of.pop(pair)))
+        for other, count in zip(lost, lost_counts):
+            if other in count_of:
+                count_of[other] -= count
         del count_of[pair]
-
-        found = {}
-        for place in merged:
-            before, after = preceding[place], following[place]
-            if ids[before] >= 0:
-                found.setdefault((ids[before], made), []).append(before)
-            if ids[after] >= 0 and ids[after] != made:  # two made side by side are found from the right one
-                found.setdefault((made, ids[after]), []).append(place)
-        for pair, places in found.items():
-            add(pair, sum([weight[place] for place in places]), array("i", places))
+        for other, count, places in zip(*found):
+            add(other, count, places)
+        progress.update(len(merges))
     progress.close()
     return merges
 
