@@ -30,7 +30,7 @@ from data.cli import InputError, Progress
 
 # What `word_starts` computes, as the regular expression that tiktoken and tokenizers know as GPT-2's.
 SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-CHUNK_BYTES = 4 << 20  # of a file, read and worked on at once
+CHUNK_BYTES = 1 << 22  # of a file, read and worked on at once
 PIECE_BYTES = 1 << 18  # of that, split at once: large enough for arrays to pay, small enough to stay in a core's cache
 LETTER, NUMBER, OTHER, SPACE, SPECIAL = range(5)  # classes; those below SPACE are visible
 
@@ -45,10 +45,11 @@ WHITE_SPACE = [*range(0x09, 0x0E), 0x20, 0x85, 0xA0, 0x1680, *range(0x2000, 0x20
 def class_of_code_points():
     """The class of every Unicode code point, from Python's own Unicode tables. → uint8 (0x110000)."""
     classes = np.full(0x110000, OTHER, np.uint8)
-    for c in range(0x40000):  # no letters or numbers beyond
-        category = unicodedata.category(chr(c))[0]
-        if category == "L" or category == "N":
-            classes[c] = LETTER if category == "L" else NUMBER
+    characters = np.arange(0x40000, dtype=np.uint32).view("U1")  # there are no letters or numbers beyond
+    classes[:len(characters)][np.strings.isalpha(characters)] = LETTER
+    for c in np.flatnonzero(np.strings.isnumeric(characters) & (classes[:len(characters)] != LETTER)).tolist():
+        if unicodedata.category(chr(c))[0] == "N":
+            classes[c] = NUMBER
     classes[WHITE_SPACE] = SPACE
     return classes
 
@@ -324,7 +325,10 @@ class Encoder:
 
     @staticmethod
     def pair_keys(left, right):
-        return np.stack((left.ravel(), right.ravel() + 2), 1).astype(np.uint64)  # ids are -1 and up; a key's second isn't 0
+        keys = np.empty((left.size, 2), np.int64)
+        keys[:, 0], keys[:, 1] = left.ravel(), right.ravel()
+        keys[:, 1] += 2  # ids are -1 and up, and a key's second number isn't 0
+        return keys.view(np.uint64)
 
     def ranks(self, left, right):
         """Which merge joins each pair of ids; NO_MERGE where none. int32 (...) twice → int32 (...)."""
@@ -333,29 +337,30 @@ class Encoder:
     def merge_words(self, words, lengths):
         """Apply the merges to many words at once. words uint8 (W, L), lengths (W) → ids of all in a row, counts (W).
 
-        In each round, each word makes its next merge: the pair of the lowest rank, of equals the leftmost.
+        In each round, each word makes its next merge: the pair of the lowest rank, of equals the leftmost. A token and
+        the rank of the pair it begins are one number, rank · 2³² + id, so that one array holds both.
         """
-        width = words.shape[1]
-        columns = np.arange(width)
-        ids = np.where(columns < lengths[:, None], self.byte_ids[words], -1)  # (W, L)
-        ids = np.pad(ids, ((0, 0), (0, 1)), constant_values=-1)  # a column to move in from
-        ranks = np.pad(self.ranks(ids[:, :-2], ids[:, 1:-1]), ((0, 0), (0, 2)), constant_values=NO_MERGE)
+        ids = np.where(np.arange(words.shape[1]) < lengths[:, None], self.byte_ids[words], -1)
+        ids = np.pad(ids, ((0, 0), (0, 2)), constant_values=-1)  # (W, L + 2), so that each place has a next one
         result = ids.copy()
+        ranks = np.pad(self.ranks(ids[:, :-1], ids[:, 1:]), ((0, 0), (0, 1)), constant_values=NO_MERGE)
+        table = ranks.astype(np.int64) << 32 | ids.view(np.uint32)
         rows = np.arange(len(words))  # those that may have a merge left
         while len(rows):
-            best = ranks.argmin(1)
-            rank = np.take_along_axis(ranks, best[:, None], 1)[:, 0]
-            going = rank < NO_MERGE
-            result[rows[~going]] = ids[~going]
-            rows, ids, ranks, best, rank = (a[going] for a in (rows, ids, ranks, best, rank))
-            source = np.minimum(np.arange(width + 1) + (np.arange(width + 1) > best[:, None]), width)
-            ids, ranks = np.take_along_axis(ids, source, 1), np.take_along_axis(ranks, source, 1)
-            each = np.arange(len(rows))
-            ids[each, best] = self.made[rank]
-            ranks[each, best] = self.ranks(ids[each, best], ids[each, best + 1])
-            before = best > 0
-            each, best = each[before], best[before]
-            ranks[each, best - 1] = self.ranks(ids[each, best - 1], ids[each, best])
+            best = table.argmin(1)
+            rank = table[np.arange(len(rows)), best] >> 32
+            ended, going = np.flatnonzero(rank == NO_MERGE), np.flatnonzero(rank < NO_MERGE)
+            result[rows[ended], :table.shape[1]] = table[ended].astype(np.int32)
+            result[rows[ended], table.shape[1]:] = -1
+            rows, best, rank = rows[going], best[going], rank[going]
+            columns = np.arange(table.shape[1] - 1)  # as each word becomes one token shorter
+            table = table[going[:, None], columns + (columns > best[:, None])]
+            each, made = np.arange(len(rows)), self.made[rank]
+            after = table[each, best + 1].astype(np.int32)
+            table[each, best] = self.ranks(made, after).astype(np.int64) << 32 | made
+            each = np.flatnonzero(best > 0)
+            before = table[each, best[each] - 1].astype(np.int32)
+            table[each, best[each] - 1] = self.ranks(before, made[each]).astype(np.int64) << 32 | before
         used = result >= 0
         return result[used], used.sum(1)
 
