@@ -643,15 +643,19 @@ def sort_key(token):
 
 def grouped(left, right, weights, places):
     """Sum weights by pair of ids. → lists: pairs of tokens (ids below 0 are none), their sums, their places in order."""
-    keys = left.astype(np.int64) << 32 | right
-    order = np.argsort(keys, kind="stable")
+    pairs = left.astype(np.int64) << 32 | right
+    order = np.argsort(pairs, kind="stable")
     order = order[np.minimum(left, right)[order] >= 0]
-    keys, places = keys[order], places[order]
-    begins = np.flatnonzero(np.diff(keys, prepend=-1))
+    pairs, places = pairs[order], places[order]
+    begins = np.flatnonzero(np.diff(pairs, prepend=-1))
     sums = np.add.reduceat(weights[order], begins).tolist() if len(begins) else []
-    first, ends = order[begins], [*begins[1:].tolist(), len(keys)]
-    places = [places[begin:end] for begin, end in zip(begins.tolist(), ends)]
-    return list(zip(left[first].tolist(), right[first].tolist())), sums, places
+    ends = [*begins[1:].tolist(), len(pairs)]
+    return pairs[begins].tolist(), sums, [places[begin:end] for begin, end in zip(begins.tolist(), ends)]
+
+
+def unpacked(pair):
+    """The two ids of a pair, which is one number, left · 2³² + right: hundreds of thousands are kept."""
+    return pair >> 32, pair & 0xFFFFFFFF
 
 
 class LinkedWords:
@@ -681,7 +685,7 @@ class LinkedWords:
     def join(self, pair, made, places):
         """Make `made` of a pair wherever it still stands in `places`. → lists: pairs lost and their counts, and pairs
         found, their counts, their places."""
-        return (self.join_many if len(places) >= self.MANY else self.join_few)(*pair, made, places)
+        return (self.join_many if len(places) >= self.MANY else self.join_few)(*unpacked(pair), made, places)
 
     def join_few(self, left, right, made, places):
         ids, weight, following, preceding = self.views
@@ -691,7 +695,7 @@ class LinkedWords:
             if ids[place] != left or ids[second] != right:
                 continue  # one of the two has been joined otherwise since
             after = following[second]
-            lost += (ids[preceding[place]], left), (right, ids[after])
+            lost += ids[preceding[place]] << 32 | left, right << 32 | ids[after]
             lost_counts += weight[place], weight[place]
             ids[place], ids[second] = made, -2
             following[place], preceding[after] = after, place
@@ -699,9 +703,9 @@ class LinkedWords:
         for place in joined:
             before, after = preceding[place], following[place]
             if ids[before] >= 0:
-                found.setdefault((ids[before], made), []).append(before)
+                found.setdefault(ids[before] << 32 | made, []).append(before)
             if ids[after] >= 0 and ids[after] != made:  # of two made side by side the second finds the pair between them
-                found.setdefault((made, ids[after]), []).append(place)
+                found.setdefault(made << 32 | ids[after], []).append(place)
         counts = [sum([weight[place] for place in at]) for at in found.values()]
         return lost, lost_counts, list(found), counts, [array("i", at) for at in found.values()]
 
@@ -739,9 +743,13 @@ def train_merges(words, counts, tokens, num_merges):
     count_of, places_of, heap, merges = {}, {}, [], []
     keys = [sort_key(token) for token in tokens]
 
+    def push(pair, count):
+        left, right = unpacked(pair)
+        heapq.heappush(heap, (-count, keys[left], keys[right], pair))
+
     def add(pair, count, places):
-        count_of[pair], places_of[pair] = count, places
-        heapq.heappush(heap, (-count, keys[pair[0]], keys[pair[1]], pair))
+        count_of[pair], places_of[pair] = count, places if len(places) > 1 else places[0]
+        push(pair, count)
 
     for pair, count, places in zip(*linked.pairs()):
         add(pair, count, places)
@@ -751,13 +759,13 @@ def train_merges(words, counts, tokens, num_merges):
         now = count_of[pair]
         if now != -count:  # merges since have taken some of its places
             if now > 0:
-                heapq.heappush(heap, (-now, keys[pair[0]], keys[pair[1]], pair))
+                push(pair, now)
             continue
-        made = len(tokens)
-        tokens.append(tokens[pair[0]] + tokens[pair[1]])
+        (left, right), made = unpacked(pair), len(tokens)
+        tokens.append(tokens[left] + tokens[right])
         keys.append(sort_key(tokens[made]))
-        merges.append(pair)
-        lost, lost_counts, *found = linked.join(pair, made, np.asarray(places_of.pop(pair)))
+        merges.append((left, right))
+        lost, lost_counts, *found = linked.join(pair, made, np.atleast_1d(places_of.pop(pair)))
         for other, count in zip(lost, lost_counts):
             if other in count_of:
                 count_of[other] -= count
