@@ -61,7 +61,10 @@ ASCII_CLASSES = bytes(SPACE if c in WHITE_SPACE else LETTER if chr(c).isalpha() 
 def byte_classes(text, special_spans):
     """The class of the character each byte belongs to. text: valid UTF-8, special_spans (n, 2) → uint8 (len(text))."""
     data = np.frombuffer(text, np.uint8)
-    classes = np.frombuffer(bytearray(text.translate(ASCII_CLASSES)), np.uint8)
+    classes = np.frombuffer(text.translate(ASCII_CLASSES), np.uint8)
+    if text.isascii() and not special_spans:
+        return classes
+    classes = classes.copy()
     leads = np.flatnonzero(data >= 0xC0)
     if len(leads):
         padded = np.concatenate((data, np.zeros(3, np.uint8)))
@@ -227,7 +230,7 @@ class HashTable:
 def split_words(text, special_spans):
     """Cut text into words. → int64: starts (words), lengths (words), which are too long for a key of their own."""
     starts = word_starts(text, special_spans)
-    lengths = np.diff(starts, append=len(text))
+    lengths = np.append(starts[1:], len(text)) - starts
     return starts, lengths, np.flatnonzero(lengths > KEY_BYTES)
 
 
