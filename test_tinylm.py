@@ -437,6 +437,17 @@ def test_llama_folders_of_transformers_open(tmp_path, dtype, tied, shard):
         same(tinylm.forward(params, tokens, config), model.float()(tokens).logits, 1e-4)
 
 
+def test_old_and_new_ways_to_say_rope_theta(tmp_path, tokenizer_file):
+    config = small_config()
+    tinylm.save_checkpoint(tmp_path / "m", tinylm.init_params(config, generator()), config, tokenizer_file, (END, 256))
+    description = json.loads((tmp_path / "m/config.json").read_text())
+    del description["rope_theta"]
+    for change, theta in (({"rope_theta": 500.0}, 500.0), ({"rope_parameters": {"rope_theta": 600.0, "rope_type": "default"}}, 600.0),
+                          ({}, 10000.0), ({"rope_theta": 500.0, "rope_scaling": None}, 500.0)):
+        (tmp_path / "m/config.json").write_text(json.dumps(description | change))
+        assert tinylm.load_checkpoint(tmp_path / "m")[1].rope_theta == theta
+
+
 @pytest.mark.parametrize("change", [{"attention_bias": True}, {"hidden_act": "gelu"}, {"model_type": "gpt2"}, {"head_dim": 64},
                                     {"rope_parameters": {"rope_type": "yarn"}}, {"rope_scaling": {"type": "linear"}}, {"hidden_size": "x"}])
 def test_other_models_are_refused_by_name(tmp_path, tokenizer_file, change):
@@ -757,32 +768,39 @@ def test_gradient_accumulation_is_one_large_batch(tmp_path):
         assert a.get("train_loss", 0) == pytest.approx(b.get("train_loss", 0), abs=1e-4)
 
 
-def test_resuming_gives_the_uninterrupted_run(tmp_path):
-    data = prepared(tmp_path)
-    train.train(data=str(data), output_dir=str(tmp_path / "whole"), **TINY | dict(checkpoint_interval=2))
+def stop_after(step, monkeypatch):
+    """Make a run end with KeyboardInterrupt right after the checkpoint of a step."""
+    saving = train.save
 
-    class Stop(Exception):
-        pass
-
-    def stop_after_four(*args):
+    def save(*args):
         saving(*args)
-        if args[1] == 4:
-            raise Stop
+        if args[1] == step:
+            raise KeyboardInterrupt
 
-    with pytest.MonkeyPatch.context() as patch:
-        saving = train.save
-        patch.setattr(train, "save", stop_after_four)
-        with pytest.raises(Stop):
-            train.train(data=str(data), output_dir=str(tmp_path / "parts"), **TINY | dict(checkpoint_interval=2))
+    monkeypatch.setattr(train, "save", save)
+
+
+@pytest.mark.parametrize("flags", [{}, {"grad_accum_steps": 3}, {"compile": True}], ids=["plain", "accumulating", "compiled"])
+def test_resuming_gives_the_uninterrupted_run(tmp_path, flags):
+    data = prepared(tmp_path)
+    flags = TINY | dict(checkpoint_interval=1, data=str(data)) | flags
+    train.train(output_dir=str(tmp_path / "whole"), **flags)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_after(4, patch)
+        train.train(output_dir=str(tmp_path / "parts"), **flags)
     train.train(resume=str(tmp_path / "parts"))
     assert without_time(metrics(tmp_path / "whole")) == without_time(metrics(tmp_path / "parts"))
     for name in ("model.safetensors", "optimizer.safetensors"):
         digests = {hashlib.sha256((tmp_path / run / "latest" / name).read_bytes()).hexdigest() for run in ("whole", "parts")}
         assert len(digests) == 1
-    with pytest.raises(cli.InputError, match="larger --num_steps"):
-        train.train(resume=str(tmp_path / "parts"))
-    with pytest.raises(cli.InputError, match="--lr_max=0.5.*start a new run"):
-        train.train(resume=str(tmp_path / "parts"), lr_max=0.5)
+
+
+def test_resuming_refuses_what_would_make_another_run(tmp_path):
+    train.train(data=str(prepared(tmp_path)), output_dir=str(tmp_path / "run"), **TINY)
+    for flags, message in ((dict(resume="run"), "larger --num_steps"), (dict(resume="run", lr_max=0.5), "--lr_max=0.5.*start a new run"),
+                           (dict(resume="run/latest"), "--resume=.*/run$"), (dict(resume="data"), "folder that train.py wrote")):
+        with pytest.raises(cli.InputError, match=message):
+            train.train(**flags | dict(resume=str(tmp_path / flags["resume"])))
 
 
 def test_compiled_training_is_the_same(tmp_path):
@@ -824,6 +842,11 @@ def test_wandb_offline_has_what_was_measured(tmp_path, monkeypatch):
     assert [row["train_loss"] for row in rows if "train_loss" in row] == [line["train_loss"] for line in expected if "train_loss" in line]
     for key in ("lr", "grad_norm", "tokens_per_second", "val_loss", "val_bits_per_byte", "seconds"):
         assert any(key in row for row in rows), key
+    train.train(resume=str(tmp_path / "run"), num_steps=9)
+    files = glob.glob(f"{tmp_path}/run/wandb/offline-run-*/*.wandb")
+    assert len({Path(file).name for file in files}) == 1 and len(files) == 2, "both parts belong to one run"
+    steps = [row["_step"] for file in sorted(files) for row in read_wandb(file)[0]]
+    assert steps == sorted(steps) and steps[-1] == 9
 
 
 @pytest.fixture(scope="module")
@@ -1096,6 +1119,22 @@ def test_a_checkpoint_that_cannot_be_saved(tmp_path, monkeypatch, capsys):
     assert metrics(tmp_path / "run")[-1]["step"] == 6 and (tmp_path / "run/latest").resolve().name == "step-0000006"
 
 
+def test_a_disk_that_fills_while_saving(tmp_path, monkeypatch, capsys):
+    """What was written of the checkpoint goes, the last good one stays."""
+    data, writing = prepared(tmp_path), tinylm.write_safetensors
+
+    def write_in_part(path, tensors):
+        writing(path, tensors)
+        if "0000003" in str(path) and path.name == "optimizer.safetensors":
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tinylm, "write_safetensors", write_in_part)
+    train.train(data=str(data), output_dir=str(tmp_path / "run"), **TINY | dict(checkpoint_interval=1))
+    assert "step 3 could not be saved ([Errno 28]" in capsys.readouterr().err
+    assert not list((tmp_path / "run").glob(".*partial"))
+    train.train(resume=str(tmp_path / "run"), num_steps=7)
+
+
 def test_one_folder_one_run(tmp_path):
     data = prepared(tmp_path)
     train.train(data=str(data), output_dir=str(tmp_path / "run"), **TINY)
@@ -1210,14 +1249,14 @@ def mutate(content, rng):
     elif kind == 3:
         content[at:at] = rng.randbytes(rng.randrange(1, 20))
     elif kind == 4:  # another number where one stands
-        numbers = list(re.finditer(rb"\\d+", content[:20_000]))
+        numbers = list(re.finditer(rb"\d+", content[:20_000]))
         number = rng.choice(numbers) if numbers else None
         if number:
             content[number.start():number.end()] = rng.choice([b"-1", b"0", b"99999999999999999999", b"1e99", b"null", b"[]", b"{}", b"7"])
     elif kind == 5:  # a piece twice
         content[at:at] = content[at:at + 200]
     else:
-        content[:8] = rng.choice([b"\\xff" * 8, (1 << 40).to_bytes(8, "little"), bytes(8), rng.randbytes(8)])
+        content[:8] = rng.choice([b"\xff" * 8, (1 << 40).to_bytes(8, "little"), bytes(8), rng.randbytes(8)])
     return bytes(content)
 
 
@@ -1225,6 +1264,7 @@ def mutate(content, rng):
 def test_damaged_files_are_refused_or_load_whole(valid_checkpoint, tmp_path, name):
     """700 mutations of each: refused by our own error or a sound model, within a second and ten times the file in memory."""
     shutil.copytree(valid_checkpoint, tmp_path / "model")
+    bpe.class_of_code_points()  # made once, whatever the file
     original, rng, refused = (valid_checkpoint / name).read_bytes(), random.Random(name), 0
     for _ in range(700):
         (tmp_path / "model" / name).write_bytes(mutate(original, rng))
@@ -1246,6 +1286,16 @@ def test_damaged_files_are_refused_or_load_whole(valid_checkpoint, tmp_path, nam
             tracemalloc.stop()
         assert time.perf_counter() - begin < 1 and peak < 10 * max(len(original), 200_000)
     assert refused > 200
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"model": {"type": "WordPiece", "vocab": {}}}, "its model is WordPiece"), ({"pre_tokenizer": {"type": "Metaspace"}}, "split pattern"),
+    ({"pre_tokenizer": None}, "split pattern"), ({"normalizer": {"type": "NFC"}}, "asks for normalizer"),
+    ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Split"}, {"type": "ByteLevel"}]}}, "split pattern")])
+def test_other_tokenizers_are_refused_by_name(tokenizer_file, tmp_path, change, message):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(json.loads(Path(tokenizer_file).read_text()) | change))
+    with pytest.raises(cli.InputError, match=message):
+        bpe.load(tmp_path / "tokenizer.json")
 
 
 @pytest.mark.parametrize("option, value", [("num_hidden_layers", 10**18), ("hidden_size", 10**18), ("vocab_size", 10**18)])

@@ -834,25 +834,34 @@ def save_checkpoint(folder, params, config, tokenizer_file, end_token, optimizer
     folder = Path(folder)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    try:
+        write_checkpoint(partial, params, config, tokenizer_file, end_token, optimizer, train_state)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+        flush_folder(folder.parent)
+    except OSError:  # as on a full disk, where the part that was written would be in the way
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def write_checkpoint(folder, params, config, tokenizer_file, end_token, optimizer, train_state):
+    """Write the files of a checkpoint into a new folder, and flush them."""
+    folder.mkdir(parents=True)
     text, end_id = end_token
-    write_safetensors(partial / "model.safetensors", to_hf(params, config))
-    write_json(partial / "config.json", config_to_hf(config, end_id))
-    write_json(partial / "generation_config.json", {"bos_token_id": end_id, "eos_token_id": end_id})
-    write_json(partial / "tokenizer_config.json", {
+    write_safetensors(folder / "model.safetensors", to_hf(params, config))
+    write_json(folder / "config.json", config_to_hf(config, end_id))
+    write_json(folder / "generation_config.json", {"bos_token_id": end_id, "eos_token_id": end_id})
+    write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": text, "eos_token": text,
         "model_max_length": config.context_length, "clean_up_tokenization_spaces": False})
-    with open(partial / "tokenizer.json", "wb") as file:
+    with open(folder / "tokenizer.json", "wb") as file:
         file.write(Path(tokenizer_file).read_bytes())
         flush(file)
     if optimizer is not None:
-        write_safetensors(partial / "optimizer.safetensors", dict(tree_leaves(optimizer)))
+        write_safetensors(folder / "optimizer.safetensors", dict(tree_leaves(optimizer)))
     if train_state is not None:
-        write_json(partial / "train_state.json", train_state)
-    flush_folder(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
-    flush_folder(folder.parent)
+        write_json(folder / "train_state.json", train_state)
+    flush_folder(folder)
 
 
 def load_checkpoint(folder):

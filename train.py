@@ -216,7 +216,9 @@ def resume_run(folder, given, done=InputError):
     where it has done all its steps."""
     checkpoint = folder / "latest"
     if not checkpoint.is_dir():
-        raise InputError(f"--resume={folder}: no checkpoint there yet; expected a folder that train.py wrote")
+        of_a_run = (folder / "train_state.json").is_file()
+        advice = f"give the run's folder, --resume={folder.parent}" if of_a_run else "expected a folder that train.py wrote"
+        raise InputError(f"--resume={folder}: no checkpoint there; {advice}")
     locked = lock(folder)
     state = tinylm.read_json(checkpoint / "train_state.json")
     try:
@@ -317,6 +319,14 @@ def keep_freed_memory():
     if mallopt:
         for parameter, value in ((-3, 1 << 30), (-1, 2**31 - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
             mallopt(parameter, value)
+
+
+def set_numerics(device):
+    """On a CPU, the same numbers from run to run; on CUDA, TF32 in matrix products of float32."""
+    # Compiled code would otherwise add up the gradients of the embedding in whatever order its threads come.
+    torch.use_deterministic_algorithms(device == "cpu")
+    torch.utils.deterministic.fill_uninitialized_memory = False  # no result here depends on it
+    torch.set_float32_matmul_precision("highest" if device == "cpu" else "high")
 
 
 def step_functions(config, settings):
@@ -556,7 +566,7 @@ def train(*, data: str | None = None, context_length: int | None = None, batch_s
     settings, params, optimizer = run["settings"], run["params"], run["optimizer"]
     gradients, update, losses = step_functions(run["config"], settings)
     keep_freed_memory()
-    torch.set_float32_matmul_precision("high" if settings["device"] != "cpu" else "highest")  # TF32 on CUDA
+    set_numerics(settings["device"])
     introduce(run)
     log, interrupt, bad_steps = Log(run), Interrupt(), 0
     due = lambda step, name: step % settings[name] == 0 or step == settings["num_steps"]
