@@ -466,7 +466,8 @@ def value_and_grad(function, params, *args):
 
 def global_norm(tree):
     """The Euclidean norm of all leaves taken as one vector, a scalar of float32."""
-    return torch.stack([leaf.float().square().sum() for _, leaf in tree_leaves(tree)]).sum().sqrt()
+    norms = [torch.linalg.vector_norm(leaf.float()) for _, leaf in tree_leaves(tree)]
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def clip_gradients(grads, max_norm):
@@ -493,15 +494,15 @@ def adamw_update(params, grads, state, lr, beta1=0.9, beta2=0.95, eps=1e-8, weig
     """
     step = state["step"] + 1
     # In float64, as 1 - beta2 ** step is a small difference of two near numbers in the first steps.
-    step_size = lr / (1 - beta1 ** step.double())
-    root_correction = (1 - beta2 ** step.double()).sqrt()
+    correction1, correction2 = 1 - beta1 ** step.double(), (1 - beta2 ** step.double()).sqrt()
 
     m = tree_map(lambda m, g: torch.lerp(m, g, 1 - beta1), state["m"], grads)
-    v = tree_map(lambda v, g: torch.lerp(v, g.square(), 1 - beta2), state["v"], grads)
+    v = tree_map(lambda v, g: (v * beta2).addcmul_(g, g, value=1 - beta2), state["v"], grads)
 
     def update(p, m, v):
         decayed = p * (1 - lr * weight_decay) if p.ndim >= 2 else p.clone()
-        return decayed.sub_((m / v.sqrt().div_(root_correction).add_(eps)).mul_(step_size))
+        # lr · m̂ / (√v̂ + eps), with the two corrections and lr moved to where they cost one pass over memory
+        return decayed.addcdiv_(m, v.sqrt().add_(eps * correction2).mul_(correction1 / (lr * correction2)), value=-1)
 
     return tree_map(update, params, m, v), {"step": step, "m": m, "v": v}
 
