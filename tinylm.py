@@ -18,10 +18,12 @@ import os
 import shutil
 import struct
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.checkpoint import checkpoint
 
 
 class InputError(ValueError):
@@ -407,7 +409,7 @@ def multi_head_attention(x, cos, sin, head_dim, cache, wq, wk, wv, wo):
     return linear(heads.transpose(-3, -2).flatten(-2), wo)  # (B, T, d_model)
 
 
-def transformer_block(x, cos, sin, config, cache, attention_norm, attention, mlp_norm, mlp):
+def transformer_block(x, cos, sin, *, config, cache, attention_norm, attention, mlp_norm, mlp):
     """One pre-norm block: x + attention(rmsnorm(x)), then x + swiglu(rmsnorm(x)). x (B, T, d_model) → the same."""
     attention, mlp = (tree_map(lambda w: w.to(x.dtype), weights) for weights in (attention, mlp))
     h = rmsnorm(x, attention_norm, config.norm_eps)
@@ -415,11 +417,12 @@ def transformer_block(x, cos, sin, config, cache, attention_norm, attention, mlp
     return x + swiglu(rmsnorm(x, mlp_norm, config.norm_eps), **mlp)
 
 
-def features(params, tokens, config, dtype=torch.float32, cache=None):
+def features(params, tokens, config, dtype=torch.float32, cache=None, remat=False):
     """The last hidden states, normed: what the output matrix reads. tokens (B, T) of int64 → (B, T, d_model) of dtype.
 
     Computes in `dtype` from float32 parameters. With a cache, `tokens` stand behind those it holds; it is donated (see
-    `extend_cache`) and the result is (hidden states, new cache).
+    `extend_cache`) and the result is (hidden states, new cache). With `remat` a block keeps only its input for the
+    backward pass, which computes the rest again (Chen et al. 2016).
     """
     start = cache["filled"] if cache else 0
     positions = torch.arange(start, start + tokens.shape[-1], device=tokens.device)
@@ -427,7 +430,8 @@ def features(params, tokens, config, dtype=torch.float32, cache=None):
     x = embedding(tokens, params["embedding"]).to(dtype)  # (B, T, d_model)
     for layer, block in params["blocks"].items():
         layer_cache = cache and {"k": cache["k"][int(layer)], "v": cache["v"][int(layer)], "filled": start}
-        x = transformer_block(x, cos, sin, config, layer_cache, **block)
+        run = partial(transformer_block, config=config, cache=layer_cache, **block)
+        x = checkpoint(run, x, cos, sin, use_reentrant=False) if remat else run(x, cos, sin)
     x = rmsnorm(x, params["final_norm"], config.norm_eps)
     return (x, cache | {"filled": start + tokens.shape[-1]}) if cache else x
 
@@ -437,13 +441,13 @@ def to_logits(params, x):
     return linear(x, params.get("lm_head", params["embedding"]).to(x.dtype))
 
 
-def forward(params, tokens, config, dtype=torch.float32, cache=None):
+def forward(params, tokens, config, dtype=torch.float32, cache=None, remat=False):
     """Scores of the token that follows each position. tokens (B, T) of int64 → (B, T, V); with a cache (logits, cache).
 
     T may be at most context_length, the cached positions included, for the model has learned no others.
     """
     if cache is None:
-        return to_logits(params, features(params, tokens, config, dtype))
+        return to_logits(params, features(params, tokens, config, dtype, remat=remat))
     x, cache = features(params, tokens, config, dtype, cache)
     return to_logits(params, x), cache
 
@@ -451,9 +455,9 @@ def forward(params, tokens, config, dtype=torch.float32, cache=None):
 # ---- Learning ----
 
 
-def loss_fn(params, inputs, targets, config, dtype=torch.float32):
+def loss_fn(params, inputs, targets, config, dtype=torch.float32, remat=False):
     """Mean cross-entropy of `targets` after `inputs`, in nats per token. Both (B, T) of int64 → a scalar."""
-    return cross_entropy(forward(params, inputs, config, dtype), targets)
+    return cross_entropy(forward(params, inputs, config, dtype, remat=remat), targets)
 
 
 def value_and_grad(function, params, *args):
@@ -505,6 +509,59 @@ def adamw_update(params, grads, state, lr, beta1=0.9, beta2=0.95, eps=1e-8, weig
         return decayed.addcdiv_(m, v.sqrt().add_(eps * correction2).mul_(correction1 / (lr * correction2)), value=-1)
 
     return tree_map(update, params, m, v), {"step": step, "m": m, "v": v}
+
+
+def orthogonalize(g, steps=5):
+    """Bring the singular values of a matrix near 1 by a Newton-Schulz iteration (Jordan et al. 2024, Muon).
+
+    Each step is X ← aX + (bA + cA²)X with A = XXᵀ; the quintic is tuned to be fast, and ends between 0.7 and 1.2.
+    g (m, n) → (m, n) in g's dtype; computed in bfloat16 on CUDA, where that is faster and enough.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = g.to(torch.bfloat16) if g.is_cuda else g
+    x = x.T if g.shape[0] > g.shape[1] else x  # so that A is the smaller of the two products
+    x = x / (torch.linalg.vector_norm(x) + 1e-7)  # no singular value is above 1
+    for _ in range(steps):
+        A = x @ x.T
+        x = a * x + (b * A + c * A @ A) @ x
+    return (x.T if g.shape[0] > g.shape[1] else x).to(g.dtype)
+
+
+def muon_split(tree):
+    """Two trees: the matrices of the blocks, which Muon updates, and the rest, which AdamW does."""
+    leaves = tree_leaves(tree)
+    parts = ([(path, leaf) for path, leaf in leaves if (path.startswith("blocks.") and leaf.ndim == 2) == of_muon]
+             for of_muon in (True, False))
+    return [tree_build(*zip(*part)) for part in parts]
+
+
+def muon_init(params):
+    """The state Muon starts from: the momentum of the matrices of the blocks, zero, and AdamW's state of the rest."""
+    matrices, rest = muon_split(params)
+    return {"momentum": tree_map(lambda p: torch.zeros_like(p, dtype=torch.float32), matrices), "adamw": adamw_init(rest)}
+
+
+def muon_update(params, grads, state, lr, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, momentum=0.95):
+    """One step of Muon (Jordan et al. 2024) for the matrices of the blocks and of AdamW for the rest; → (params, state).
+
+    A matrix moves along its orthogonalised Nesterov momentum. The factor 0.2·√max(m, n) gives that the root mean square
+    of an AdamW step, so that one learning rate and one decay serve both (Liu et al. 2025, §2.2).
+    """
+    matrices, rest = muon_split(params)
+    matrix_grads, rest_grads = muon_split(grads)
+    rest, adamw = adamw_update(rest, rest_grads, state["adamw"], lr, beta1, beta2, eps, weight_decay)
+    averages = tree_map(lambda m, g: torch.lerp(m, g, 1 - momentum), state["momentum"], matrix_grads)
+
+    def update(p, m, g):
+        direction = orthogonalize(torch.lerp(g, m, momentum)) * (0.2 * max(p.shape) ** 0.5)
+        return p * (1 - lr * weight_decay) - lr * direction
+
+    updated = dict(tree_leaves(tree_map(update, matrices, averages, matrix_grads)) + tree_leaves(rest))
+    paths = [path for path, _ in tree_leaves(params)]
+    return tree_build(paths, [updated[path] for path in paths]), {"momentum": averages, "adamw": adamw}
+
+
+OPTIMIZERS = {"adamw": (adamw_init, adamw_update), "muon": (muon_init, muon_update)}
 
 
 def cosine_lr(step, lr_max, lr_min, warmup_steps, num_steps):
@@ -891,12 +948,13 @@ def load_checkpoint(folder):
     return from_hf(tensors, config, folder), config
 
 
-def load_optimizer(folder, params):
-    """Read the optimiser state that belongs to `params` from a checkpoint folder of ours."""
+def load_optimizer(folder, like):
+    """Read the optimiser state from a checkpoint folder of ours. `like`: a fresh state, whose shapes it must have."""
     path = Path(folder) / "optimizer.safetensors"
     if not path.is_file():
         raise InputError(f"{path} is missing; the model can be used, but its training can't go on from here")
-    tensors, like = read_safetensors(path), tree_leaves(adamw_init(params))
-    if [(name, t.shape, t.dtype) for name, t in tensors.items()] != [(name, t.shape, t.dtype) for name, t in like]:
+    tensors = read_safetensors(path)
+    expected = [(name, t.shape, t.dtype) for name, t in tree_leaves(like)]
+    if [(name, t.shape, t.dtype) for name, t in tensors.items()] != expected:
         raise InputError(f"{path} does not belong to this model; take another checkpoint")
     return tree_build(tensors.keys(), tensors.values())

@@ -21,7 +21,7 @@ from tinylm import Config
 
 DEFAULTS = {
     "data": "stories", "context_length": 256, "rope_theta": 10000.0, "norm_eps": 1e-5, "tie_embeddings": False,
-    "grad_accum_steps": 1, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "clip_grad": 1.0,
+    "grad_accum_steps": 1, "remat": False, "optimizer": "adamw", "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "clip_grad": 1.0,
     "log_interval": 10, "keep_checkpoints": 2, "seed": 0, "use_wandb": False, "wandb_project": "tinylm",
 }
 # What a device makes sensible: a CPU finishes within minutes, a GPU is kept busy.
@@ -105,8 +105,9 @@ def check(settings):
         if not (low <= settings[name] <= high and settings[name] < math.inf):
             between = f"from {low:g} to {high:g}" if high < math.inf else f"of {low:g} or more"
             raise InputError(f"--{name}={settings[name]}: expected a number {between}")
-    if settings["dtype"] not in DTYPES:
-        raise InputError(f"--dtype={settings['dtype']}: expected {' or '.join(DTYPES)}")
+    for name, choices in (("dtype", DTYPES), ("optimizer", tinylm.OPTIMIZERS)):
+        if settings[name] not in choices:
+            raise InputError(f"--{name}={settings[name]}: expected {' or '.join(choices)}")
 
 
 def find_data(name):
@@ -203,7 +204,8 @@ def start_run(given, init_from, folder):
     locked = lock(folder)
     (folder / "metrics.jsonl").unlink(missing_ok=True)
     return {"settings": settings, "folder": folder, "lock": locked, "data": data, "meta": meta, "ids": ids,
-            "config": config, "step": 0, "params": params, "optimizer": tinylm.adamw_init(params), "seconds": 0.0,
+            "config": config, "step": 0, "params": params,
+            "optimizer": tinylm.OPTIMIZERS[settings["optimizer"]][0](params), "seconds": 0.0,
             "best": math.inf, "wandb_id": None}
 
 
@@ -222,7 +224,7 @@ def resume_run(folder, given, done=InputError):
     locked = lock(folder)
     state = tinylm.read_json(checkpoint / "train_state.json")
     try:
-        settings, step, seconds = state["settings"], state["step"], state["seconds"]
+        settings, step, seconds = DEFAULTS | state["settings"], state["step"], state["seconds"]
         for flag, value in given.items():
             if flag not in CHANGEABLE and value != settings.get(flag):
                 raise InputError(f"--{flag}={value}: the run has {flag} {settings.get(flag)}, which can't change on "
@@ -241,7 +243,7 @@ def resume_run(folder, given, done=InputError):
     if meta["tokenizer_sha256"] != tokenizer:
         raise InputError(f"{data} has another tokenizer than the run began with; prepare the data as it was")
     params, config = tinylm.load_checkpoint(checkpoint)
-    optimizer = tinylm.load_optimizer(checkpoint, params)
+    optimizer = tinylm.load_optimizer(checkpoint, tinylm.OPTIMIZERS[settings["optimizer"]][0](params))
     keep_metrics(folder / "metrics.jsonl", step)
     return {"settings": settings, "folder": folder, "lock": locked, "data": data, "meta": meta, "ids": ids,
             "config": config, "step": step, "params": to_device(params, settings["device"]),
@@ -331,15 +333,15 @@ def set_numerics(device):
 
 def step_functions(config, settings):
     """The three things a step does, compiled where asked: gradients of a batch, the update, losses for evaluation."""
-    dtype = DTYPES[settings["dtype"]]
+    dtype, optimizer_update = DTYPES[settings["dtype"]], tinylm.OPTIMIZERS[settings["optimizer"]][1]
 
     def loss(params, inputs, targets):
-        return tinylm.loss_fn(params, inputs, targets, config, dtype)
+        return tinylm.loss_fn(params, inputs, targets, config, dtype, settings["remat"])
 
     def update(params, grads, optimizer, lr):
         grads, norm = tinylm.clip_gradients(grads, settings["clip_grad"])
         decay = (settings[name] for name in ("beta1", "beta2", "eps", "weight_decay"))
-        return *tinylm.adamw_update(params, grads, optimizer, lr, *decay), norm
+        return *optimizer_update(params, grads, optimizer, lr, *decay), norm
 
     def losses(params, inputs, targets):
         return tinylm.token_losses(tinylm.forward(params, inputs, config, dtype), targets)
@@ -504,10 +506,10 @@ def train(*, data: str | None = None, context_length: int | None = None, batch_s
           num_heads: int | None = None, num_kv_heads: int | None = None, d_ff: int | None = None,
           vocab_size: int | None = None, tie_embeddings: bool | None = None, rope_theta: float | None = None,
           norm_eps: float | None = None, num_steps: int | None = None, lr_max: float | None = None,
-          lr_min: float | None = None, warmup_steps: int | None = None, weight_decay: float | None = None,
+          lr_min: float | None = None, warmup_steps: int | None = None, optimizer: str | None = None, weight_decay: float | None = None,
           beta1: float | None = None, beta2: float | None = None, eps: float | None = None,
           clip_grad: float | None = None, seed: int | None = None, device: str | None = None, dtype: str | None = None,
-          compile: bool | None = None, output_dir: str | None = None, run_name: str | None = None,
+          compile: bool | None = None, remat: bool | None = None, output_dir: str | None = None, run_name: str | None = None,
           resume: str | None = None, init_from: str | None = None, keep_checkpoints: int | None = None,
           log_interval: int | None = None, eval_interval: int | None = None,
           eval_tokens: int | None = None, checkpoint_interval: int | None = None, use_wandb: bool | None = None,
@@ -536,6 +538,7 @@ def train(*, data: str | None = None, context_length: int | None = None, batch_s
     lr_max: learning rate after the warm-up [4e-3 · √(128 / d_model)]
     lr_min: learning rate at the end [lr_max / 100]
     warmup_steps: steps of linear warm-up [100, at most a tenth of num_steps]
+    optimizer: adamw, or muon for the matrices of the blocks (AdamW for the rest) [adamw]
     weight_decay: decoupled decay of the matrices [0.1]
     beta1: decay of AdamW's first moment [0.9]
     beta2: decay of AdamW's second moment [0.95]
@@ -547,6 +550,7 @@ def train(*, data: str | None = None, context_length: int | None = None, batch_s
     device: cpu, cuda or cuda:NUMBER [cuda where there is one]
     dtype: what to compute in, float32 or bfloat16; parameters stay float32 [CPU float32, CUDA bfloat16]
     compile: compile the step with torch.compile [CPU False, CUDA True]
+    remat: compute each block again in the backward pass, which takes time and saves memory [False]
 
     Run:
     output_dir: folder to write to [runs/RUN_NAME]
