@@ -1,6 +1,6 @@
 """tinylm: a Llama-style language model and everything done to it, as pure functions over tensors.
 
-Read from top to bottom: trees, operations, model, learning, data, generation, checkpoints.
+Read from top to bottom: trees, tensors split over ranks, operations, model, learning, data, generation, checkpoints.
 
 Parameters are a nested dict of tensors whose keys are the argument names of the functions that use them, so a block
 runs as `transformer_block(x, **block)`. Functions take values and return new ones and change nothing of the caller's;
@@ -23,6 +23,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 
@@ -61,6 +63,105 @@ def tree_build(paths, leaves):
     return tree
 
 
+# ---- Tensors split over ranks: DTensors of which each rank, a process with a device, has some rows ----
+
+
+def shard(tree, mesh):
+    """Split every tensor of a tree by rows over the ranks of a mesh. Each rank gives the whole and keeps its part."""
+
+    def split(tensor):
+        if not tensor.ndim:
+            return tensor
+        part = distribute_tensor(tensor, mesh, [Shard(0)], src_data_rank=None)
+        local = part.to_local().clone()  # so that the whole can be freed
+        return DTensor.from_local(local, mesh, part.placements, shape=part.shape, stride=part.stride())
+
+    return tree_map(split, tree)
+
+
+def whole(w):
+    """All rows of a tensor that is split, gathered from the ranks; another tensor as it is. All ranks must take part."""
+    return w.redistribute(placements=[Replicate()]).to_local() if isinstance(w, DTensor) else w
+
+
+def split_like(w, sharded):
+    """This rank's rows of a tensor that every rank has whole, where `sharded` is split; else the tensor as it is."""
+    if not isinstance(sharded, DTensor):
+        return w
+    return DTensor.from_local(w, sharded.device_mesh, [Replicate()]).redistribute(placements=sharded.placements)
+
+
+def average_and_split(w, sharded):
+    """The mean of what the ranks have each of a whole tensor, split like `sharded`: one reduce-scatter."""
+    total = DTensor.from_local(w, sharded.device_mesh, [Partial()]).redistribute(placements=sharded.placements)
+    return total / sharded.device_mesh.size()
+
+
+class Gather(torch.autograd.Function):
+    """`whole`, whose gradient is averaged over the ranks and split again."""
+
+    @staticmethod
+    def forward(ctx, w):
+        ctx.save_for_backward(w)
+        return whole(w)
+
+    @staticmethod
+    def backward(ctx, d_out):
+        return average_and_split(d_out, *ctx.saved_tensors)
+
+
+def gather(w):
+    """All rows of a parameter, which may be split. Use it at once: what is gathered should not stay in memory."""
+    return Gather.apply(w) if isinstance(w, DTensor) else w
+
+
+class ShardedLinear(torch.autograd.Function):
+    """`linear` with rows of w on every rank: they are gathered before use, freed, and gathered again to go backward."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return x @ whole(w).T
+
+    @staticmethod
+    def backward(ctx, d_out):
+        x, w = ctx.saved_tensors
+        dw = d_out.flatten(0, -2).T @ x.flatten(0, -2)
+        return d_out @ whole(w), average_and_split(dw, w)
+
+
+class Averager:
+    """Averages gradients over ranks, in few large messages that travel while the backward pass goes on."""
+
+    MESSAGE_BYTES = 25 << 20
+
+    def __init__(self):
+        self.waiting, self.size, self.sent = [], 0, []
+
+    def add(self, path, gradient):
+        """Take a gradient; all ranks must give the same ones in the same order."""
+        self.waiting.append((path, gradient))
+        self.size += gradient.numel() * gradient.element_size()
+        if self.size >= self.MESSAGE_BYTES:
+            self.send()
+
+    def send(self):
+        message = torch.cat([gradient.flatten() for _, gradient in self.waiting])
+        self.sent.append((self.waiting, message, dist.all_reduce(message, async_op=True)))
+        self.waiting, self.size = [], 0
+
+    def averages(self):
+        """Wait for all messages → {path: mean over the ranks}."""
+        if self.waiting:
+            self.send()
+        result = {}
+        for gradients, message, work in self.sent:
+            work.wait()
+            parts = (message / dist.get_world_size()).split([gradient.numel() for _, gradient in gradients])
+            result |= {path: part.view_as(gradient) for (path, gradient), part in zip(gradients, parts)}
+        return result
+
+
 # ---- Operations ----
 
 
@@ -70,13 +171,13 @@ def at_least_float32(x):
 
 
 def linear(x, w):
-    """Matrix product x @ w.T. x (..., d_in), w (d_out, d_in) of one dtype → (..., d_out)."""
-    return x @ w.T
+    """Matrix product x @ w.T. x (..., d_in), w (d_out, d_in) of one dtype → (..., d_out). w may be split over ranks."""
+    return ShardedLinear.apply(x, w) if isinstance(w, DTensor) else x @ w.T
 
 
 def embedding(tokens, w):
     """Look up rows of a table. tokens (...) of int64, w (vocab_size, d_model) → (..., d_model)."""
-    return w.index_select(0, tokens.flatten()).view(*tokens.shape, w.shape[1])
+    return gather(w).index_select(0, tokens.flatten()).view(*tokens.shape, w.shape[1])
 
 
 def rmsnorm(x, gain, eps):
@@ -86,7 +187,7 @@ def rmsnorm(x, gain, eps):
     """
     x32 = at_least_float32(x)
     inverse_rms = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)  # (..., 1)
-    return (x32 * inverse_rms * gain).to(x.dtype)
+    return (x32 * inverse_rms * gather(gain)).to(x.dtype)
 
 
 def rope_angles(positions, head_dim, theta):
@@ -460,18 +561,30 @@ def loss_fn(params, inputs, targets, config, dtype=torch.float32, remat=False):
     return cross_entropy(forward(params, inputs, config, dtype, remat=remat), targets)
 
 
-def value_and_grad(function, params, *args):
-    """The value of function(params, *args), a scalar, and its gradient as a tree like `params`."""
+def value_and_grad(function, params, *args, on_gradient=None):
+    """The value of function(params, *args), a scalar, and its gradient as a tree like `params`.
+
+    on_gradient(path, gradient) is called for each leaf as soon as its gradient is there.
+    """
     params = tree_map(lambda p: p.detach().requires_grad_(), params)
     paths, leaves = zip(*tree_leaves(params))
+    for path, leaf in zip(paths, leaves) if on_gradient else ():
+        leaf.register_hook(partial(on_gradient, path))
     value = function(params, *args)
     return value.detach(), tree_build(paths, torch.autograd.grad(value, leaves))
 
 
 def global_norm(tree):
     """The Euclidean norm of all leaves taken as one vector, a scalar of float32."""
-    norms = [torch.linalg.vector_norm(leaf.float()) for _, leaf in tree_leaves(tree)]
-    return torch.linalg.vector_norm(torch.stack(norms))
+    leaves = [leaf for _, leaf in tree_leaves(tree)]
+    split = isinstance(leaves[0], DTensor)
+    norms = [torch.linalg.vector_norm((leaf.to_local() if split else leaf).float()) for leaf in leaves]
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    if split:  # of the rows here; one message adds up those of all ranks
+        norm = norm.square()
+        dist.all_reduce(norm)
+        norm = norm.sqrt()
+    return norm
 
 
 def clip_gradients(grads, max_norm):
@@ -553,8 +666,8 @@ def muon_update(params, grads, state, lr, beta1=0.9, beta2=0.95, eps=1e-8, weigh
     averages = tree_map(lambda m, g: torch.lerp(m, g, 1 - momentum), state["momentum"], matrix_grads)
 
     def update(p, m, g):
-        direction = orthogonalize(torch.lerp(g, m, momentum)) * (0.2 * max(p.shape) ** 0.5)
-        return p * (1 - lr * weight_decay) - lr * direction
+        direction = orthogonalize(whole(torch.lerp(g, m, momentum))) * (0.2 * max(p.shape) ** 0.5)
+        return p * (1 - lr * weight_decay) - lr * split_like(direction, p)
 
     updated = dict(tree_leaves(tree_map(update, matrices, averages, matrix_grads)) + tree_leaves(rest))
     paths = [path for path, _ in tree_leaves(params)]
@@ -700,8 +813,11 @@ SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.f
                       "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8}
 
 
-def write_safetensors(path, tensors):
-    """Write {name: tensor} in the safetensors layout: the header's length in 8 bytes, a JSON header, the raw bytes."""
+def write_safetensors(path, tensors, contents=None):
+    """Write {name: tensor} in the safetensors layout: the header's length in 8 bytes, a JSON header, the raw bytes.
+
+    `contents` yields the tensors to write one by one, where `tensors` tell only their shapes and dtypes.
+    """
     names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():
@@ -711,7 +827,7 @@ def write_safetensors(path, tensors):
     header += b" " * (-len(header) % 8)  # so that the numbers are aligned
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(header)) + header)
-        for tensor in tensors.values():
+        for tensor, _ in zip(tensors.values() if contents is None else contents, tensors, strict=True):
             file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         flush(file)
 
@@ -815,10 +931,9 @@ def halves_to_pairs(w, head_dim):
     return w.view(-1, 2, head_dim // 2, w.shape[1]).transpose(1, 2).reshape(w.shape)
 
 
-def to_hf(params, config):
-    """The parameters under Hugging Face's names and in its layout: {name: tensor}."""
-    rotary = lambda path: path.endswith((".wq", ".wk"))
-    return {hf_name(path): pairs_to_halves(w, config.head_dim) if rotary(path) else w for path, w in tree_leaves(params)}
+def hf_layout(path, w, head_dim):
+    """A parameter in Hugging Face's layout."""
+    return pairs_to_halves(w, head_dim) if path.endswith((".wq", ".wk")) else w
 
 
 def from_hf(tensors, config, source):
@@ -887,26 +1002,39 @@ def save_checkpoint(folder, params, config, tokenizer_file, end_token, optimizer
     """Write a checkpoint folder: beside its place, flushed to disk, then renamed, so that readers see all or nothing.
 
     `tokenizer_file` is copied in; `end_token` is its (text, id) that ends a document. `optimizer` (a tree of tensors)
-    and `train_state` (JSON) are what a run needs to go on.
+    and `train_state` (JSON) are what a run needs to go on. Tensors that are split over ranks are gathered one at a time,
+    for which the other ranks call `take_part_in_saving`.
     """
     folder = Path(folder)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
+    wholes = map(whole, [leaf for _, leaf in tree_leaves(params) + tree_leaves(optimizer or {})])
     try:
-        write_checkpoint(partial, params, config, tokenizer_file, end_token, optimizer, train_state)
+        write_checkpoint(partial, params, config, tokenizer_file, end_token, optimizer, train_state, wholes)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(partial, folder)
         flush_folder(folder.parent)
     except OSError:  # as on a full disk, where the part that was written would be in the way
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    finally:
+        for _ in wholes:  # what was not written, as the other ranks take part in all
+            pass
 
 
-def write_checkpoint(folder, params, config, tokenizer_file, end_token, optimizer, train_state):
-    """Write the files of a checkpoint into a new folder, and flush them."""
+def take_part_in_saving(params, optimizer):
+    """What the other ranks do while the first one saves, or can't."""
+    for _, leaf in tree_leaves(params) + tree_leaves(optimizer):
+        whole(leaf)
+
+
+def write_checkpoint(folder, params, config, tokenizer_file, end_token, optimizer, train_state, wholes):
+    """Write the files of a checkpoint into a new folder, and flush them. `wholes` yields all tensors, none of them split."""
     folder.mkdir(parents=True)
     text, end_id = end_token
-    write_safetensors(folder / "model.safetensors", to_hf(params, config))
+    leaves = tree_leaves(params)
+    write_safetensors(folder / "model.safetensors", {hf_name(path): w for path, w in leaves},
+                      (hf_layout(path, w, config.head_dim) for (path, _), w in zip(leaves, wholes)))
     write_json(folder / "config.json", config_to_hf(config, end_id))
     write_json(folder / "generation_config.json", {"bos_token_id": end_id, "eos_token_id": end_id})
     write_json(folder / "tokenizer_config.json", {
@@ -916,7 +1044,7 @@ def write_checkpoint(folder, params, config, tokenizer_file, end_token, optimize
         file.write(Path(tokenizer_file).read_bytes())
         flush(file)
     if optimizer is not None:
-        write_safetensors(folder / "optimizer.safetensors", dict(tree_leaves(optimizer)))
+        write_safetensors(folder / "optimizer.safetensors", dict(tree_leaves(optimizer)), wholes)
     if train_state is not None:
         write_json(folder / "train_state.json", train_state)
     flush_folder(folder)
