@@ -13,6 +13,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -1104,8 +1105,8 @@ def poisoned(monkeypatch, steps):
     """Make the gradients of these steps infinite."""
     genuine = train.accumulate_gradients
 
-    def accumulate(gradients, params, ids, settings, step):
-        loss, grads = genuine(gradients, params, ids, settings, step)
+    def accumulate(gradients, params, ids, settings, step, *place):
+        loss, grads = genuine(gradients, params, ids, settings, step, *place)
         return (loss, tinylm.tree_map(lambda g: g * math.inf, grads)) if step in steps else (loss, grads)
 
     monkeypatch.setattr(train, "accumulate_gradients", accumulate)
@@ -1167,8 +1168,8 @@ def test_a_disk_that_fills_while_saving(tmp_path, monkeypatch, capsys):
     """What was written of the checkpoint goes, the last good one stays."""
     data, writing = prepared(tmp_path), tinylm.write_safetensors
 
-    def write_in_part(path, tensors):
-        writing(path, tensors)
+    def write_in_part(path, *args):
+        writing(path, *args)
         if "0000003" in str(path) and path.name == "optimizer.safetensors":
             raise OSError(28, "No space left on device")
 
@@ -1246,6 +1247,110 @@ def test_killed_at_any_moment_it_resumes_exactly(tmp_path):
         assert (tmp_path / "whole/latest" / name).read_bytes() == (tmp_path / "killed/latest" / name).read_bytes()
     with pytest.raises(train.Finished, match="has done its 400 steps"):
         train.train(resume="auto", data=str(data), output_dir=str(tmp_path / "killed"))
+
+
+# ---- Many ranks ----
+
+
+def start_ranks(count, **flags):
+    """Training on `count` ranks, as torchrun would start them, in processes forked from one that has imported all."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    code = "import os; os.environ.update(env); import torch, train; torch.set_num_threads(1); train.train(**flags)"
+    flags = TINY | dict(batch_size=8, vocab_size=401) | flags
+    processes = []
+    for rank in range(count):
+        env = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        processes.append(context.Process(target=exec, args=(code, {"env": env, "flags": flags})))
+        processes[-1].start()
+    return processes
+
+
+def train_on_ranks(count, **flags):
+    processes = start_ranks(count, **flags)
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+
+
+def same_run(a, b, tolerance=1e-5):
+    """Two runs logged the same losses and norms, and ended with the same parameters and moments."""
+    for x, y in zip(metrics(a), metrics(b), strict=True):
+        assert x["step"] == y["step"] and x["tokens"] == y["tokens"]
+        for key in ("train_loss", "grad_norm", "val_loss", "lr"):
+            assert x.get(key) == pytest.approx(y.get(key), abs=tolerance), (x, y)
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        same(load_file(a / "latest" / name), load_file(b / "latest" / name), tolerance)
+
+
+@pytest.mark.parametrize("flags", [{}, {"optimizer": "muon", "grad_accum_steps": 2, "batch_size": 4, "num_steps": 20}], ids=["adamw", "muon"])
+def test_ranks_do_what_one_process_does(tmp_path, flags):
+    """2 and 4 ranks, data parallel and sharded: losses, norms, parameters and moments of one process, over 50 steps with
+    AdamW. The vocabulary has a prime number of rows, so that they can't be split evenly."""
+    flags = dict(data=str(prepared(tmp_path)), num_steps=50, eval_interval=25, log_interval=5, lr_max=1e-3) | flags
+    train_on_ranks(1, output_dir=str(tmp_path / "one"), **flags)
+    for count in (2, 4):
+        for shard in (False, True):
+            train_on_ranks(count, output_dir=str(tmp_path / f"{count}{shard}"), shard=shard, **flags)
+            same_run(tmp_path / "one", tmp_path / f"{count}{shard}")
+
+
+def test_a_run_resumes_on_other_ranks(tmp_path):
+    """4 ranks sharded, then 2 data parallel, then 1 sharded, then no ranks at all: the run of one process."""
+    flags = dict(data=str(prepared(tmp_path)), num_steps=8, lr_max=1e-3, lr_min=1e-3, warmup_steps=0, eval_interval=8)
+    train_on_ranks(1, output_dir=str(tmp_path / "one"), **flags)
+    changing = dict(output_dir=str(tmp_path / "many"), checkpoint_interval=2, resume="auto", **flags)
+    for steps, count, shard in ((2, 4, True), (4, 2, False), (6, 1, True)):
+        train_on_ranks(count, **changing | dict(num_steps=steps, shard=shard, eval_interval=8))
+    train.train(resume=str(tmp_path / "many"), num_steps=8, shard=False)
+    lines = [line for line in metrics(tmp_path / "many") if "val_loss" not in line or line["step"] == 8]
+    (tmp_path / "many/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    same_run(tmp_path / "one", tmp_path / "many")
+
+
+def test_a_signal_to_one_rank_ends_all_after_the_same_step(tmp_path):
+    processes = start_ranks(2, data=str(prepared(tmp_path)), output_dir=str(tmp_path / "run"), num_steps=100_000, eval_interval=100_000)
+    wait_for_step(tmp_path / "run", 5, processes[0])
+    os.kill(processes[1].pid, signal.SIGTERM)
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    assert (tmp_path / "run/latest").resolve().name == f"step-{metrics(tmp_path / 'run')[-1]['step']:07d}"
+
+
+def pid_of_rank(rank, parent):
+    """The process of a rank below torchrun."""
+    for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+        if f"\0RANK={rank}\0" in "\0" + Path(f"/proc/{pid}/environ").read_text():
+            return int(pid)
+
+
+def torchrun(data, folder, *options, **flags):
+    flags = TINY | dict(batch_size=8, num_steps=200, checkpoint_interval=5, eval_interval=200, data=data, output_dir=folder) | flags
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *options,
+                             "train.py", *(f"--{name}={value}" for name, value in flags.items())],
+                            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_a_rank_that_dies_is_shown_and_the_job_goes_on(tmp_path):
+    data, folder = prepared(tmp_path), tmp_path / "run"
+    job = torchrun(data, folder, "--max-restarts=1", num_steps=1000, resume="auto")
+    deadline = time.monotonic() + 60
+    while job.poll() is None and not (folder / "latest").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(pid_of_rank(1, job.pid), signal.SIGKILL)
+    out, _ = job.communicate(timeout=120)
+    assert job.returncode == 0, out
+    assert "SIGKILL" in out or "exitcode: -9" in out
+    assert [line["step"] for line in metrics(folder) if "train_loss" in line] == list(range(1, 1001))
+
+
+def test_flags_that_ranks_cannot_have(tmp_path):
+    with pytest.raises(cli.InputError, match="--shard splits .*torchrun"):
+        train.train(data=str(prepared(tmp_path)), shard=True, **TINY)
 
 
 # ---- Starting from an existing model ----

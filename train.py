@@ -1,6 +1,7 @@
 """Train a model: python train.py --help. From Python: train.train(data="stories", num_steps=100)."""
 
 import ctypes
+import datetime
 import fcntl
 import json
 import math
@@ -10,9 +11,12 @@ import signal
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch.distributed.tensor import init_device_mesh
 
 import tinylm
 from data import bpe, cli, prepare
@@ -21,7 +25,7 @@ from tinylm import Config
 
 DEFAULTS = {
     "data": "stories", "context_length": 256, "rope_theta": 10000.0, "norm_eps": 1e-5, "tie_embeddings": False,
-    "grad_accum_steps": 1, "remat": False, "optimizer": "adamw", "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "clip_grad": 1.0,
+    "grad_accum_steps": 1, "remat": False, "shard": False, "optimizer": "adamw", "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "clip_grad": 1.0,
     "log_interval": 10, "keep_checkpoints": 2, "seed": 0, "use_wandb": False, "wandb_project": "tinylm",
 }
 # What a device makes sensible: a CPU finishes within minutes, a GPU is kept busy.
@@ -33,7 +37,7 @@ DEVICE_DEFAULTS = {
 }
 # What a resumed run may change: it alters how the run is watched and where it computes, not what it computes.
 CHANGEABLE = {"num_steps", "log_interval", "eval_interval", "eval_tokens", "checkpoint_interval", "keep_checkpoints",
-              "device", "use_wandb", "wandb_project"}
+              "device", "shard", "use_wandb", "wandb_project"}
 MODEL_FLAGS = ("context_length", "d_model", "num_layers", "num_heads", "num_kv_heads", "d_ff", "rope_theta", "norm_eps",
                "tie_embeddings")
 PATIENCE = 5  # steps in a row whose numbers are not finite, before a run gives up
@@ -108,6 +112,54 @@ def check(settings):
     for name, choices in (("dtype", DTYPES), ("optimizer", tinylm.OPTIMIZERS)):
         if settings[name] not in choices:
             raise InputError(f"--{name}={settings[name]}: expected {' or '.join(choices)}")
+    num_ranks = dist.get_world_size() if dist.is_initialized() else 1
+    if settings["batch_size"] % num_ranks:
+        raise InputError(f"--batch_size={settings['batch_size']} can't be split over {num_ranks} ranks; expected a "
+                         "multiple of that")
+    if settings["shard"] and not dist.is_initialized():
+        raise InputError("--shard splits a model over the ranks that torchrun starts; start it as "
+                         "torchrun --nproc_per_node=DEVICES train.py --shard …, or leave the flag out")
+
+
+# ---- Ranks: the processes that torchrun starts, each with a device of its own ----
+
+
+def join_ranks(device):
+    """Join the other ranks, where torchrun started this process. → (device of this rank, its number, how many)."""
+    if "WORLD_SIZE" not in os.environ:
+        return device, 0, 1
+    kind = device.split(":")[0]
+    if kind == "cuda":
+        device = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
+        torch.cuda.set_device(device)
+    # The first rank may prepare data for hours before the others hear of it. One that dies is noticed by torchrun.
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=datetime.timedelta(hours=12))
+    if dist.get_rank():
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # only the first rank speaks
+    return device, dist.get_rank(), dist.get_world_size()
+
+
+def mesh_of_ranks(device):
+    """All ranks in a row, for tensors to be split over."""
+    return init_device_mesh(device.split(":")[0], (dist.get_world_size(),))
+
+
+def from_first_rank(value, device):
+    """What the first rank has, as JSON can say it, on every rank."""
+    message = torch.frombuffer(bytearray(json.dumps(value, default=str).encode()), dtype=torch.uint8).to(device)
+    size = torch.tensor([len(message)], device=device)
+    dist.broadcast(size, 0)
+    message = message if dist.get_rank() == 0 else torch.empty(size.item(), dtype=torch.uint8, device=device)
+    dist.broadcast(message, 0)
+    return json.loads(bytes(message.cpu().tolist()))
+
+
+def total(values, device):
+    """Sums over all ranks of a few numbers."""
+    values = torch.tensor(values, dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values.tolist()
 
 
 def find_data(name):
@@ -179,11 +231,10 @@ def lock(folder):
 
 
 def start_run(given, init_from, folder):
-    """A new run: settings chosen, data checked, parameters drawn or loaded. → the state that `train` goes on from."""
+    """A new run: settings chosen, data and room checked, the folder claimed. → what `load_state` goes on from."""
     settings = complete(given)
-    params = None
     if init_from:
-        params, config = tinylm.load_checkpoint(init_from)
+        _, config = tinylm.load_checkpoint(init_from)
         sizes = {name: getattr(config, name) for name in MODEL_FLAGS} | {"vocab_size": config.vocab_size}
         for flag, value in sizes.items():
             if given.get(flag, value) != value:
@@ -197,20 +248,27 @@ def start_run(given, init_from, folder):
     config = model_config(settings, meta["vocab_size"])
     tinylm.get_batch(ids["train"], 1, config.context_length, 0, 0)  # raises where the text is too short
     check_room(folder, checkpoint_bytes(config) * (settings["keep_checkpoints"] + 2), "the checkpoints of this run need")
-    if params is None:
-        params = tinylm.init_params(config, torch.Generator().manual_seed(settings["seed"]), settings["device"])
-    params = to_device(params, settings["device"])
     folder.mkdir(parents=True, exist_ok=True)
     locked = lock(folder)
     (folder / "metrics.jsonl").unlink(missing_ok=True)
     return {"settings": settings, "folder": folder, "lock": locked, "data": data, "meta": meta, "ids": ids,
-            "config": config, "step": 0, "params": params,
-            "optimizer": tinylm.OPTIMIZERS[settings["optimizer"]][0](params), "seconds": 0.0,
-            "best": math.inf, "wandb_id": None}
+            "source": init_from, "step": 0, "seconds": 0.0, "best": math.inf, "wandb_id": None}
 
 
-def to_device(tree, device):
-    return tinylm.tree_map(lambda tensor: tensor.to(device), tree)
+def load_state(run):
+    """Add to a run its model: parameters and optimiser, drawn or loaded, on the device, split over ranks where asked."""
+    settings = run["settings"]
+    init_optimizer, _ = tinylm.OPTIMIZERS[settings["optimizer"]]
+    if run["source"]:
+        params, config = tinylm.load_checkpoint(run["source"])
+    else:
+        config = model_config(settings, run["meta"]["vocab_size"])
+        params = tinylm.init_params(config, torch.Generator().manual_seed(settings["seed"]))
+    optimizer = tinylm.load_optimizer(run["source"], init_optimizer(params)) if run["step"] else init_optimizer(params)
+    for name, tree in (("params", params), ("optimizer", optimizer)):
+        tree = tinylm.tree_map(lambda tensor: tensor.to(settings["device"]), tree)
+        run[name] = tinylm.shard(tree, mesh_of_ranks(settings["device"])) if settings["shard"] else tree
+    run["config"] = config
 
 
 def resume_run(folder, given, done=InputError):
@@ -242,12 +300,8 @@ def resume_run(folder, given, done=InputError):
     meta, ids = prepare.open_data(data)
     if meta["tokenizer_sha256"] != tokenizer:
         raise InputError(f"{data} has another tokenizer than the run began with; prepare the data as it was")
-    params, config = tinylm.load_checkpoint(checkpoint)
-    optimizer = tinylm.load_optimizer(checkpoint, tinylm.OPTIMIZERS[settings["optimizer"]][0](params))
-    keep_metrics(folder / "metrics.jsonl", step)
     return {"settings": settings, "folder": folder, "lock": locked, "data": data, "meta": meta, "ids": ids,
-            "config": config, "step": step, "params": to_device(params, settings["device"]),
-            "optimizer": to_device(optimizer, settings["device"]), "seconds": seconds,
+            "source": str(checkpoint.resolve()), "step": step, "seconds": seconds,
             "best": math.inf if best is None else best, "wandb_id": wandb_id}
 
 
@@ -266,7 +320,24 @@ def keep_metrics(path, last_step):
 
 
 def open_run(resume, init_from, given):
-    """The run that the flags mean: a new one, one to go on with, or (--resume=auto) whichever there is."""
+    """The run that the flags mean, on all ranks: the first one finds or starts it, the others hear of it."""
+    device, rank, num_ranks = join_ranks(choose_device(given.get("device")))
+    run = find_run(resume, init_from, given) if rank == 0 else None
+    if num_ranks > 1:
+        names = ("settings", "folder", "data", "source", "step", "seconds", "best", "wandb_id")
+        news = from_first_rank(run and {name: run[name] for name in names}, device)
+        run = run or news | {"folder": Path(news["folder"]), "data": Path(news["data"]), "lock": None}
+        run["settings"] |= {"device": device} | ({"use_wandb": False} if rank else {})
+    if rank:
+        run["meta"], run["ids"] = prepare.open_data(run["data"])
+    load_state(run)
+    if rank == 0:
+        keep_metrics(run["folder"] / "metrics.jsonl", run["step"])
+    return run | {"rank": rank, "num_ranks": num_ranks}
+
+
+def find_run(resume, init_from, given):
+    """A new run, one to go on with, or (--resume=auto) whichever there is."""
     if resume and init_from:
         raise InputError(f"--resume={resume} and --init_from={init_from}: give one of the two")
     if resume == "auto":
@@ -279,7 +350,11 @@ def open_run(resume, init_from, given):
 def save(run, step, params, optimizer, seconds, val_loss):
     """Write the checkpoint of a step and say which one is the latest and which the best; drop those no longer needed."""
     folder, checkpoint = run["folder"], run["folder"] / f"step-{step:07d}"
-    check_room(folder, checkpoint_bytes(run["config"]), "a checkpoint needs")
+    try:
+        check_room(folder, checkpoint_bytes(run["config"]), "a checkpoint needs")
+    except InputError:
+        tinylm.take_part_in_saving(params, optimizer)
+        raise
     best = min(run["best"], val_loss)
     state = {"step": step, "settings": run["settings"], "seconds": seconds, "wandb_id": run["wandb_id"],
              "best": best if best < math.inf else None, "tokenizer_sha256": run["meta"]["tokenizer_sha256"]}
@@ -300,6 +375,9 @@ def save(run, step, params, optimizer, seconds, val_loss):
 
 def try_to_save(run, step, *args):
     """`save`, or say why not: a disk that is full now must not end a run that has room later. Returns whether it could."""
+    if run["rank"]:
+        tinylm.take_part_in_saving(*args[:2])
+        return True
     try:
         save(run, step, *args)
         return True
@@ -346,32 +424,54 @@ def step_functions(config, settings):
     def losses(params, inputs, targets):
         return tinylm.token_losses(tinylm.forward(params, inputs, config, dtype), targets)
 
-    if settings["compile"]:
+    if is_compiled(settings):
         loss, update, losses = torch.compile(loss), torch.compile(update), torch.compile(losses)
-    gradients = lambda params, inputs, targets: tinylm.value_and_grad(loss, params, inputs, targets)
-    return gradients, torch.no_grad()(update), torch.no_grad()(losses)
+    return partial(tinylm.value_and_grad, loss), torch.no_grad()(update), torch.no_grad()(losses)
 
 
-def accumulate_gradients(gradients, params, ids, settings, step):
-    """The loss and the gradients of a step: their means over its grad_accum_steps batches."""
+def is_compiled(settings):
+    return settings["compile"] and not settings["shard"]
+
+
+def accumulate_gradients(gradients, params, ids, settings, step, rank=0, num_ranks=1):
+    """The loss here and the gradients of a step: their means over its grad_accum_steps batches, and over the ranks.
+
+    Of each batch a rank computes its part. Gradients travel once, as the last backward pass makes them; those of a
+    sharded model are averaged where they are made.
+    """
     prepare.check_unchanged(ids)
-    count, total = settings["grad_accum_steps"], None
+    count, total_loss, so_far, on_gradient = settings["grad_accum_steps"], 0.0, {}, None
+    averager = tinylm.Averager() if num_ranks > 1 and not settings["shard"] else None
     for micro_step in range(step * count, (step + 1) * count):
-        batch = tinylm.get_batch(ids, settings["batch_size"], settings["context_length"], settings["seed"], micro_step)
-        loss, grads = gradients(params, *(tokens.to(settings["device"], non_blocking=True) for tokens in batch))
-        total = (loss, grads) if total is None else (total[0] + loss, tinylm.tree_map(torch.add, total[1], grads))
-    return (total[0] / count, tinylm.tree_map(lambda g: g / count, total[1])) if count > 1 else total
+        batch = tinylm.get_batch(ids, settings["batch_size"] // num_ranks, settings["context_length"], settings["seed"],
+                                 micro_step, rank, num_ranks)
+        if averager and micro_step == (step + 1) * count - 1:
+            on_gradient = lambda path, g: averager.add(path, so_far[path] + g if so_far else g)
+        batch = (tokens.to(settings["device"], non_blocking=True) for tokens in batch)
+        loss, grads = gradients(params, *batch, on_gradient=on_gradient)
+        total_loss = total_loss + loss
+        if not on_gradient:
+            so_far = {path: so_far[path] + g if so_far else g for path, g in tinylm.tree_leaves(grads)}
+    grads = averager.averages() if averager else so_far
+    paths = [path for path, _ in tinylm.tree_leaves(params)]
+    return total_loss / count, tinylm.tree_build(paths, [grads[path] / count if count > 1 else grads[path] for path in paths])
 
 
-def evaluate(losses, params, ids, settings):
-    """Mean loss, in nats per token, over the first eval_tokens tokens of the validation split, the same each time."""
+def evaluate(losses, params, ids, settings, rank=0, num_ranks=1):
+    """Mean loss, in nats per token, over the first eval_tokens tokens of the validation split, the same each time.
+
+    Of each batch a rank computes its rows, so that all ranks run the model equally often.
+    """
     prepare.check_unchanged(ids)
-    total, count = 0.0, 0
+    loss_sum, count, rows = 0.0, 0, settings["batch_size"] // num_ranks
+    here, size = slice(rank * rows, (rank + 1) * rows), rows * settings["context_length"]
     ids = ids[:settings["eval_tokens"] + 1]
     for inputs, targets, real in tinylm.eval_batches(ids, settings["batch_size"], settings["context_length"]):
-        batch = losses(params, inputs.to(settings["device"]), targets.to(settings["device"]))
-        total, count = total + batch.flatten()[:real].double().sum().item(), count + real
-    return total / count
+        batch = losses(params, inputs[here].to(settings["device"]), targets[here].to(settings["device"]))
+        real = min(max(real - rank * size, 0), size)
+        loss_sum, count = loss_sum + batch.flatten()[:real].double().sum().item(), count + real
+    loss_sum, count = total([loss_sum, count], settings["device"])
+    return loss_sum / count
 
 
 def import_wandb():
@@ -388,7 +488,8 @@ class Log:
     def __init__(self, run):
         settings = run["settings"]
         self.num_steps, self.tokens_per_step = settings["num_steps"], tokens_per_step(settings)
-        self.file = open(run["folder"] / "metrics.jsonl", "a", buffering=1, encoding="utf-8")
+        path = os.devnull if run["rank"] else run["folder"] / "metrics.jsonl"
+        self.file = open(path, "a", buffering=1, encoding="utf-8")
         self.screen = cli.Progress("training", stream=sys.stdout)
         self.begin, self.first_step, self.before = time.perf_counter(), run["step"], run["seconds"]
         self.mark, self.marked_step = self.begin, run["step"]
@@ -459,12 +560,13 @@ def tokens_per_step(settings):
 def introduce(run):
     """Say what is about to run."""
     settings, config, ids = run["settings"], run["config"], run["ids"]
-    compiled = ", compiled" if settings["compile"] else ""
+    compiled = ", compiled" if is_compiled(settings) else ""
+    ranks = f", {run['num_ranks']} ranks{', sharded' if settings['shard'] else ''}" if dist.is_initialized() else ""
     held_out = min(len(ids["val"]) - 1, settings["eval_tokens"])
     of_all = f"the first {held_out:,} of" if held_out < len(ids["val"]) - 1 else "all"
     print(f"model       {tinylm.num_params(config):,} parameters: d_model {config.d_model}, {config.num_layers} layers, "
           f"{config.num_heads} heads, d_ff {config.d_ff}, context {config.context_length}, vocabulary {config.vocab_size}")
-    print(f"device      {settings['device']}, {settings['dtype']}{compiled}")
+    print(f"device      {settings['device']}, {settings['dtype']}{compiled}{ranks}")
     print(f"data        {run['data']}: {len(ids['train']):,} tokens; validation on {of_all} {len(ids['val']) - 1:,}")
     print(f"step        {tokens_per_step(settings):,} tokens; {run['step']} of {settings['num_steps']} steps done; "
           f"learning rate {settings['lr_max']:.2e} to {settings['lr_min']:.2e}")
@@ -490,6 +592,22 @@ class Interrupt:
             signal.signal(number, handler)
 
 
+def together(loss, asked, run):
+    """The mean loss of all ranks, and whether any was asked to stop, so that all do the same."""
+    if run["num_ranks"] == 1:
+        return loss, asked
+    loss_sum, asked = total([loss.item(), asked], run["settings"]["device"])
+    return torch.tensor(loss_sum / run["num_ranks"]), asked > 0
+
+
+def close(run):
+    """Give up the run's folder, and leave the other ranks."""
+    if run["lock"]:
+        run["lock"].close()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def conclude(run, step, saved):
     """Say how to go on. Raises InputError where the last checkpoint could not be saved."""
     if not saved:
@@ -509,7 +627,7 @@ def train(*, data: str | None = None, context_length: int | None = None, batch_s
           lr_min: float | None = None, warmup_steps: int | None = None, optimizer: str | None = None, weight_decay: float | None = None,
           beta1: float | None = None, beta2: float | None = None, eps: float | None = None,
           clip_grad: float | None = None, seed: int | None = None, device: str | None = None, dtype: str | None = None,
-          compile: bool | None = None, remat: bool | None = None, output_dir: str | None = None, run_name: str | None = None,
+          compile: bool | None = None, remat: bool | None = None, shard: bool | None = None, output_dir: str | None = None, run_name: str | None = None,
           resume: str | None = None, init_from: str | None = None, keep_checkpoints: int | None = None,
           log_interval: int | None = None, eval_interval: int | None = None,
           eval_tokens: int | None = None, checkpoint_interval: int | None = None, use_wandb: bool | None = None,
@@ -550,6 +668,7 @@ def train(*, data: str | None = None, context_length: int | None = None, batch_s
     device: cpu, cuda or cuda:NUMBER [cuda where there is one]
     dtype: what to compute in, float32 or bfloat16; parameters stay float32 [CPU float32, CUDA bfloat16]
     compile: compile the step with torch.compile [CPU False, CUDA True]
+    shard: under torchrun, split the model and the optimiser over the ranks; then nothing is compiled [False]
     remat: compute each block again in the backward pass, which takes time and saves memory [False]
 
     Run:
@@ -573,11 +692,13 @@ def train(*, data: str | None = None, context_length: int | None = None, batch_s
     set_numerics(settings["device"])
     introduce(run)
     log, interrupt, bad_steps = Log(run), Interrupt(), 0
+    place = run["rank"], run["num_ranks"]
     due = lambda step, name: step % settings[name] == 0 or step == settings["num_steps"]
 
     for step in range(run["step"], settings["num_steps"]):
         lr = tinylm.cosine_lr(step, *(settings[name] for name in ("lr_max", "lr_min", "warmup_steps", "num_steps")))
-        loss, grads = accumulate_gradients(gradients, params, run["ids"]["train"], settings, step)
+        loss, grads = accumulate_gradients(gradients, params, run["ids"]["train"], settings, step, *place)
+        loss, asked = together(loss, interrupt.asked, run)
         new_params, new_optimizer, norm = update(params, grads, optimizer, torch.tensor(lr))
         done, val_loss, saved = step + 1, math.inf, True
 
@@ -589,17 +710,17 @@ def train(*, data: str | None = None, context_length: int | None = None, batch_s
             if due(done, "log_interval"):
                 log.training(done, loss, norm, lr)
         if due(done, "eval_interval"):
-            val_loss = evaluate(losses, params, run["ids"]["val"], settings)
+            val_loss = evaluate(losses, params, run["ids"]["val"], settings, *place)
             log.evaluation(done, val_loss, run["meta"]["val"])
-        if (due(done, "checkpoint_interval") or interrupt.asked) and not bad_steps:
+        if (due(done, "checkpoint_interval") or asked) and not bad_steps:
             saved = try_to_save(run, done, params, optimizer, log.seconds, val_loss)
             log.pause(done)
-        if interrupt.asked:
+        if asked:
             break
 
     interrupt.restore()
     log.close()
-    run["lock"].close()
+    close(run)
     conclude(run, done, saved)
 
 

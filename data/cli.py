@@ -111,7 +111,8 @@ def run(function):
     except Exception as error:
         if not hasattr(error, "exit_code"):
             raise
-        fail(f"{program}: {error}")
+        if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun starts one speaks
+            fail(f"{program}: {error}")
         sys.exit(error.exit_code)
 
 
