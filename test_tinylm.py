@@ -37,7 +37,7 @@ from safetensors.torch import load_file, save_file
 import sample
 import tinylm
 import train
-from data import bpe, cli, prepare, stories
+from data import bpe, cli, plot, prepare, stories
 
 ROOT = Path(__file__).resolve().parent
 END = bpe.END_OF_TEXT
@@ -773,7 +773,7 @@ def metrics(folder):
 
 
 def without_time(lines):
-    return [{key: value for key, value in line.items() if key not in ("seconds", "tokens_per_second")} for line in lines]
+    return [{key: value for key, value in line.items() if key not in ("seconds", "tokens_per_second", "peak_memory")} for line in lines]
 
 
 def test_thirty_steps_lower_the_loss(tmp_path, capsys):
@@ -880,18 +880,104 @@ def test_wandb_offline_has_what_was_measured(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     data = prepared(tmp_path)
-    train.train(data=str(data), output_dir=str(tmp_path / "run"), use_wandb=True, **TINY)
+    flags = TINY | dict(sample_tokens=5, use_wandb=True, wandb_artifacts=True, wandb_histograms=True)
+    train.train(data=str(data), output_dir=str(tmp_path / "run"), **flags)
     rows, config = read_wandb(glob.glob(f"{tmp_path}/run/wandb/*/*.wandb")[0])
-    assert config["d_model"] == 32 and config["lr_max"] > 0
+    assert config["d_model"] == 32 and config["lr_max"] > 0 and config["torch_version"] == torch.__version__
+    assert config["num_params"] == sum(t.numel() for t in load_file(tmp_path / "run/latest/model.safetensors").values())
+    assert config.keys() >= {"git_commit", "device_name", "python_version", "num_ranks"}
+    assert len(glob.glob(f"{tmp_path}/run/wandb/offline-run-*/files/media/table/samples*")) == 2, "a table at each evaluation"
     expected = metrics(tmp_path / "run")
     assert [row["train_loss"] for row in rows if "train_loss" in row] == [line["train_loss"] for line in expected if "train_loss" in line]
-    for key in ("lr", "grad_norm", "tokens_per_second", "val_loss", "val_bits_per_byte", "seconds"):
+    for key in ("lr", "grad_norm", "tokens_per_second", "tokens", "peak_memory", "val_loss", "val_perplexity", "val_bits_per_byte",
+                "seconds", "samples", "params/blocks.0.mlp.w_up", "grads/embedding"):
         assert any(key in row for row in rows), key
     train.train(resume=str(tmp_path / "run"), num_steps=9)
     files = glob.glob(f"{tmp_path}/run/wandb/offline-run-*/*.wandb")
     assert len({Path(file).name for file in files}) == 1 and len(files) == 2, "both parts belong to one run"
     steps = [row["_step"] for file in sorted(files) for row in read_wandb(file)[0]]
     assert steps == sorted(steps) and steps[-1] == 9
+
+
+def test_wandb_gets_checkpoints_by_their_aliases(tmp_path, monkeypatch):
+    logged = []
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    import wandb
+    monkeypatch.setattr(wandb.Run, "log_artifact", lambda self, artifact, aliases=(): logged.append((artifact, aliases)))
+    losses = iter([5.0, 6.0])
+    monkeypatch.setattr(train, "evaluate", lambda *args: next(losses))
+    train.train(data=str(prepared(tmp_path)), output_dir=str(tmp_path / "run"), use_wandb=True, wandb_artifacts=True, **TINY)
+    logged = [(artifact, aliases) for artifact, aliases in logged if artifact.type == "model"]  # W&B keeps tables as others
+    assert [aliases for _, aliases in logged] == [["latest", "best"], ["latest"]]
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= logged[0][0].manifest.entries.keys()
+
+
+def test_share_of_peak_flops(monkeypatch, tmp_path):
+    """6 · parameters + 12 · layers · d_model · context a token, over what the device promises."""
+    config = small_config()
+    assert train.flops_per_token(config) == 6 * tinylm.num_params(config) + 12 * config.num_layers * config.d_model * config.context_length
+    run = {"settings": {"device": "cuda:0"}, "num_ranks": 4}
+    for name, peak in (("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA L4", 121e12), ("NVIDIA L40S", 362e12)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+        assert train.peak_flops(run) == 4 * peak
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU of tomorrow")
+    assert train.peak_flops(run) is None
+
+
+def test_samples_show_the_model_learning(tmp_path, capsys):
+    """The sample at an evaluation is what generate writes with the checkpoint of that step."""
+    data = prepared(tmp_path)
+    train.train(data=str(data), output_dir=str(tmp_path / "run"), **TINY)
+    samples = [line["sample"] for line in metrics(tmp_path / "run") if "sample" in line]
+    assert len(samples) == 2 and samples[0] != samples[1] and " ".join(samples[1].split()) in capsys.readouterr().out
+    params, config = tinylm.load_checkpoint(tmp_path / "run/latest")
+    tokenizer = bpe.load(data / "tokenizer.json")
+    tokens = [t.item() for t in tinylm.generate(params, torch.tensor([[256]]), config, 64, 0.8, 0, 0.95, 256, generator(0))]
+    assert samples[1] == bpe.decode(tokenizer, [t for t in tokens if t != 256])
+
+
+@pytest.mark.parametrize("split", ["val", "train"])
+def test_eval_only_gives_the_loss_of_transformers(trained, split, capsys):
+    train.train(eval_only=True, resume=str(trained / "runs/tiny"), split=split, eval_tokens=500, batch_size=3)
+    out = capsys.readouterr().out
+    ids = torch.from_numpy(prepare.open_data(trained / "data")[1][split][:501].astype(np.int64))
+    model = hf_model(trained / "runs/tiny/latest")
+    with torch.no_grad():
+        losses = [F.cross_entropy(model(ids[None, i:i + 32][:, :500 - i]).logits[0], ids[i + 1:i + 33], reduction="sum").item()
+                  for i in range(0, 500, 32)]
+    loss = float(re.search(r"loss ([\d.]+) nats", out)[1])
+    assert loss == pytest.approx(sum(losses) / 500, abs=1e-4)
+    assert float(re.search(r"perplexity ([\d.]+)", out)[1]) == pytest.approx(math.exp(loss), rel=1e-3) and " 500 tokens" in out
+
+
+def test_eval_only_of_a_text(trained, tmp_path, capsys):
+    """A text file is encoded with the model's tokenizer; bits per byte count its bytes."""
+    text = "Once upon a time, there was a cat. " * 5
+    (tmp_path / "text.txt").write_text(text)
+    train.train(eval_only=True, init_from=str(trained / "runs/tiny/latest"), data=str(tmp_path / "text.txt"))
+    out = capsys.readouterr().out
+    tokens = len(bpe.encode(bpe.load(trained / "data/tokenizer.json"), text))
+    loss, bits = float(re.search(r"loss ([\d.]+)", out)[1]), float(re.search(r"([\d.]+) bits per byte", out)[1])
+    assert f" {tokens:,} tokens" in out and bits == pytest.approx(loss * tokens / math.log(2) / len(text), rel=1e-3)
+
+
+def test_plot_draws_what_was_measured(tmp_path, trained, monkeypatch, capsys):
+    import xml.etree.ElementTree as xml
+    code, error = call(monkeypatch, capsys, plot.plot, str(trained / "runs/tiny"), f"--output={tmp_path}/loss.svg")
+    assert code == 0, error
+    root = xml.parse(tmp_path / "loss.svg").getroot()
+    texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"step", "loss, nats per token", "learning rate"} <= set(texts)
+    lines = [[tuple(map(float, point.split(","))) for point in element.get("points").split()]
+             for element in root.iter("{http://www.w3.org/2000/svg}polyline")]
+    losses = [line["train_loss"] for line in metrics(trained / "runs/tiny") if "train_loss" in line]
+    assert [len(line) for line in lines] == [len(losses), 1, len(losses)]
+    heights = np.array([y for _, y in lines[0]])
+    assert np.corrcoef(heights, losses)[0, 1] < -0.999, "height falls as the loss rises, for y points down"
+    for arguments, message in (([], "no run given"), ([str(tmp_path)], "no metrics.jsonl")):
+        code, error = call(monkeypatch, capsys, plot.plot, *arguments)
+        assert code == 2 and message in error
 
 
 @pytest.fixture(scope="module")
@@ -1337,7 +1423,7 @@ def torchrun(data, folder, *options, **flags):
 
 def test_a_rank_that_dies_is_shown_and_the_job_goes_on(tmp_path):
     data, folder = prepared(tmp_path), tmp_path / "run"
-    job = torchrun(data, folder, "--max-restarts=1", num_steps=1000, resume="auto")
+    job = torchrun(data, folder, "--max-restarts=1", num_steps=400, resume="auto")
     deadline = time.monotonic() + 60
     while job.poll() is None and not (folder / "latest").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -1345,7 +1431,7 @@ def test_a_rank_that_dies_is_shown_and_the_job_goes_on(tmp_path):
     out, _ = job.communicate(timeout=120)
     assert job.returncode == 0, out
     assert "SIGKILL" in out or "exitcode: -9" in out
-    assert [line["step"] for line in metrics(folder) if "train_loss" in line] == list(range(1, 1001))
+    assert [line["step"] for line in metrics(folder) if "train_loss" in line] == list(range(1, 401))
 
 
 def test_flags_that_ranks_cannot_have(tmp_path):

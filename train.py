@@ -3,30 +3,36 @@
 import ctypes
 import datetime
 import fcntl
+import hashlib
 import json
 import math
 import os
+import platform
+import resource
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import init_device_mesh
 
 import tinylm
-from data import bpe, cli, prepare
+from data import bpe, cli, plot, prepare
 from data.cli import InputError
 from tinylm import Config
 
 DEFAULTS = {
     "data": "stories", "context_length": 256, "rope_theta": 10000.0, "norm_eps": 1e-5, "tie_embeddings": False,
     "grad_accum_steps": 1, "remat": False, "shard": False, "optimizer": "adamw", "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "clip_grad": 1.0,
-    "log_interval": 10, "keep_checkpoints": 2, "seed": 0, "use_wandb": False, "wandb_project": "tinylm",
+    "log_interval": 10, "keep_checkpoints": 2, "sample_tokens": 64, "seed": 0, "use_wandb": False, "wandb_project": "tinylm",
+    "wandb_artifacts": False, "wandb_histograms": False,
 }
 # What a device makes sensible: a CPU finishes within minutes, a GPU is kept busy.
 DEVICE_DEFAULTS = {
@@ -37,7 +43,11 @@ DEVICE_DEFAULTS = {
 }
 # What a resumed run may change: it alters how the run is watched and where it computes, not what it computes.
 CHANGEABLE = {"num_steps", "log_interval", "eval_interval", "eval_tokens", "checkpoint_interval", "keep_checkpoints",
-              "device", "shard", "use_wandb", "wandb_project"}
+              "device", "shard", "sample_tokens",
+              "use_wandb", "wandb_project", "wandb_artifacts", "wandb_histograms"}
+# Multiply-adds in bfloat16, without sparsity, that the data sheets promise: FLOP/s by a part of the device's name.
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "A10G": 70e12, "L40S": 362e12,
+              "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "V100": 125e12, "T4": 65e12}
 MODEL_FLAGS = ("context_length", "d_model", "num_layers", "num_heads", "num_kv_heads", "d_ff", "rope_theta", "norm_eps",
                "tie_embeddings")
 PATIENCE = 5  # steps in a row whose numbers are not finite, before a run gives up
@@ -104,7 +114,7 @@ def check(settings):
     limits = {name: (1, math.inf) for name in whole} | {
         "warmup_steps": (0, math.inf), "lr_max": (0, math.inf), "lr_min": (0, settings["lr_max"]),
         "weight_decay": (0, math.inf), "beta1": (0, 0.9999999), "beta2": (0, 0.9999999), "eps": (0, math.inf),
-        "clip_grad": (1e-9, math.inf), "seed": (-(2**63), 2**63 - 1)}
+        "clip_grad": (1e-9, math.inf), "sample_tokens": (0, math.inf), "seed": (-(2**63), 2**63 - 1)}
     for name, (low, high) in limits.items():
         if not (low <= settings[name] <= high and settings[name] < math.inf):
             between = f"from {low:g} to {high:g}" if high < math.inf else f"of {low:g} or more"
@@ -133,10 +143,14 @@ def join_ranks(device):
         device = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(device)
     # The first rank may prepare data for hours before the others hear of it. One that dies is noticed by torchrun.
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=datetime.timedelta(hours=12))
-    if dist.get_rank():
+    timeout = datetime.timedelta(hours=12)
+    store, rank, num_ranks = next(dist.rendezvous("env://", timeout=timeout))
+    # torchrun keeps its store when it starts ranks again; they must not find the addresses of those that died.
+    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo", store=store, rank=rank, world_size=num_ranks, timeout=timeout)
+    if rank:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # only the first rank speaks
-    return device, dist.get_rank(), dist.get_world_size()
+    return device, rank, num_ranks
 
 
 def mesh_of_ranks(device):
@@ -307,13 +321,7 @@ def resume_run(folder, given, done=InputError):
 
 def keep_metrics(path, last_step):
     """Drop from a run's metrics what it measured after `last_step`, a line cut short by its death included."""
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            if json.loads(line)["step"] <= last_step:
-                kept.append(f"{line}\n")
-        except ValueError:
-            pass
+    kept = [f"{json.dumps(line)}\n" for line in cli.json_lines(path) if line["step"] <= last_step]
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text("".join(kept), encoding="utf-8")
     os.replace(partial, path)
@@ -331,6 +339,7 @@ def open_run(resume, init_from, given):
     if rank:
         run["meta"], run["ids"] = prepare.open_data(run["data"])
     load_state(run)
+    run["tokenizer"] = bpe.load(run["data"] / "tokenizer.json")
     if rank == 0:
         keep_metrics(run["folder"] / "metrics.jsonl", run["step"])
     return run | {"rank": rank, "num_ranks": num_ranks}
@@ -474,6 +483,19 @@ def evaluate(losses, params, ids, settings, rank=0, num_ranks=1):
     return loss_sum / count
 
 
+def write_sample(run, params):
+    """What the model writes from the start of a document, by a fixed seed: text of sample_tokens tokens, or less."""
+    settings, end = run["settings"], run["meta"]["end_of_text_id"]
+    if not settings["sample_tokens"] or (run["rank"] and not settings["shard"]):  # where split, all ranks must take part
+        return ""
+    device = settings["device"]
+    tokens = [token.item() for token in tinylm.generate(
+        params, torch.tensor([[end]], device=device), run["config"], settings["sample_tokens"], 0.8, 0, 0.95, end,
+        torch.Generator(device).manual_seed(0), DTYPES[settings["dtype"]])]
+    known = [token for token in tokens if token != end and token < run["tokenizer"].vocab_size]
+    return bpe.decode(run["tokenizer"], known)
+
+
 def import_wandb():
     try:
         import wandb
@@ -482,22 +504,52 @@ def import_wandb():
     return wandb
 
 
+def describe(run):
+    """What a run is, for W&B: its flags, the model's size, the device, versions and the commit of this code."""
+    device = run["settings"]["device"]
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    return run["settings"] | {
+        "num_params": tinylm.num_params(run["config"]), "num_ranks": run["num_ranks"], "git_commit": commit.stdout.strip(),
+        "device_name": torch.cuda.get_device_name(device) if device != "cpu" else platform.processor() or platform.machine(),
+        "python_version": platform.python_version(), "torch_version": torch.__version__}
+
+
+def peak_memory(device):
+    """The most memory this process had so far, in bytes: on the device, or on a CPU all of it."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def flops_per_token(config):
+    """Floating-point operations to train on a token: 6 · parameters + 12 · layers · d_model · context."""
+    return 6 * tinylm.num_params(config) + 12 * config.num_layers * config.d_model * config.context_length
+
+
+def peak_flops(run):
+    """What the devices of all ranks promise together, in FLOP/s, or None for those not known."""
+    device = run["settings"]["device"]
+    name = torch.cuda.get_device_name(device) if device != "cpu" else ""
+    return next((run["num_ranks"] * flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+
+
 class Log:
     """Where what was measured goes: the terminal, metrics.jsonl, and W&B where asked."""
 
     def __init__(self, run):
         settings = run["settings"]
-        self.num_steps, self.tokens_per_step = settings["num_steps"], tokens_per_step(settings)
+        self.device, self.num_steps, self.tokens_per_step = settings["device"], settings["num_steps"], tokens_per_step(settings)
+        self.flops, self.peak_flops = flops_per_token(run["config"]), peak_flops(run)
         path = os.devnull if run["rank"] else run["folder"] / "metrics.jsonl"
+        self.samples = [[line["step"], line["sample"]] for line in cli.json_lines(path) if "sample" in line]
         self.file = open(path, "a", buffering=1, encoding="utf-8")
         self.screen = cli.Progress("training", stream=sys.stdout)
         self.begin, self.first_step, self.before = time.perf_counter(), run["step"], run["seconds"]
         self.mark, self.marked_step = self.begin, run["step"]
         self.wandb = None
         if settings["use_wandb"]:
-            wandb = import_wandb()
-            self.wandb = wandb.init(project=settings["wandb_project"], name=run["folder"].name, id=run["wandb_id"],
-                                    resume="allow", dir=run["folder"], config=settings)
+            self.wandb = import_wandb().init(project=settings["wandb_project"], name=run["folder"].name, id=run["wandb_id"],
+                                             resume="allow", dir=run["folder"], config=describe(run))
             run["wandb_id"] = self.wandb.id
 
     @property
@@ -513,6 +565,10 @@ class Log:
         measured = {"step": step, "tokens": step * self.tokens_per_step, "seconds": round(self.seconds, 3)} | measured
         self.file.write(json.dumps(measured) + "\n")
         if self.wandb:
+            if "sample" in measured:
+                import wandb
+                self.samples.append([step, measured.pop("sample")])
+                measured["samples"] = wandb.Table(["step", "text"], self.samples)
             self.wandb.log(measured, step=step)
 
     def training(self, step, loss, norm, lr):
@@ -521,18 +577,37 @@ class Log:
         rate = (step - self.marked_step) * self.tokens_per_step / max(1e-9, now - self.mark)
         self.mark, self.marked_step = now, step
         left = (self.num_steps - step) * (now - self.begin) / (step - self.first_step)
-        self.write(step, train_loss=loss.item(), lr=lr, grad_norm=norm.item(), tokens_per_second=round(rate, 1))
+        share = {"flops_share": round(rate * self.flops / self.peak_flops, 4)} if self.peak_flops else {}
+        self.write(step, train_loss=loss.item(), lr=lr, grad_norm=norm.item(), tokens_per_second=round(rate, 1),
+                   peak_memory=peak_memory(self.device), **share)
         self.screen.write(f"step {step}/{self.num_steps}  loss {loss.item():.4f}  lr {lr:.2e}  norm {norm.item():.2f}  "
                           f"{rate:,.0f} tokens/s  {cli.duration(left)} left")
 
-    def evaluation(self, step, val_loss, split):
+    def evaluation(self, step, val_loss, split, sample):
         """Keep and show the state of the model; `split` has the tokens and bytes of the validation text."""
         bits_per_byte = val_loss / math.log(2) * split["tokens"] / split["bytes"]
-        self.write(step, val_loss=val_loss, val_bits_per_byte=bits_per_byte)
+        self.write(step, val_loss=val_loss, val_perplexity=math.exp(min(val_loss, 700)), val_bits_per_byte=bits_per_byte,
+                   **{"sample": sample} if sample else {})
         self.screen.close()
         print(f"step {step}  validation loss {val_loss:.4f}  {bits_per_byte:.4f} bits per byte  "
-              f"after {cli.duration(self.seconds)}", flush=True)
+              f"after {cli.duration(self.seconds)}")
+        if sample:
+            print(f"  it writes: {' '.join(sample.split())}", flush=True)
         self.pause(step)
+
+    def histograms(self, step, **trees):
+        """Send the distribution of each tensor to W&B, by tree and path; of a split one, this rank's rows."""
+        import wandb
+        local = lambda tensor: tensor.to_local() if isinstance(tensor, tinylm.DTensor) else tensor
+        self.wandb.log({f"{name}/{path}": wandb.Histogram(local(tensor).float().cpu().numpy())
+                        for name, tree in trees.items() for path, tensor in tinylm.tree_leaves(tree)}, step=step)
+
+    def checkpoint(self, run, step, is_best):
+        """Send the checkpoint of a step to W&B."""
+        import wandb
+        artifact = wandb.Artifact(f"{self.wandb.id}-checkpoint", "model", metadata={"step": step})
+        artifact.add_dir(str(run["folder"] / f"step-{step:07d}"))
+        self.wandb.log_artifact(artifact, aliases=["latest"] + ["best"] * is_best)
 
     def skipped(self, run, step, loss, norm, lr, bad_steps):
         """Keep and show a step that was not applied, as its numbers are not finite. Raises Diverged after several."""
@@ -619,6 +694,57 @@ def conclude(run, step, saved):
         print(f"done; write with: python sample.py --checkpoint={run['folder']}")
 
 
+# ---- Evaluating only ----
+
+
+def open_text(name, tokenizer, digest, split):
+    """Ids to evaluate on, and their (tokens, bytes): a split of a data folder, or a text file, encoded here."""
+    if Path(name).is_file():
+        ids = np.concatenate([[tokenizer.special_tokens[bpe.END_OF_TEXT]],
+                              *(ids for _, ids in bpe.encode_pieces(tokenizer, [Path(name)]))]).astype(tokenizer.dtype)
+        return ids, Path(name).stat().st_size
+    meta, ids = prepare.open_data(find_data(name))
+    if meta["tokenizer_sha256"] != digest:
+        raise InputError(f"--data={name} was prepared with another tokenizer than the model's; give a text file, or prepare "
+                         "it with --tokenizer")
+    return ids[split], meta[split]["bytes"]
+
+
+def evaluate_only(resume, init_from, given):
+    """Print the loss of a run's latest checkpoint, or of any Llama folder, on a split or a text; nothing is written."""
+    if bool(resume) == bool(init_from):
+        raise InputError("--eval_only needs a model: give --resume=RUN, or --init_from=LLAMA_FOLDER")
+    folder = Path(resume) / "latest" if resume else Path(init_from)
+    params, config = tinylm.load_checkpoint(folder)
+    state = folder / "train_state.json"
+    settings = complete((tinylm.read_json(state)["settings"] if state.is_file() else {}) | {"device": ""} | given)
+    tokenizer = prepare.load_tokenizer(folder)
+    digest = hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
+    split = settings.get("split", "val")
+    if split not in ("train", "val"):
+        raise InputError(f"--split={split}: expected train or val")
+    ids, num_bytes = open_text(settings["data"], tokenizer, digest, split)
+    if "eval_tokens" in given and given["eval_tokens"] + 1 < len(ids):
+        num_bytes *= given["eval_tokens"] / (len(ids) - 1)
+        ids = ids[:given["eval_tokens"] + 1]
+    if len(ids) < 2:
+        raise InputError(f"--data={settings['data']} has no text to evaluate on")
+    device, begin = settings["device"], time.perf_counter()
+    params = tinylm.tree_map(lambda p: p.to(device), params)
+    loss_sum = 0.0
+    with torch.inference_mode():
+        for inputs, targets, real in tinylm.eval_batches(ids, settings["batch_size"], config.context_length):
+            logits = tinylm.forward(params, inputs.to(device), config, DTYPES[settings["dtype"]])
+            loss_sum += tinylm.token_losses(logits, targets.to(device)).flatten()[:real].double().sum().item()
+    loss = loss_sum / (len(ids) - 1)
+    print(f"loss {loss:.4f} nats per token  perplexity {math.exp(min(loss, 700)):.3f}  "
+          f"{loss_sum / math.log(2) / num_bytes:.4f} bits per byte  {len(ids) - 1:,} tokens  "
+          f"{time.perf_counter() - begin:.1f} seconds")
+
+
+# ---- The command ----
+
+
 def train(*, data: str | None = None, context_length: int | None = None, batch_size: int | None = None,
           grad_accum_steps: int | None = None, d_model: int | None = None, num_layers: int | None = None,
           num_heads: int | None = None, num_kv_heads: int | None = None, d_ff: int | None = None,
@@ -630,8 +756,9 @@ def train(*, data: str | None = None, context_length: int | None = None, batch_s
           compile: bool | None = None, remat: bool | None = None, shard: bool | None = None, output_dir: str | None = None, run_name: str | None = None,
           resume: str | None = None, init_from: str | None = None, keep_checkpoints: int | None = None,
           log_interval: int | None = None, eval_interval: int | None = None,
-          eval_tokens: int | None = None, checkpoint_interval: int | None = None, use_wandb: bool | None = None,
-          wandb_project: str | None = None):
+          eval_tokens: int | None = None, checkpoint_interval: int | None = None, sample_tokens: int | None = None,
+          use_wandb: bool | None = None, wandb_project: str | None = None, wandb_artifacts: bool | None = None,
+          wandb_histograms: bool | None = None, eval_only: bool = False, split: str | None = None):
     """Train a language model; checkpoints and metrics go to runs/NAME. Each flag has a default that suits the device.
 
     Data:
@@ -681,11 +808,23 @@ def train(*, data: str | None = None, context_length: int | None = None, batch_s
     eval_tokens: tokens of the validation split to evaluate on at most [CPU 131072, CUDA 4194304]
     checkpoint_interval: steps between checkpoints [eval_interval]
     keep_checkpoints: the newest ones kept, beside the best [2]
+    sample_tokens: tokens that the model writes at each evaluation, to see it learn [64]
     use_wandb: log to Weights & Biases too [False]
     wandb_project: project there [tinylm]
+    wandb_artifacts: send checkpoints there too [False]
+    wandb_histograms: and at evaluations the distribution of each parameter and gradient [False]
+
+    Instead of training:
+    eval_only: print the loss of --resume or --init_from on --data (a data folder, or a text file) and end
+    split: part of a data folder to evaluate on then, val or train [val]
     """
-    given = {flag: value for flag, value in locals().items() if value is not None}
-    run = open_run(given.pop("resume", None), given.pop("init_from", None), given)
+    given = {flag: value for flag, value in locals().items() if value is not None and flag != "eval_only"}
+    models = given.pop("resume", None), given.pop("init_from", None)
+    if eval_only:
+        return evaluate_only(*models, given)
+    if split:
+        raise InputError(f"--split={split} belongs to --eval_only; leave it out, or evaluate with --eval_only --split={split}")
+    run = open_run(*models, given)
     settings, params, optimizer = run["settings"], run["params"], run["optimizer"]
     gradients, update, losses = step_functions(run["config"], settings)
     keep_freed_memory()
@@ -711,9 +850,14 @@ def train(*, data: str | None = None, context_length: int | None = None, batch_s
                 log.training(done, loss, norm, lr)
         if due(done, "eval_interval"):
             val_loss = evaluate(losses, params, run["ids"]["val"], settings, *place)
-            log.evaluation(done, val_loss, run["meta"]["val"])
+            log.evaluation(done, val_loss, run["meta"]["val"], write_sample(run, params))
+            if log.wandb and settings["wandb_histograms"]:
+                log.histograms(done, params=params, grads=grads)
         if (due(done, "checkpoint_interval") or asked) and not bad_steps:
+            best_so_far = run["best"]
             saved = try_to_save(run, done, params, optimizer, log.seconds, val_loss)
+            if saved and log.wandb and settings["wandb_artifacts"]:
+                log.checkpoint(run, done, val_loss < best_so_far)
             log.pause(done)
         if asked:
             break
@@ -725,4 +869,7 @@ def train(*, data: str | None = None, context_length: int | None = None, batch_s
 
 
 if __name__ == "__main__":
-    cli.run(train)
+    if sys.argv[1:2] == ["plot"]:
+        cli.run(plot.plot, sys.argv[2:])
+    else:
+        cli.run(train)

@@ -2,6 +2,8 @@
 
 import difflib
 import inspect
+import itertools
+import json
 import os
 import re
 import shutil
@@ -83,25 +85,29 @@ def help_text(function):
     return "\n".join(lines)
 
 
-def run(function):
-    """Call `function` with the flags on the command line, through Fire.
+def run(function, arguments=None):
+    """Call `function` with the flags on the command line, or those given, through Fire. What stands before them are names,
+    where the function takes any.
 
     An error that has an `exit_code`, as a user's mistakes do, ends in one line and that code; what the file system
     refuses in one line and code 2.
     """
-    program = os.path.basename(sys.argv[0])
-    if any(argument in ("--help", "-h") for argument in sys.argv[1:]):
+    program, arguments = os.path.basename(sys.argv[0]), sys.argv[1:] if arguments is None else arguments
+    if any(argument in ("--help", "-h") for argument in arguments):
         print(help_text(function))
         return
     try:
-        parameters = inspect.signature(function).parameters
-        flags = read_flags(parameters, sys.argv[1:])
+        kinds = inspect.signature(function).parameters.values()
+        parameters = {parameter.name: parameter for parameter in kinds if parameter.kind == parameter.KEYWORD_ONLY}
+        takes_names = len(parameters) < len(kinds)
+        names = list(itertools.takewhile(lambda argument: takes_names and not argument.startswith("-"), arguments))
+        flags = read_flags(parameters, arguments[len(names):])
         for name, text in flags.items():
             parse(name, parameters[name].annotation, text)
         import fire
         parsers = {name: (lambda text, name=name: parse(name, parameters[name].annotation, text)) for name in parameters}
         fire.Fire(fire.decorators.SetParseFns(**parsers)(function),
-                  command=[f"--{name}={text}" for name, text in flags.items()], name=program)
+                  command=names + [f"--{name}={text}" for name, text in flags.items()], name=program)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         sys.exit(fail(f"{program}: {where}{error.strerror or error}"))
@@ -120,6 +126,17 @@ def fail(line):
     """Print one line on stderr; returns 2, the exit code of a user's mistake."""
     print(line, file=sys.stderr, flush=True)
     return 2
+
+
+def json_lines(path):
+    """The objects in a file of one JSON object a line, without lines cut short; none where there is no such file."""
+    objects = []
+    for line in path.read_text(encoding="utf-8").splitlines() if os.path.isfile(path) else []:
+        try:
+            objects.append(json.loads(line))
+        except ValueError:
+            pass
+    return objects
 
 
 def duration(seconds):

@@ -1,0 +1,86 @@
+"""The losses and learning rates of runs as an SVG: python train.py plot RUN [RUN …] [--output=FILE]."""
+
+import math
+from html import escape
+from pathlib import Path
+
+from data.cli import InputError, json_lines
+
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, GAP = 840, 560, 70, 20, 30, 50  # pixels
+COLORS = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2"]
+
+
+def read_metrics(run):
+    """The lines of a run's metrics.jsonl. Raises InputError where there are none."""
+    path = Path(run) / "metrics.jsonl"
+    if not path.is_file():
+        raise InputError(f"{run} has no metrics.jsonl; expected the folder of a run, such as runs/stories")
+    lines = json_lines(path)
+    if not any("train_loss" in line or "val_loss" in line for line in lines):
+        raise InputError(f"{path} has no losses yet; wait for the first steps")
+    return lines
+
+
+def series(lines, key):
+    """The points (step, value) of one quantity."""
+    return [(line["step"], line[key]) for line in lines if isinstance(line.get(key), (int, float)) and math.isfinite(line[key])]
+
+
+def ticks(low, high, count=5):
+    """Round numbers between two bounds, about `count` of them."""
+    rough = (high - low) / count
+    size = 10 ** math.floor(math.log10(rough))
+    size *= next(factor for factor in (1, 2, 5, 10) if factor * size >= rough)
+    return [i * size for i in range(math.ceil(low / size), math.floor(high / size) + 1)]
+
+
+def panel(curves, top, height, title, steps):
+    """One diagram over steps, as SVG elements. curves: [(color, dash, points)]."""
+    values = [value for _, _, points in curves for _, value in points]
+    low, high = (min(values), max(values)) if values else (0, 1)
+    low, high = (low, high) if high > low else (low - 0.5 * abs(low or 1), high + 0.5 * abs(high or 1))
+    x = lambda step: LEFT + (WIDTH - LEFT - RIGHT) * step / steps
+    y = lambda value: top + height * (high - value) / (high - low)
+    out = [f'<rect x="{LEFT}" y="{top}" width="{WIDTH - LEFT - RIGHT}" height="{height}" fill="none" stroke="#888"/>',
+           f'<text x="16" y="{top + height / 2}" transform="rotate(-90 16 {top + height / 2})" text-anchor="middle">{title}</text>',
+           f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{top + height + 34}" text-anchor="middle">step</text>']
+    for value in ticks(low, high):
+        out.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(value):.1f}" y2="{y(value):.1f}" stroke="#ddd"/>'
+                   f'<text x="{LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.4g}</text>')
+    for step in ticks(0, steps, 8):
+        out.append(f'<text x="{x(step):.1f}" y="{top + height + 16}" text-anchor="middle">{step:g}</text>')
+    for color, dash, points in curves:
+        line = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in points)
+        out.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="1.5" stroke-dasharray="{dash}"/>')
+    return out
+
+
+def draw(runs):
+    """The SVG of runs, {name: lines of metrics}: losses above, learning rates below."""
+    steps = max(line["step"] for lines in runs.values() for line in lines)
+    losses, rates, legend = [], [], []
+    for i, (name, lines) in enumerate(runs.items()):
+        color = COLORS[i % len(COLORS)]
+        losses += [(color, "1 2", series(lines, "train_loss")), (color, "", series(lines, "val_loss"))]
+        rates.append((color, "", series(lines, "lr")))
+        legend.append(f'<text x="{WIDTH - RIGHT - 10}" y="{TOP + 20 + 18 * i}" text-anchor="end" fill="{color}">{escape(name)}: '
+                      'validation (line), training (dots)</text>')
+    upper = round((HEIGHT - TOP - 2 * GAP) * 0.7)
+    body = panel(losses, TOP, upper, "loss, nats per token", steps)
+    body += panel(rates, TOP + upper + GAP, HEIGHT - TOP - upper - 2 * GAP, "learning rate", steps)
+    return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12">',
+                      f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>', *body, *legend, "</svg>"])
+
+
+def plot(*runs, output: str = ""):
+    """Draw the losses and learning rates of one or several runs into an SVG that a browser opens.
+
+    output: the file to write [loss.svg in the first run's folder]
+    """
+    if not runs:
+        raise InputError("no run given; write python train.py plot runs/NAME")
+    runs = [str(run) for run in runs]  # a name such as 2024 comes as a number
+    path = Path(output) if output else Path(runs[0]) / "loss.svg"
+    svg = draw({run: read_metrics(run) for run in runs})
+    path.write_text(svg, encoding="utf-8")
+    print(f"wrote {path}")
