@@ -763,19 +763,29 @@ def sample_token(logits, temperature, top_k, top_p, generator):
     """Draw the next token: softmax at a temperature over the top_k best, then the nucleus of mass top_p among them.
 
     Temperature 0 takes the best token. top_k 0 keeps all. The nucleus is the smallest set of the likeliest tokens whose
-    probabilities reach top_p (Holtzman et al. 2020, eq. 2). logits (B, V) → (B) of int64.
+    probabilities reach top_p (Holtzman et al. 2020, eq. 2); tokens as likely as its last one are in it too.
+    logits (B, V) → (B) of int64.
     """
     if temperature == 0:
         return logits.argmax(-1)
-    logits, order = logits.float().sort(-1, descending=True)  # (B, V), best first
+    logits = logits.float()
     if top_k:
-        logits, order = logits[:, :top_k], order[:, :top_k]
+        lowest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
+        logits = logits.masked_fill(logits < lowest, -math.inf)
     probabilities = softmax(logits / temperature)
-    before = probabilities.cumsum(-1) - probabilities  # the mass of all better tokens
-    probabilities = probabilities.masked_fill(before >= top_p, 0.0)
-    probabilities[:, 0] = probabilities[:, 0].clamp(min=1e-9)  # the best token stays, whatever rounding did
-    choice = torch.multinomial(probabilities, 1, generator=generator)  # (B, 1), a place in the order
-    return order.gather(-1, choice).squeeze(-1)
+    if top_p < 1:
+        best_first = descending(probabilities)
+        before = best_first.cumsum(-1) - best_first  # the mass of all better tokens
+        lowest = best_first.masked_fill(before >= top_p, math.inf).amin(-1, keepdim=True)  # (B, 1), of the nucleus
+        probabilities = probabilities.masked_fill(probabilities < lowest.minimum(best_first[:, :1]), 0.0)
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+
+
+def descending(x):
+    """The values of each row, highest first. (B, N) → (B, N)."""
+    if x.is_cuda:
+        return x.sort(-1, descending=True).values
+    return torch.from_numpy(np.sort(-x.numpy())).neg()  # an order of magnitude faster than torch's on a CPU
 
 
 @torch.inference_mode()
