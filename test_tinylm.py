@@ -1346,7 +1346,7 @@ def start_ranks(count, **flags):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     code = "import os; os.environ.update(env); import torch, train; torch.set_num_threads(1); train.train(**flags)"
-    flags = TINY | dict(batch_size=8, vocab_size=401) | flags
+    flags = TINY | dict(batch_size=8, vocab_size=401, sample_tokens=2) | flags
     processes = []
     for rank in range(count):
         env = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
