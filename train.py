@@ -30,7 +30,8 @@ from tinylm import Config
 
 DEFAULTS = {
     "data": "stories", "context_length": 256, "rope_theta": 10000.0, "norm_eps": 1e-5, "tie_embeddings": False,
-    "grad_accum_steps": 1, "remat": False, "shard": False, "optimizer": "adamw", "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "clip_grad": 1.0,
+    "grad_accum_steps": 1, "remat": False, "shard": False,
+    "optimizer": "adamw", "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "clip_grad": 1.0,
     "log_interval": 10, "keep_checkpoints": 2, "sample_tokens": 64, "seed": 0, "use_wandb": False, "wandb_project": "tinylm",
     "wandb_artifacts": False, "wandb_histograms": False,
 }
@@ -45,9 +46,9 @@ DEVICE_DEFAULTS = {
 CHANGEABLE = {"num_steps", "log_interval", "eval_interval", "eval_tokens", "checkpoint_interval", "keep_checkpoints",
               "device", "shard", "sample_tokens",
               "use_wandb", "wandb_project", "wandb_artifacts", "wandb_histograms"}
-# Multiply-adds in bfloat16, without sparsity, that the data sheets promise: FLOP/s by a part of the device's name.
-PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "A10G": 70e12, "L40S": 362e12,
-              "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "V100": 125e12, "T4": 65e12}
+# What data sheets promise in bfloat16 without sparsity: FLOP/s by a part of the device's name, the first that fits.
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "A10G": 70e12,
+              "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "V100": 125e12, "T4": 65e12}
 MODEL_FLAGS = ("context_length", "d_model", "num_layers", "num_heads", "num_kv_heads", "d_ff", "rope_theta", "norm_eps",
                "tie_embeddings")
 PATIENCE = 5  # steps in a row whose numbers are not finite, before a run gives up

@@ -4,7 +4,7 @@ Text is bytes throughout. Three steps, each over whole arrays at once:
 
 1. Split. Where a word begins follows from the class of a byte (letter, number, white space, other) and of its
    neighbours, so a handful of comparisons over an array of bytes replaces the regular expression (`word_starts`).
-2. Look up. Words are few and repeat: each is found in a hash table that holds all words met before (`WordTable`).
+2. Look up. Words are few and repeat: each is found in a hash table that holds all words met before (`HashTable`).
    Training counts them there; encoding keeps their ids there.
 3. Merge. Only words never met before go through the merges, many at a time (`merge_words`).
 
