@@ -1016,16 +1016,16 @@ def save_checkpoint(folder, params, config, tokenizer_file, end_token, optimizer
     for which the other ranks call `take_part_in_saving`.
     """
     folder = Path(folder)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    beside = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(beside, ignore_errors=True)
     wholes = map(whole, [leaf for _, leaf in tree_leaves(params) + tree_leaves(optimizer or {})])
     try:
-        write_checkpoint(partial, params, config, tokenizer_file, end_token, optimizer, train_state, wholes)
+        write_checkpoint(beside, params, config, tokenizer_file, end_token, optimizer, train_state, wholes)
         shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
+        os.replace(beside, folder)
         flush_folder(folder.parent)
     except OSError:  # as on a full disk, where the part that was written would be in the way
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(beside, ignore_errors=True)
         raise
     finally:
         for _ in wholes:  # what was not written, as the other ranks take part in all

@@ -48,7 +48,7 @@ CHANGEABLE = {"num_steps", "log_interval", "eval_interval", "eval_tokens", "chec
               "use_wandb", "wandb_project", "wandb_artifacts", "wandb_histograms"}
 # What data sheets promise in bfloat16 without sparsity: FLOP/s by a part of the device's name, the first that fits.
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "A10G": 70e12,
-              "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "V100": 125e12, "T4": 65e12}
+              "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 MODEL_FLAGS = ("context_length", "d_model", "num_layers", "num_heads", "num_kv_heads", "d_ff", "rope_theta", "norm_eps",
                "tie_embeddings")
 PATIENCE = 5  # steps in a row whose numbers are not finite, before a run gives up
@@ -129,7 +129,7 @@ def check(settings):
                          "multiple of that")
     if settings["shard"] and not dist.is_initialized():
         raise InputError("--shard splits a model over the ranks that torchrun starts; start it as "
-                         "torchrun --nproc_per_node=DEVICES train.py --shard …, or leave the flag out")
+                         "torchrun --nproc_per_node=DEVICES train.py --shard …, or give --shard=False")
 
 
 # ---- Ranks: the processes that torchrun starts, each with a device of its own ----
@@ -137,7 +137,7 @@ def check(settings):
 
 def join_ranks(device):
     """Join the other ranks, where torchrun started this process. → (device of this rank, its number, how many)."""
-    if "WORLD_SIZE" not in os.environ:
+    if not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         return device, 0, 1
     kind = device.split(":")[0]
     if kind == "cuda":
@@ -265,7 +265,6 @@ def start_run(given, init_from, folder):
     check_room(folder, checkpoint_bytes(config) * (settings["keep_checkpoints"] + 2), "the checkpoints of this run need")
     folder.mkdir(parents=True, exist_ok=True)
     locked = lock(folder)
-    (folder / "metrics.jsonl").unlink(missing_ok=True)
     return {"settings": settings, "folder": folder, "lock": locked, "data": data, "meta": meta, "ids": ids,
             "source": init_from, "step": 0, "seconds": 0.0, "best": math.inf, "wandb_id": None}
 
@@ -508,9 +507,10 @@ def import_wandb():
 def describe(run):
     """What a run is, for W&B: its flags, the model's size, the device, versions and the commit of this code."""
     device = run["settings"]["device"]
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    git = shutil.which("git")  # without it, or outside a repository, the commit stays empty
+    commit = git and subprocess.run([git, "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout
     return run["settings"] | {
-        "num_params": tinylm.num_params(run["config"]), "num_ranks": run["num_ranks"], "git_commit": commit.stdout.strip(),
+        "num_params": tinylm.num_params(run["config"]), "num_ranks": run["num_ranks"], "git_commit": (commit or "").strip(),
         "device_name": torch.cuda.get_device_name(device) if device != "cpu" else platform.processor() or platform.machine(),
         "python_version": platform.python_version(), "torch_version": torch.__version__}
 
@@ -547,11 +547,13 @@ class Log:
         self.screen = cli.Progress("training", stream=sys.stdout)
         self.begin, self.first_step, self.before = time.perf_counter(), run["step"], run["seconds"]
         self.mark, self.marked_step = self.begin, run["step"]
-        self.wandb = None
-        if settings["use_wandb"]:
-            self.wandb = import_wandb().init(project=settings["wandb_project"], name=run["folder"].name, id=run["wandb_id"],
-                                             resume="allow", dir=run["folder"], config=describe(run))
-            run["wandb_id"] = self.wandb.id
+        self.wandb = import_wandb() if settings["use_wandb"] else None
+        self.sends_artifacts = self.wandb and settings["wandb_artifacts"]
+        self.sends_histograms = self.wandb and settings["wandb_histograms"]
+        if self.wandb:
+            self.run = self.wandb.init(project=settings["wandb_project"], name=run["folder"].name, id=run["wandb_id"],
+                                       resume="allow", dir=run["folder"], config=describe(run))
+            run["wandb_id"] = self.run.id
 
     @property
     def seconds(self):
@@ -567,10 +569,9 @@ class Log:
         self.file.write(json.dumps(measured) + "\n")
         if self.wandb:
             if "sample" in measured:
-                import wandb
                 self.samples.append([step, measured.pop("sample")])
-                measured["samples"] = wandb.Table(["step", "text"], self.samples)
-            self.wandb.log(measured, step=step)
+                measured["samples"] = self.wandb.Table(["step", "text"], self.samples)
+            self.run.log(measured, step=step)
 
     def training(self, step, loss, norm, lr):
         """Keep and show the state of training."""
@@ -597,18 +598,19 @@ class Log:
         self.pause(step)
 
     def histograms(self, step, **trees):
-        """Send the distribution of each tensor to W&B, by tree and path; of a split one, this rank's rows."""
-        import wandb
-        local = lambda tensor: tensor.to_local() if isinstance(tensor, tinylm.DTensor) else tensor
-        self.wandb.log({f"{name}/{path}": wandb.Histogram(local(tensor).float().cpu().numpy())
-                        for name, tree in trees.items() for path, tensor in tinylm.tree_leaves(tree)}, step=step)
+        """Where asked, send the distribution of each tensor to W&B, by tree and path; of a split one, this rank's rows."""
+        if self.sends_histograms:
+            local = lambda tensor: tensor.to_local() if isinstance(tensor, tinylm.DTensor) else tensor
+            self.run.log({f"{name}/{path}": self.wandb.Histogram(local(tensor).float().cpu().numpy())
+                          for name, tree in trees.items() for path, tensor in tinylm.tree_leaves(tree)}, step=step)
 
-    def checkpoint(self, run, step, is_best):
-        """Send the checkpoint of a step to W&B."""
-        import wandb
-        artifact = wandb.Artifact(f"{self.wandb.id}-checkpoint", "model", metadata={"step": step})
-        artifact.add_dir(str(run["folder"] / f"step-{step:07d}"))
-        self.wandb.log_artifact(artifact, aliases=["latest"] + ["best"] * is_best)
+    def checkpoint(self, folder, step):
+        """Where asked, send a run's latest checkpoint to W&B."""
+        if self.sends_artifacts:
+            latest, best = (folder / "latest").resolve(), (folder / "best").resolve()
+            artifact = self.wandb.Artifact(f"{self.run.id}-checkpoint", "model", metadata={"step": step})
+            artifact.add_dir(str(latest))
+            self.run.log_artifact(artifact, aliases=["latest"] + ["best"] * (latest == best))
 
     def skipped(self, run, step, loss, norm, lr, bad_steps):
         """Keep and show a step that was not applied, as its numbers are not finite. Raises Diverged after several."""
@@ -626,7 +628,7 @@ class Log:
         self.screen.close()
         self.file.close()
         if self.wandb:
-            self.wandb.finish()
+            self.run.finish()
 
 
 def tokens_per_step(settings):
@@ -699,7 +701,7 @@ def conclude(run, step, saved):
 
 
 def open_text(name, tokenizer, digest, split):
-    """Ids to evaluate on, and their (tokens, bytes): a split of a data folder, or a text file, encoded here."""
+    """Ids to evaluate on, and the bytes of their text: a split of a data folder, or a text file, encoded here."""
     if Path(name).is_file():
         ids = np.concatenate([[tokenizer.special_tokens[bpe.END_OF_TEXT]],
                               *(ids for _, ids in bpe.encode_pieces(tokenizer, [Path(name)]))]).astype(tokenizer.dtype)
@@ -718,28 +720,24 @@ def evaluate_only(resume, init_from, given):
     folder = Path(resume) / "latest" if resume else Path(init_from)
     params, config = tinylm.load_checkpoint(folder)
     state = folder / "train_state.json"
-    settings = complete((tinylm.read_json(state)["settings"] if state.is_file() else {}) | {"device": ""} | given)
+    kept = tinylm.read_json(state)["settings"] if state.is_file() else {}
+    settings = complete(kept | {"device": ""} | given | {"shard": False, "compile": False})
+    settings["context_length"] = config.context_length
     tokenizer = prepare.load_tokenizer(folder)
     digest = hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
     split = settings.get("split", "val")
     if split not in ("train", "val"):
         raise InputError(f"--split={split}: expected train or val")
     ids, num_bytes = open_text(settings["data"], tokenizer, digest, split)
-    if "eval_tokens" in given and given["eval_tokens"] + 1 < len(ids):
-        num_bytes *= given["eval_tokens"] / (len(ids) - 1)
-        ids = ids[:given["eval_tokens"] + 1]
     if len(ids) < 2:
         raise InputError(f"--data={settings['data']} has no text to evaluate on")
-    device, begin = settings["device"], time.perf_counter()
-    params = tinylm.tree_map(lambda p: p.to(device), params)
-    loss_sum = 0.0
-    with torch.inference_mode():
-        for inputs, targets, real in tinylm.eval_batches(ids, settings["batch_size"], config.context_length):
-            logits = tinylm.forward(params, inputs.to(device), config, DTYPES[settings["dtype"]])
-            loss_sum += tinylm.token_losses(logits, targets.to(device)).flatten()[:real].double().sum().item()
-    loss = loss_sum / (len(ids) - 1)
+    count = settings["eval_tokens"] = min(len(ids) - 1, given.get("eval_tokens", len(ids) - 1))
+    num_bytes *= count / (len(ids) - 1)
+    begin = time.perf_counter()
+    params = tinylm.tree_map(lambda p: p.to(settings["device"]), params)
+    loss = evaluate(step_functions(config, settings)[2], params, ids, settings)
     print(f"loss {loss:.4f} nats per token  perplexity {math.exp(min(loss, 700)):.3f}  "
-          f"{loss_sum / math.log(2) / num_bytes:.4f} bits per byte  {len(ids) - 1:,} tokens  "
+          f"{loss * count / math.log(2) / num_bytes:.4f} bits per byte  {count:,} tokens  "
           f"{time.perf_counter() - begin:.1f} seconds")
 
 
@@ -852,13 +850,11 @@ def train(*, data: str | None = None, context_length: int | None = None, batch_s
         if due(done, "eval_interval"):
             val_loss = evaluate(losses, params, run["ids"]["val"], settings, *place)
             log.evaluation(done, val_loss, run["meta"]["val"], write_sample(run, params))
-            if log.wandb and settings["wandb_histograms"]:
-                log.histograms(done, params=params, grads=grads)
+            log.histograms(done, params=params, grads=grads)
         if (due(done, "checkpoint_interval") or asked) and not bad_steps:
-            best_so_far = run["best"]
             saved = try_to_save(run, done, params, optimizer, log.seconds, val_loss)
-            if saved and log.wandb and settings["wandb_artifacts"]:
-                log.checkpoint(run, done, val_loss < best_so_far)
+            if saved:
+                log.checkpoint(run["folder"], done)
             log.pause(done)
         if asked:
             break

@@ -327,7 +327,7 @@ def stamp(path):
 
 def check_unchanged(ids):
     """Raise InputError where the file behind these ids is no longer the one that was opened: reading on could crash."""
-    if not os.path.exists(ids.filename) or stamp(ids.filename) != ids.stamp:
+    if isinstance(ids, np.memmap) and (not os.path.exists(ids.filename) or stamp(ids.filename) != ids.stamp):
         raise InputError(f"{ids.filename} has changed while it was in use; prepare the data again and resume the run")
 
 
