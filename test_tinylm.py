@@ -848,7 +848,10 @@ def test_resuming_refuses_what_would_make_another_run(tmp_path):
             train.train(**flags | dict(resume=str(tmp_path / flags["resume"])))
 
 
-def test_compiled_training_is_the_same(tmp_path):
+@pytest.mark.parametrize("plain_up_to", [tinylm.TiledAttention.PLAIN_UP_TO, 0], ids=["plain attention", "tiled attention"])
+def test_compiled_training_is_the_same(tmp_path, monkeypatch, plain_up_to):
+    monkeypatch.setattr(tinylm.TiledAttention, "PLAIN_UP_TO", plain_up_to)
+    torch._dynamo.reset()  # what was compiled before would be taken again
     data = prepared(tmp_path)
     for name, compiled in (("eager", False), ("compiled", True)):
         train.train(data=str(data), output_dir=str(tmp_path / name), compile=compiled, **TINY)
@@ -1311,12 +1314,12 @@ def test_killed_at_any_moment_it_resumes_exactly(tmp_path):
     """20 times SIGKILL, while starting, training or saving; the end is bit for bit that of a run never interrupted."""
     data = prepared(tmp_path)
     latest = lambda: (tmp_path / "killed/latest").resolve().name
-    whole = start(data, tmp_path / "whole", num_steps=400)
+    whole = start(data, tmp_path / "whole", num_steps=1500)
     whole.join()
     assert whole.exitcode == 0
     rng, before = random.Random(0), "latest"
     for kill in range(20):
-        process = start(data, tmp_path / "killed", num_steps=400)
+        process = start(data, tmp_path / "killed", num_steps=1500)
         if kill % 4 and before != "latest":  # once it trains; else at any time
             wait_for_step(tmp_path / "killed", int(before.split("-")[1]) + 2, process)
         time.sleep(rng.random() * (0.1 if kill % 4 else 1.0))
@@ -1325,13 +1328,13 @@ def test_killed_at_any_moment_it_resumes_exactly(tmp_path):
         process.join()
         assert before == "latest" or latest() >= before, "no work is lost"
         before = latest()
-    process = start(data, tmp_path / "killed", num_steps=400)
+    process = start(data, tmp_path / "killed", num_steps=1500)
     process.join()
     assert process.exitcode == 0
     assert without_time(metrics(tmp_path / "whole")) == without_time(metrics(tmp_path / "killed"))
     for name in ("model.safetensors", "optimizer.safetensors"):
         assert (tmp_path / "whole/latest" / name).read_bytes() == (tmp_path / "killed/latest" / name).read_bytes()
-    with pytest.raises(train.Finished, match="has done its 400 steps"):
+    with pytest.raises(train.Finished, match="has done its 1500 steps"):
         train.train(resume="auto", data=str(data), output_dir=str(tmp_path / "killed"))
 
 

@@ -200,6 +200,12 @@ def rope_angles(positions, head_dim, theta):
     return angles.cos(), angles.sin()
 
 
+@torch.compiler.assume_constant_result  # else compiled code takes the sines again for each head and each layer
+def rope_table(start, length, head_dim, theta, device):
+    """`rope_angles` of the `length` positions from `start` on."""
+    return rope_angles(torch.arange(start, start + length, device=device), head_dim, theta)
+
+
 def plain_rope(x, cos, sin):
     """Rotate each pair (2i, 2i+1) by its angle, as it is defined; `rope` computes the same."""
     even, odd = at_least_float32(x).unflatten(-1, (-1, 2)).unbind(-1)  # (..., T, D/2) each
@@ -221,7 +227,7 @@ def rope(x, cos, sin):
 def softmax(x, dim=-1):
     """exp(x) over its sum along `dim`, in float32 at least; the maximum is subtracted so that exp can't overflow."""
     x = at_least_float32(x)
-    weights = torch.exp(x - x.amax(dim, keepdim=True))
+    weights = torch.exp(x - x.detach().amax(dim, keepdim=True))
     return weights / weights.sum(dim, keepdim=True)
 
 
@@ -249,6 +255,7 @@ class TiledAttention(torch.autograd.Function):
 
     BLOCK = 128  # queries in a tile; smaller ones skip more of the future, larger ones need fewer calls
     TILE = {"cpu": 1 << 19, "cuda": 1 << 27}  # scores in a tile; on a CPU they stay in its cache
+    PLAIN_UP_TO = 256  # keys up to which compiled code takes the plain form instead
 
     @staticmethod
     def tiles(q, k):
@@ -302,7 +309,8 @@ def attention(q, k, v):
     q (..., H, T, D), k and v (..., H_kv, S, D), H a multiple of H_kv, S ≥ T → (..., H, T, D) in v's dtype.
     Head h reads key head h // (H / H_kv). The T queries are the last of the S positions; none sees a later key.
     """
-    if q.shape[-2] == 1:
+    # A single query has no tiles. Compiled code makes short passes over scores faster than tiles can save them.
+    if q.shape[-2] == 1 or (torch.compiler.is_compiling() and k.shape[-2] <= TiledAttention.PLAIN_UP_TO):
         return plain_attention(q, k, v)
     (S, D), H_kv = k.shape[-2:], k.shape[-3]
     grouped = q.unflatten(-3, (H_kv, -1)).transpose(-3, -2)  # (..., H_kv, T, group, D)
@@ -528,8 +536,7 @@ def features(params, tokens, config, dtype=torch.float32, cache=None, remat=Fals
     backward pass, which computes the rest again (Chen et al. 2016).
     """
     start = cache["filled"] if cache else 0
-    positions = torch.arange(start, start + tokens.shape[-1], device=tokens.device)
-    cos, sin = rope_angles(positions, config.head_dim, config.rope_theta)  # (T, D/2) each
+    cos, sin = rope_table(start, tokens.shape[-1], config.head_dim, config.rope_theta, tokens.device)  # (T, D/2) each
     x = embedding(tokens, params["embedding"]).to(dtype)  # (B, T, d_model)
     for layer, block in params["blocks"].items():
         layer_cache = cache and {"k": cache["k"][int(layer)], "v": cache["v"][int(layer)], "filled": start}
