@@ -156,6 +156,12 @@ def test_fast_forms_are_their_plain_forms(dtype, tolerance):
     compare(lambda x: tinylm.token_losses(x, targets), lambda x: tinylm.plain_token_losses(x, targets), randn(40, 500) * 5)
 
 
+@pytest.mark.parametrize("d_out", [4096, 32000, 5003])
+def test_linear_of_one_vector(d_out):
+    x, w = randn(1, 1, 24), randn(d_out, 24, seed=1)
+    same(tinylm.linear(x.float(), w.float()), (x @ w.T).float(), 1e-4)
+
+
 def test_attention_gradcheck():
     assert torch.autograd.gradcheck(tinylm.attention, (leaf(2, 4, 3, 2), leaf(2, 2, 5, 2, seed=1), leaf(2, 2, 5, 2, seed=2)))
 
