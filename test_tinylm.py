@@ -151,15 +151,25 @@ def test_fast_forms_are_their_plain_forms(dtype, tolerance):
     cos, sin = tinylm.rope_angles(torch.arange(300), 16, 1e4)
     targets = torch.randint(500, (40,), generator=generator())
     compare(tinylm.attention, tinylm.plain_attention, q, k, v)
+    compare(tinylm.attention, tinylm.plain_attention, q[:, :, :1], k, v)
     compare(lambda x: tinylm.rope(x, cos, sin), lambda x: tinylm.plain_rope(x, cos, sin), q)
+    compare(lambda x: tinylm.rope(x.mT, cos, sin), lambda x: tinylm.plain_rope(x.mT, cos, sin), q.mT)
     compare(tinylm.GatedSiLU.apply, lambda gate, up: tinylm.silu(gate) * up, q, q.flip(-1))
     compare(lambda x: tinylm.token_losses(x, targets), lambda x: tinylm.plain_token_losses(x, targets), randn(40, 500) * 5)
 
 
-@pytest.mark.parametrize("d_out", [4096, 32000, 5003])
-def test_linear_of_one_vector(d_out):
-    x, w = randn(1, 1, 24), randn(d_out, 24, seed=1)
-    same(tinylm.linear(x.float(), w.float()), (x @ w.T).float(), 1e-4)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.01)])
+@pytest.mark.parametrize("lead", [(), (1, 1), (3, 2), (16, 1), (32,), (33,)])
+@pytest.mark.parametrize("d_out", [4096, 4099])
+def test_linear_of_few_vectors(lead, d_out, dtype, tolerance):
+    """As in decoding: for 1 to 32 vectors a large matrix is read in other ways, by rows and by columns."""
+    x, w = randn(*lead, 24).to(dtype), randn(d_out, 24, seed=1).to(dtype)
+    expected = x.double() @ w.double().T
+    for w in (w, w.T.contiguous().T):
+        actual = tinylm.linear(x, w)
+        assert actual.dtype == dtype and actual.shape == expected.shape
+        assert (actual - expected).norm() <= tolerance * expected.norm()
+    assert torch.backends.mkldnn.enabled
 
 
 def test_attention_gradcheck():
@@ -431,6 +441,24 @@ def test_sample_token_draws_from_the_nucleus(seed, temperature, top_k, top_p):
     expected = torch.zeros(12, dtype=torch.float64)
     expected[kept] = p[kept] / p[kept].sum()
     assert (drawn.double() - expected).abs().max() < 0.05
+
+
+def test_sample_token_draws_from_a_large_vocabulary():
+    """The nucleus of a flat distribution and of a peaked one, of each row its own."""
+    logits = torch.stack((randn(5000) * 0.1, randn(5000, seed=1) * 4)).float()
+    drawn = torch.stack([tinylm.sample_token(logits, 1.0, 0, 0.5, generator(seed)) for seed in range(500)], 1)
+    for row, p in zip(drawn, F.softmax(logits.double(), -1)):
+        best = p.sort(descending=True)
+        nucleus = best.indices[:1 + (best.values.cumsum(0) < 0.5).sum()]
+        assert torch.isin(row, nucleus).all() and (p[row].log().mean() - (p[nucleus] / p[nucleus].sum() * p[nucleus].log()).sum()).abs() < 0.3
+
+
+def test_generate_many_rows_is_generate_each():
+    config = small_config(vocab_size=2048, d_model=64)  # matrices large enough to be read in other ways for few rows
+    params, prompt = random_params(config), random_tokens(config, 17, 5)
+    together, alone = (torch.cat([torch.stack(list(tinylm.generate(params, part, config, 9, temperature=0)), 1)
+                                  for part in prompt.split(size)]) for size in (17, 1))
+    assert together.equal(alone)
 
 
 def test_generate_slides_and_stops():

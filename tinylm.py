@@ -18,7 +18,7 @@ import os
 import shutil
 import struct
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -174,12 +174,33 @@ def linear(x, w):
     """Matrix product x @ w.T. x (..., d_in), w (d_out, d_in) of one dtype → (..., d_out). w may be split over ranks."""
     if isinstance(w, DTensor):
         return ShardedLinear.apply(x, w)
-    if x.numel() == x.shape[-1] and w.shape[0] >= 4096 and x.dtype == torch.float32 and not x.is_cuda:
-        # One vector, as in decoding: the cores share the rows of w only where they come as several matrices, and only
-        # where x is a row transposed, not a column (measured; both give the same).
-        pieces = w.unflatten(0, (math.gcd(w.shape[0], 32), -1))  # (pieces, d_out / pieces, d_in)
-        return torch.bmm(pieces, x.reshape(1, -1).T.expand(len(pieces), -1, 1)).view(*x.shape[:-1], -1)
+    rows = x.numel() // x.shape[-1]
+    if rows <= 32 and w.numel() >= 1 << 16 and w.device.type == "cpu" and not torch.compiler.is_compiling():
+        if x.dtype == torch.float32:
+            return linear_of_few(x, w)
+        if x.dtype == torch.bfloat16 and rows == 1:
+            return linear_of_one(x, w)
     return x @ w.T
+
+
+def linear_of_few(x, w):
+    """`linear` of at most 32 vectors of float32 on a CPU, as in decoding, where the time goes into reading w.
+
+    MKL copies its second matrix before it multiplies, and shares the rows of the first one among cores only where they
+    come as several matrices. So w comes first, in pieces. The result is the transpose of what is computed.
+    """
+    pieces = w.unflatten(0, (math.gcd(w.shape[0], 8), -1))  # (pieces, d_out / pieces, d_in)
+    columns = x.reshape(-1, x.shape[-1]).T.expand(len(pieces), -1, -1)  # (pieces, d_in, rows)
+    return torch.bmm(pieces, columns).flatten(0, 1).T.view(*x.shape[:-1], -1)
+
+
+def linear_of_one(x, w):
+    """`linear` of one vector of bfloat16 on a CPU: oneDNN would take longer to prepare it than PyTorch's own code takes."""
+    enabled, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, False
+    try:
+        return (w @ x.flatten()).view(*x.shape[:-1], -1)
+    finally:
+        torch.backends.mkldnn.enabled = enabled
 
 
 def embedding(tokens, w):
@@ -207,10 +228,18 @@ def rope_angles(positions, head_dim, theta):
     return angles.cos(), angles.sin()
 
 
+@lru_cache(maxsize=4)
+def rope_table(length, head_dim, theta, device):
+    """`rope_angles` of the positions below `length`, computed once."""
+    with torch.inference_mode(False):  # so that what generation has computed can serve training too
+        return rope_angles(torch.arange(length, device=device), head_dim, theta)
+
+
 @torch.compiler.assume_constant_result  # else compiled code takes the sines again for each head and each layer
-def rope_table(start, length, head_dim, theta, device):
-    """`rope_angles` of the `length` positions from `start` on."""
-    return rope_angles(torch.arange(start, start + length, device=device), head_dim, theta)
+def angles_of(start, length, config, device):
+    """Cosines and sines of the `length` positions from `start` on, (length, D/2) each."""
+    table = rope_table(config.context_length, config.head_dim, config.rope_theta, device)
+    return tuple(angles[start:start + length] for angles in table)
 
 
 def plain_rope(x, cos, sin):
@@ -227,7 +256,8 @@ def rope(x, cos, sin):
     if torch.compiler.is_compiling():
         return plain_rope(x, cos, sin)
     # A pair is a complex number and its rotation a product: one pass over x, where the plain form makes six.
-    pairs = torch.view_as_complex(at_least_float32(x).unflatten(-1, (-1, 2)))  # (..., T, D/2)
+    x32 = at_least_float32(x if x.stride(-1) == 1 else x.contiguous())
+    pairs = torch.view_as_complex(x32.unflatten(-1, (-1, 2)))  # (..., T, D/2)
     return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(x.dtype)
 
 
@@ -244,10 +274,8 @@ def plain_attention(q, k, v):
     q = q.unflatten(-3, (-1, group))  # (..., H_kv, group, T, D)
     k, v = k.unsqueeze(-3), v.unsqueeze(-3)  # (..., H_kv, 1, S, D)
     scores = at_least_float32((q * D**-0.5) @ k.mT)  # (..., H_kv, group, T, S)
-    if T > 1:  # a single query is the last position, and sees every key
-        future = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)
-        scores = scores.masked_fill(future, -math.inf)
-    return (softmax(scores).to(v.dtype) @ v).flatten(-4, -3)  # (..., H, T, D)
+    future = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)
+    return (softmax(scores.masked_fill(future, -math.inf)).to(v.dtype) @ v).flatten(-4, -3)  # (..., H, T, D)
 
 
 class TiledAttention(torch.autograd.Function):
@@ -310,15 +338,27 @@ class TiledAttention(torch.autograd.Function):
         return dq, dk, dv
 
 
+def attention_of_one(q, k, v):
+    """`attention` of a single query, the last position, which sees every key; in base 2, as `TiledAttention` has it."""
+    D, group = q.shape[-1], q.shape[-3] // k.shape[-3]
+    k, v = k.flatten(0, -3), v.flatten(0, -3)  # (N, S, D)
+    rows = q.reshape(-1, group, D) * (D**-0.5 / math.log(2))
+    scores = at_least_float32(k @ rows.mT)  # (N, S, group)
+    weights = torch.exp2(scores - scores.detach().amax(1, keepdim=True))
+    out = (weights.to(v.dtype).mT @ v) / weights.sum(1, keepdim=True).mT  # (N, group, D)
+    return out.to(v.dtype).view(q.shape)
+
+
 def attention(q, k, v):
     """Causal scaled dot-product attention, softmax(q kᵀ / √D) v, with grouped-query heads (Ainslie et al. 2023).
 
     q (..., H, T, D), k and v (..., H_kv, S, D), H a multiple of H_kv, S ≥ T → (..., H, T, D) in v's dtype.
     Head h reads key head h // (H / H_kv). The T queries are the last of the S positions; none sees a later key.
     """
-    # A single query has no tiles. Compiled code makes short passes over scores faster than tiles can save them.
-    if q.shape[-2] == 1 or (torch.compiler.is_compiling() and k.shape[-2] <= TiledAttention.PLAIN_UP_TO):
-        return plain_attention(q, k, v)
+    if q.shape[-2] == 1:
+        return attention_of_one(q, k, v)
+    if torch.compiler.is_compiling() and k.shape[-2] <= TiledAttention.PLAIN_UP_TO:
+        return plain_attention(q, k, v)  # compiled code makes short passes over scores faster than tiles can save them
     (S, D), H_kv = k.shape[-2:], k.shape[-3]
     grouped = q.unflatten(-3, (H_kv, -1)).transpose(-3, -2)  # (..., H_kv, T, group, D)
     tiled = TiledAttention.apply(grouped.flatten(0, -4), k.reshape(-1, S, D), v.reshape(-1, S, D))  # (N, T, group, D)
@@ -543,7 +583,7 @@ def features(params, tokens, config, dtype=torch.float32, cache=None, remat=Fals
     backward pass, which computes the rest again (Chen et al. 2016).
     """
     start = cache["filled"] if cache else 0
-    cos, sin = rope_table(start, tokens.shape[-1], config.head_dim, config.rope_theta, tokens.device)  # (T, D/2) each
+    cos, sin = angles_of(start, tokens.shape[-1], config, tokens.device)  # (T, D/2) each
     x = embedding(tokens, params["embedding"]).to(dtype)  # (B, T, d_model)
     for layer, block in params["blocks"].items():
         layer_cache = cache and {"k": cache["k"][int(layer)], "v": cache["v"][int(layer)], "filled": start}
@@ -793,18 +833,27 @@ def sample_token(logits, temperature, top_k, top_p, generator):
         logits = logits.masked_fill(logits < lowest, -math.inf)
     probabilities = softmax(logits / temperature)
     if top_p < 1:
-        best_first = descending(probabilities)
+        # All tokens below this floor together have less than half of the mass that may be left out.
+        best_first = descending(probabilities, (1 - top_p) / (2 * logits.shape[-1]))  # (B, N)
         before = best_first.cumsum(-1) - best_first  # the mass of all better tokens
         lowest = best_first.masked_fill(before >= top_p, math.inf).amin(-1, keepdim=True)  # (B, 1), of the nucleus
         probabilities = probabilities.masked_fill(probabilities < lowest.minimum(best_first[:, :1]), 0.0)
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+    return draw(probabilities, generator)
 
 
-def descending(x):
-    """The values of each row, highest first. (B, N) → (B, N)."""
+def descending(x, floor):
+    """The values of each row, highest first; those below `floor` may be left out or be zeros. (B, V) → (B, N)."""
     if x.is_cuda:
         return x.sort(-1, descending=True).values
-    return torch.from_numpy(np.sort(-x.numpy())).neg()  # an order of magnitude faster than torch's on a CPU
+    rows = [-np.sort(-row[row >= floor]) for row in x.numpy()]  # much faster than torch's sort on a CPU
+    return torch.from_numpy(np.stack([np.pad(row, (0, max(map(len, rows)) - len(row))) for row in rows]))
+
+
+def draw(probabilities, generator):
+    """The index at which the running sum of a row's weights reaches a random share of their total. (B, N) → (B)."""
+    reached = probabilities.double().cumsum(-1)
+    share = 1 - torch.rand(len(reached), 1, dtype=torch.float64, device=reached.device, generator=generator)  # in (0, 1]
+    return torch.searchsorted(reached, share * reached[:, -1:]).squeeze(-1)
 
 
 @torch.inference_mode()
@@ -816,6 +865,9 @@ def generate(params, prompt, config, max_new_tokens, temperature=1.0, top_k=0, t
     tokens: of a longer prompt the last ones, and when they are used up it drops the older half and reads the newer
     half again, so that a token costs the same on average however long the text becomes.
     """
+    if len(prompt) >= 16 and not prompt.is_cuda and dtype == torch.float32:
+        # MKL reads matrices for so many vectors faster where they lie by columns in memory, for fewer by rows.
+        params = tree_map(lambda w: w.T.contiguous().T if w.ndim == 2 else w, params)
     history = fresh = prompt[:, -config.context_length:]
     length = min(config.context_length, history.shape[1] + max_new_tokens)
     cache = init_cache(config, len(prompt), length, dtype, prompt.device)
