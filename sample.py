@@ -11,7 +11,7 @@ import torch
 import tinylm
 from data import bpe, cli
 from data.cli import InputError
-from train import DTYPES, choose_device
+from train import DTYPES, choose_device, keep_freed_memory
 
 
 def find_checkpoint(name):
@@ -83,6 +83,7 @@ def sample(*, prompt: str = "", checkpoint: str = "", max_new_tokens: int = 500,
     """
     check(max_new_tokens, temperature, top_k, top_p, num_samples, dtype)
     device, folder = choose_device(device), find_checkpoint(checkpoint)
+    keep_freed_memory()
     params, config = tinylm.load_checkpoint(folder)
     tokenizer = bpe.load(folder / "tokenizer.json")
     if tokenizer.vocab_size > config.vocab_size:

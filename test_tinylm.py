@@ -453,8 +453,9 @@ def test_sample_token_draws_from_a_large_vocabulary():
         assert torch.isin(row, nucleus).all() and (p[row].log().mean() - (p[nucleus] / p[nucleus].sum() * p[nucleus].log()).sum()).abs() < 0.3
 
 
-def test_generate_many_rows_is_generate_each():
-    config = small_config(vocab_size=2048, d_model=64)  # matrices large enough to be read in other ways for few rows
+@pytest.mark.parametrize("tied", [False, True])
+def test_generate_many_rows_is_generate_each(tied):
+    config = small_config(vocab_size=2048, d_model=64, tie_embeddings=tied)  # matrices large enough to be read in other ways for few rows
     params, prompt = random_params(config), random_tokens(config, 17, 5)
     together, alone = (torch.cat([torch.stack(list(tinylm.generate(params, part, config, 9, temperature=0)), 1)
                                   for part in prompt.split(size)]) for size in (17, 1))

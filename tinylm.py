@@ -176,31 +176,24 @@ def linear(x, w):
         return ShardedLinear.apply(x, w)
     rows = x.numel() // x.shape[-1]
     if rows <= 32 and w.numel() >= 1 << 16 and w.device.type == "cpu" and not torch.compiler.is_compiling():
-        if x.dtype == torch.float32:
-            return linear_of_few(x, w)
-        if x.dtype == torch.bfloat16 and rows == 1:
+        if rows == 1 and x.dtype in (torch.float32, torch.bfloat16):
             return linear_of_one(x, w)
+        if x.dtype == torch.float32:  # MKL copies the second matrix before it multiplies: let that not be w
+            return (w @ x.reshape(rows, -1).T).T.view(*x.shape[:-1], -1)
     return x @ w.T
 
 
-def linear_of_few(x, w):
-    """`linear` of at most 32 vectors of float32 on a CPU, as in decoding, where the time goes into reading w.
-
-    MKL copies its second matrix before it multiplies, and shares the rows of the first one among cores only where they
-    come as several matrices. So w comes first, in pieces. The result is the transpose of what is computed.
-    """
-    pieces = w.unflatten(0, (math.gcd(w.shape[0], 8), -1))  # (pieces, d_out / pieces, d_in)
-    columns = x.reshape(-1, x.shape[-1]).T.expand(len(pieces), -1, -1)  # (pieces, d_in, rows)
-    return torch.bmm(pieces, columns).flatten(0, 1).T.view(*x.shape[:-1], -1)
-
-
 def linear_of_one(x, w):
-    """`linear` of one vector of bfloat16 on a CPU: oneDNN would take longer to prepare it than PyTorch's own code takes."""
-    enabled, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, False
-    try:
-        return (w @ x.flatten()).view(*x.shape[:-1], -1)
-    finally:
-        torch.backends.mkldnn.enabled = enabled
+    """`linear` of one vector on a CPU, as in decoding, where all the time goes into reading w."""
+    if x.dtype == torch.bfloat16:  # oneDNN would take longer to prepare the product than PyTorch's own code to compute it
+        enabled, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, False
+        try:
+            return (w @ x.flatten()).view(*x.shape[:-1], -1)
+        finally:
+            torch.backends.mkldnn.enabled = enabled
+    # MKL shares the rows of w among the cores only where they come as several matrices, and x as a row transposed.
+    pieces = w.view(math.gcd(len(w), 8), -1, w.shape[1])  # (pieces, d_out / pieces, d_in)
+    return torch.bmm(pieces, x.reshape(1, -1).T.expand(len(pieces), -1, -1)).view(*x.shape[:-1], -1)
 
 
 def embedding(tokens, w):
@@ -341,12 +334,13 @@ class TiledAttention(torch.autograd.Function):
 def attention_of_one(q, k, v):
     """`attention` of a single query, the last position, which sees every key; in base 2, as `TiledAttention` has it."""
     D, group = q.shape[-1], q.shape[-3] // k.shape[-3]
-    k, v = k.flatten(0, -3), v.flatten(0, -3)  # (N, S, D)
-    rows = q.reshape(-1, group, D) * (D**-0.5 / math.log(2))
-    scores = at_least_float32(k @ rows.mT)  # (N, S, group)
+    rows, k, v = q.reshape(-1, group, D), k.flatten(0, -3), v.flatten(0, -3)  # (N, group, D), (N, S, D)
+    if not q.is_cuda:  # oneDNN takes longer to prepare small products of bfloat16 than others take to compute them
+        rows, k, v = map(at_least_float32, (rows, k, v))
+    scores = at_least_float32(k @ (rows * (D**-0.5 / math.log(2))).mT)  # (N, S, group)
     weights = torch.exp2(scores - scores.detach().amax(1, keepdim=True))
     out = (weights.to(v.dtype).mT @ v) / weights.sum(1, keepdim=True).mT  # (N, group, D)
-    return out.to(v.dtype).view(q.shape)
+    return out.to(q.dtype).view(q.shape)
 
 
 def attention(q, k, v):
@@ -867,7 +861,8 @@ def generate(params, prompt, config, max_new_tokens, temperature=1.0, top_k=0, t
     """
     if len(prompt) >= 16 and not prompt.is_cuda and dtype == torch.float32:
         # MKL reads matrices for so many vectors faster where they lie by columns in memory, for fewer by rows.
-        params = tree_map(lambda w: w.T.contiguous().T if w.ndim == 2 else w, params)
+        by_columns = tree_map(lambda w: w.T.contiguous().T if w.ndim == 2 else w, params)
+        params = {"lm_head": by_columns["embedding"]} | by_columns | {"embedding": params["embedding"]}  # looked up by rows
     history = fresh = prompt[:, -config.context_length:]
     length = min(config.context_length, history.shape[1] + max_new_tokens)
     cache = init_cache(config, len(prompt), length, dtype, prompt.device)
