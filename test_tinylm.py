@@ -154,6 +154,8 @@ def test_fast_forms_are_their_plain_forms(dtype, tolerance):
     compare(tinylm.attention, tinylm.plain_attention, q[:, :, :1], k, v)
     compare(lambda x: tinylm.rope(x, cos, sin), lambda x: tinylm.plain_rope(x, cos, sin), q)
     compare(lambda x: tinylm.rope(x.mT, cos, sin), lambda x: tinylm.plain_rope(x.mT, cos, sin), q.mT)
+    compare(lambda x, gain: tinylm.rmsnorm(x, gain.float(), 1e-5), lambda x, gain: tinylm.plain_rmsnorm(x, gain.float(), 1e-5),
+            q, randn(16, seed=3))
     compare(tinylm.GatedSiLU.apply, lambda gate, up: tinylm.silu(gate) * up, q, q.flip(-1))
     compare(lambda x: tinylm.token_losses(x, targets), lambda x: tinylm.plain_token_losses(x, targets), randn(40, 500) * 5)
 

@@ -201,14 +201,44 @@ def embedding(tokens, w):
     return gather(w).index_select(0, tokens.flatten()).view(*tokens.shape, w.shape[1])
 
 
+def plain_rmsnorm(x, gain, eps):
+    """x / √(mean(x²) + eps) ⊙ gain, as it is defined; `rmsnorm` computes the same."""
+    x32 = at_least_float32(x)
+    inverse_rms = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)  # (..., 1)
+    return (x32 * inverse_rms * gain).to(x.dtype)
+
+
+class RMSNorm(torch.autograd.Function):
+    """`plain_rmsnorm` with its own backward pass, of fewer passes over memory. With r = 1 / √(mean(x²) + eps):
+    d gain = sum of d out ⊙ x · r,  dx = r · d out ⊙ gain - x · r³ / d_model · sum(d out ⊙ x ⊙ gain).
+    """
+
+    @staticmethod
+    def forward(ctx, x, gain, eps):
+        x32 = at_least_float32(x)
+        mean_square = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square() / x.shape[-1]  # (..., 1)
+        inverse_rms = torch.rsqrt(mean_square + eps)
+        ctx.save_for_backward(x, gain, inverse_rms)
+        return (x32 * inverse_rms).mul_(gain).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, d_out):
+        x, gain, inverse_rms = ctx.saved_tensors
+        x32, d_out = at_least_float32(x), at_least_float32(d_out)
+        products = (d_out * x32).reshape(-1, x.shape[-1])  # (rows, d_model)
+        d_gain = inverse_rms.flatten() @ products
+        along_x = (products @ gain).view(inverse_rms.shape) * inverse_rms**3
+        dx = (d_out * gain).mul_(inverse_rms).addcmul_(x32, along_x, value=-1 / x.shape[-1])
+        return dx.to(x.dtype), d_gain, None
+
+
 def rmsnorm(x, gain, eps):
     """Divide by the root mean square of the features, times a gain (Zhang and Sennrich 2019, eq. 4).
 
     x (..., d_model), gain (d_model) → (..., d_model) in x's dtype; the mean is taken in float32, with eps in the root.
     """
-    x32 = at_least_float32(x)
-    inverse_rms = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)  # (..., 1)
-    return (x32 * inverse_rms * gather(gain)).to(x.dtype)
+    form = plain_rmsnorm if torch.compiler.is_compiling() else RMSNorm.apply
+    return form(x, gather(gain), eps)
 
 
 def rope_angles(positions, head_dim, theta):
@@ -275,7 +305,8 @@ class TiledAttention(torch.autograd.Function):
     """Attention in tiles of queries, none of which sees keys that lie in its future, with its own backward pass.
 
     The scores P of a tile exist only while it is computed, and are computed again from the logarithm of their sum L in
-    the backward pass (Dao et al. 2022, alg. 1 and 4), so memory grows with T and not with T². With O = P V:
+    the backward pass (Dao et al. 2022, alg. 1 and 4), so memory grows with T and not with T². Only where one tile holds
+    all queries P is kept, as it is no larger than what else is. With O = P V:
     dV = Pᵀ dO,  dS = P ⊙ (dO Vᵀ - rowsum(dO ⊙ O)),  dQ = dS K / √D,  dK = dSᵀ Q / √D.
     q (N, T, group, D), k and v (N, S, D) → (N, T, group, D). Scores and their logarithms are taken to base 2, as exp2
     is several times as fast as exp on a CPU. baddbmm saves passes over memory: it adds and scales as it multiplies.
@@ -305,25 +336,29 @@ class TiledAttention(torch.autograd.Function):
     def forward(ctx, q, k, v):
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         log_sum = torch.empty_like(at_least_float32(out[..., :1]))  # (N, T, group, 1)
+        kept, keeps = [], k.shape[1] <= TiledAttention.BLOCK
         for n, t, seen in TiledAttention.tiles(q, k):
             p = TiledAttention.scores(q[n, t], k[n, seen])  # (n, t·group, s)
             highest = p.amax(-1, keepdim=True)
             p = p.sub_(highest).exp2_()
             total = p.sum(-1, keepdim=True)
             out[n, t].flatten(1, 2).baddbmm_(p.to(v.dtype), v[n, seen], beta=0).div_(total)
-            log_sum[n, t] = (highest + total.log2_()).view(log_sum[n, t].shape)
-        ctx.save_for_backward(q, k, v, out, log_sum)
+            if keeps:
+                kept.append(p.div_(total))
+            else:
+                log_sum[n, t] = (highest + total.log2_()).view(log_sum[n, t].shape)
+        ctx.save_for_backward(q, k, v, out, log_sum, *kept)
         return out
 
     @staticmethod
     def backward(ctx, d_out):
-        q, k, v, out, log_sum = ctx.saved_tensors
+        q, k, v, out, log_sum, *kept = ctx.saved_tensors
         dq, dk, dv = torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.zeros_like(k), torch.zeros_like(v)
         row_sum = at_least_float32(d_out * out).sum(-1, keepdim=True)  # (N, T, group, 1)
         scale = q.shape[-1]**-0.5
-        for n, t, seen in TiledAttention.tiles(q, k):
+        for i, (n, t, seen) in enumerate(TiledAttention.tiles(q, k)):
             q_rows, dq_rows, d_rows, logs, sums = (x[n, t].flatten(1, 2) for x in (q, dq, d_out, log_sum, row_sum))
-            p = TiledAttention.scores(q[n, t], k[n, seen]).sub_(logs).exp2_()  # (n, t·group, s)
+            p = kept[i] if kept else TiledAttention.scores(q[n, t], k[n, seen]).sub_(logs).exp2_()  # (n, t·group, s)
             ds = at_least_float32(d_rows @ v[n, seen].mT).sub_(sums).mul_(p).to(q.dtype)  # (n, t·group, s)
             dq_rows.baddbmm_(ds, k[n, seen], beta=0, alpha=scale)
             dk[n, seen].baddbmm_(ds.mT, q_rows, alpha=scale)
@@ -379,7 +414,7 @@ class GatedSiLU(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         sigma = torch.sigmoid(gate)
         activated = gate * sigma
-        d_gate = torch.addcmul(sigma, activated, 1 - sigma).mul_(up).mul_(d_out)
+        d_gate = torch.lerp(sigma, sigma.new_ones(()), activated).mul_(up).mul_(d_out)  # lerp(a, b, w) is a + w (b - a)
         return d_gate, activated.mul_(d_out)
 
 
@@ -643,6 +678,8 @@ def clip_gradients(grads, max_norm):
     Returns (the new tree, the norm before clipping, a scalar tensor).
     """
     norm = global_norm(grads)
+    if not (norm.is_cuda or torch.compiler.is_compiling()) and norm <= max_norm:  # a look at it would stop a GPU
+        return grads, norm
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     return tree_map(lambda g: g * scale, grads), norm
 
