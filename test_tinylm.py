@@ -132,8 +132,8 @@ def test_attention(lead, kv_heads, group, T, before, D):
 def test_tiles_of_attention_make_the_whole(lead, group, T, before, block, tile):
     q, k, v = leaf(lead, 2 * group, T, 4), leaf(lead, 2, before + T, 4, seed=1), leaf(lead, 2, before + T, 4, seed=2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tinylm.TiledAttention, "BLOCK", block)
-        patch.setattr(tinylm.TiledAttention, "TILE", {"cpu": tile})
+        patch.setattr(tinylm, "TILE_QUERIES", block)
+        patch.setattr(tinylm, "TILE_SCORES", {"cpu": tile})
         same_with_gradients(tinylm.attention, tinylm.plain_attention, q, k, v)
 
 
@@ -885,9 +885,9 @@ def test_resuming_refuses_what_would_make_another_run(tmp_path):
             train.train(**flags | dict(resume=str(tmp_path / flags["resume"])))
 
 
-@pytest.mark.parametrize("plain_up_to", [tinylm.TiledAttention.PLAIN_UP_TO, 0], ids=["plain attention", "tiled attention"])
+@pytest.mark.parametrize("plain_up_to", [tinylm.PLAIN_UP_TO, 0], ids=["plain attention", "tiled attention"])
 def test_compiled_training_is_the_same(tmp_path, monkeypatch, plain_up_to):
-    monkeypatch.setattr(tinylm.TiledAttention, "PLAIN_UP_TO", plain_up_to)
+    monkeypatch.setattr(tinylm, "PLAIN_UP_TO", plain_up_to)
     torch._dynamo.reset()  # what was compiled before would be taken again
     data = prepared(tmp_path)
     for name, compiled in (("eager", False), ("compiled", True)):

@@ -301,6 +301,11 @@ def plain_attention(q, k, v):
     return (softmax(scores.masked_fill(future, -math.inf)).to(v.dtype) @ v).flatten(-4, -3)  # (..., H, T, D)
 
 
+TILE_QUERIES = 128  # in a tile; fewer skip more of the future, more need fewer calls
+TILE_SCORES = {"cpu": 1 << 19, "cuda": 1 << 27}  # in a tile; on a CPU they stay in its cache
+PLAIN_UP_TO = 256  # keys, in compiled code, which makes short passes over scores faster than tiles can save them
+
+
 class TiledAttention(torch.autograd.Function):
     """Attention in tiles of queries, none of which sees keys that lie in its future, with its own backward pass.
 
@@ -312,16 +317,12 @@ class TiledAttention(torch.autograd.Function):
     is several times as fast as exp on a CPU. baddbmm saves passes over memory: it adds and scales as it multiplies.
     """
 
-    BLOCK = 128  # queries in a tile; smaller ones skip more of the future, larger ones need fewer calls
-    TILE = {"cpu": 1 << 19, "cuda": 1 << 27}  # scores in a tile; on a CPU they stay in its cache
-    PLAIN_UP_TO = 256  # keys up to which compiled code takes the plain form instead
-
     @staticmethod
     def tiles(q, k):
         """Of each tile its slice of N, that of the queries, and that of the keys they see."""
         (N, T, group, _), S = q.shape, k.shape[1]
-        block = min(T, TiledAttention.BLOCK)
-        rows = max(1, TiledAttention.TILE[q.device.type] // (group * block * S))
+        block = min(T, TILE_QUERIES)
+        rows = max(1, TILE_SCORES[q.device.type] // (group * block * S))
         return [(slice(i, i + rows), slice(a, min(T, a + block)), slice(S - T + min(T, a + block)))
                 for i in range(0, N, rows) for a in range(0, T, block)]
 
@@ -336,7 +337,7 @@ class TiledAttention(torch.autograd.Function):
     def forward(ctx, q, k, v):
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         log_sum = torch.empty_like(at_least_float32(out[..., :1]))  # (N, T, group, 1)
-        kept, keeps = [], k.shape[1] <= TiledAttention.BLOCK
+        kept, keeps = [], k.shape[1] <= TILE_QUERIES
         for n, t, seen in TiledAttention.tiles(q, k):
             p = TiledAttention.scores(q[n, t], k[n, seen])  # (n, t·group, s)
             highest = p.amax(-1, keepdim=True)
@@ -386,8 +387,8 @@ def attention(q, k, v):
     """
     if q.shape[-2] == 1:
         return attention_of_one(q, k, v)
-    if torch.compiler.is_compiling() and k.shape[-2] <= TiledAttention.PLAIN_UP_TO:
-        return plain_attention(q, k, v)  # compiled code makes short passes over scores faster than tiles can save them
+    if torch.compiler.is_compiling() and k.shape[-2] <= PLAIN_UP_TO:
+        return plain_attention(q, k, v)
     (S, D), H_kv = k.shape[-2:], k.shape[-3]
     grouped = q.unflatten(-3, (H_kv, -1)).transpose(-3, -2)  # (..., H_kv, T, group, D)
     tiled = TiledAttention.apply(grouped.flatten(0, -4), k.reshape(-1, S, D), v.reshape(-1, S, D))  # (N, T, group, D)

@@ -434,7 +434,7 @@ def step_functions(config, settings):
         return tinylm.token_losses(tinylm.forward(params, inputs, config, dtype), targets)
 
     if is_compiled(settings):
-        loss, update, losses = torch.compile(loss), torch.compile(update), torch.compile(losses)
+        loss, update, losses = (torch.compile(function, fullgraph=True) for function in (loss, update, losses))
     return partial(tinylm.value_and_grad, loss), torch.no_grad()(update), torch.no_grad()(losses)
 
 
