@@ -6,7 +6,7 @@ Parameters are a nested dict of tensors whose keys are the argument names of the
 runs as `transformer_block(x, **block)`. Functions take values and return new ones and change nothing of the caller's;
 the one exception, the decoding cache, is stated where it is made. Randomness comes only from a seed or a
 `torch.Generator` passed in. The scripts choose device and compilation from outside; where
-a fast form depends on them (attention's tiles, RoPE) it asks at that one place.
+a fast form depends on them (few vectors, RMSNorm, RoPE, attention, clipping) it asks at that one place.
 
 Axis names in shapes: B batch, T query positions, S key positions, V vocabulary, D features of a head;
 `...` stands for any leading dimensions.
