@@ -541,6 +541,16 @@ def test_other_models_are_refused_by_name(tmp_path, tokenizer_file, change):
         tinylm.load_checkpoint(tmp_path / "m")
 
 
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_numbers_that_are_none_are_refused(tmp_path, tokenizer_file, number):
+    config = small_config()
+    params = tinylm.init_params(config, generator())
+    params["blocks"]["1"]["attention"]["wq"][3, 5] = number
+    tinylm.save_checkpoint(tmp_path / "m", params, config, tokenizer_file, (END, 256))
+    with pytest.raises(tinylm.InputError, match="layers.1.self_attn.q_proj.weight has numbers that are not finite"):
+        tinylm.load_checkpoint(tmp_path / "m")
+
+
 # ---- Tokenizer ----
 
 
@@ -1107,6 +1117,18 @@ def test_wrong_flags_of_train(trained, monkeypatch, capsys, arguments, message):
     data = [] if arguments[0].startswith(("--data", "--resume")) else ["--data=data"]
     code, error = call(monkeypatch, capsys, train.train, *data, *arguments)
     assert code == 2 and message in error and error.count("\n") == 1, error
+    assert sorted(Path(".").rglob("*")) == before
+
+
+@pytest.mark.parametrize("compiler, headers, message", [("no-such-g++", None, "needs no-such-g++"), ("python3", "/nowhere", "Python.h")])
+def test_nothing_to_compile_with(trained, monkeypatch, capsys, compiler, headers, message):
+    monkeypatch.chdir(trained)
+    monkeypatch.setenv("CXX", compiler)
+    if headers:
+        monkeypatch.setattr(train.sysconfig, "get_path", lambda name: headers)
+    before = sorted(Path(".").rglob("*"))
+    code, error = call(monkeypatch, capsys, train.train, "--data=data", "--compile")
+    assert code == 2 and message in error and "--compile=False" in error and error.count("\n") == 1, error
     assert sorted(Path(".").rglob("*")) == before
 
 

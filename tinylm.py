@@ -184,7 +184,10 @@ def linear(x, w):
 
 
 def linear_of_one(x, w):
-    """`linear` of one vector on a CPU, as in decoding, where all the time goes into reading w."""
+    """`linear` of one vector on a CPU, as in decoding, where all the time goes into reading w.
+
+    In bfloat16 it switches oneDNN off, for the whole process, until the product is there.
+    """
     if x.dtype == torch.bfloat16:  # oneDNN would take longer to prepare the product than PyTorch's own code to compute it
         enabled, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, False
         try:
@@ -310,8 +313,8 @@ class TiledAttention(torch.autograd.Function):
     """Attention in tiles of queries, none of which sees keys that lie in its future, with its own backward pass.
 
     The scores P of a tile exist only while it is computed, and are computed again from the logarithm of their sum L in
-    the backward pass (Dao et al. 2022, alg. 1 and 4), so memory grows with T and not with T². Only where one tile holds
-    all queries P is kept, as it is no larger than what else is. With O = P V:
+    the backward pass (Dao et al. 2022, alg. 1 and 4), so memory grows with T and not with T². Of at most TILE_QUERIES
+    keys P is kept, as it is no larger than what else is. With O = P V:
     dV = Pᵀ dO,  dS = P ⊙ (dO Vᵀ - rowsum(dO ⊙ O)),  dQ = dS K / √D,  dK = dSᵀ Q / √D.
     q (N, T, group, D), k and v (N, S, D) → (N, T, group, D). Scores and their logarithms are taken to base 2, as exp2
     is several times as fast as exp on a CPU. baddbmm saves passes over memory: it adds and scales as it multiplies.
@@ -549,14 +552,14 @@ def init_params(config, generator, device="cpu"):
                   "wo": (2 * config.num_layers * config.d_model) ** -0.5,
                   "w_down": (2 * config.num_layers * config.d_ff) ** -0.5}
 
-    def draw(path, shape):
+    def initial(path, shape):
         if len(shape) == 1:
             return torch.ones(shape, device=device)
         deviation = deviations.get(path.split(".")[-1], shape[-1] ** -0.5)
         return (torch.randn(shape, generator=generator, device=generator.device) * deviation).to(device)
 
     shapes = tree_leaves(param_shapes(config))
-    return tree_build([path for path, _ in shapes], [draw(path, shape) for path, shape in shapes])
+    return tree_build([path for path, _ in shapes], [initial(path, shape) for path, shape in shapes])
 
 
 def num_params(config):
@@ -1066,6 +1069,8 @@ def from_hf(tensors, config, source):
         if tensor.shape != shape or not tensor.is_floating_point():
             raise InputError(f"{source}: {hf_name(path)} is {tensor.dtype} {tuple(tensor.shape)}; "
                              f"expected floating-point {shape}")
+        if not tensor.isfinite().all():
+            raise InputError(f"{source}: {hf_name(path)} has numbers that are not finite; take another checkpoint")
         rotary = path.endswith((".wq", ".wk"))
         params.append(halves_to_pairs(tensor.float(), config.head_dim) if rotary else tensor.float())
     return tree_build([path for path, _ in shapes], params)

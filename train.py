@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 from functools import partial
@@ -127,9 +128,24 @@ def check(settings):
     if settings["batch_size"] % num_ranks:
         raise InputError(f"--batch_size={settings['batch_size']} can't be split over {num_ranks} ranks; expected a "
                          "multiple of that")
+    if is_compiled(settings):
+        check_compiler(settings["device"])
     if settings["shard"] and not dist.is_initialized():
         raise InputError("--shard splits a model over the ranks that torchrun starts; start it as "
                          "torchrun --nproc_per_node=DEVICES train.py --shard …, or give --shard=False")
+
+
+def check_compiler(device):
+    """Raise InputError where what torch.compile needs beside torch, a compiler and Python's headers, is not there."""
+    if device == "cpu":
+        compilers = [os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")]
+    else:
+        compilers = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    for needed, is_there in ((" or ".join(compilers), any(map(shutil.which, compilers))), (header, header.is_file())):
+        if not is_there:
+            raise InputError(f"--compile needs {needed}, which is not there; install a C++ compiler and Python's headers "
+                             "(g++ and python3-dev on Debian), or give --compile=False")
 
 
 # ---- Ranks: the processes that torchrun starts, each with a device of its own ----
