@@ -174,6 +174,54 @@ def test_linear_of_few_vectors(lead, d_out, dtype, tolerance):
     assert torch.backends.mkldnn.enabled
 
 
+def run_alone(program, **environment):
+    """Run a Python program in a process of its own, with these environment variables. → what it printed."""
+    done = subprocess.run([sys.executable, "-c", program], env=os.environ | environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_kernels_of_attention_compute_plain_attention():
+    """In Triton's interpreter, which has no bfloat16; values and gradients, eager and as operations of compiled code."""
+    pytest.importorskip("triton")
+    run_alone("""if True:
+        import torch, tinylm, test_tinylm
+        tinylm.has_kernels = lambda q: True
+        for dtype, tolerance in ((torch.float32, 1e-5), (torch.float16, 3e-3)):
+            for kv_heads, group, T, S, D in ((1, 1, 64, 64, 16), (2, 1, 300, 300, 32), (2, 3, 70, 70, 24), (1, 2, 40, 133, 64),
+                                             (1, 4, 5, 9, 8), (1, 1, 130, 130, 128), (2, 1, 2, 200, 40)):
+                shapes = (2, kv_heads * group, T, D), (2, kv_heads, S, D), (2, kv_heads, S, D)
+                q, k, v = (test_tinylm.randn(*shape, seed=i).to(dtype).requires_grad_() for i, shape in enumerate(shapes))
+                weights = test_tinylm.randn(*q.shape, seed=7).to(dtype)
+                results = []
+                torch._dynamo.reset()  # it compiles a function only so often
+                compiled = torch.compile(tinylm.attention, backend="aot_eager", fullgraph=True)
+                for form in (tinylm.plain_attention, tinylm.attention, compiled):
+                    out = form(q, k, v)
+                    results.append((out, *torch.autograd.grad((out * weights).sum(), (q, k, v))))
+                for expected, *actual in zip(*results):
+                    for a in actual:
+                        assert a.dtype == dtype and (a - expected).norm() <= tolerance * expected.norm(), (dtype, S, D)
+        """, TRITON_INTERPRET="1")
+
+
+@pytest.mark.parametrize("capability", [80, 86, 90])
+def test_kernels_of_attention_compile_for_gpus(capability):
+    """To machine code, which needs no GPU, within the shared memory of a block."""
+    pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    available = {80: 163, 86: 99, 90: 227}[capability] << 10
+    types = {"log_sum": "*fp32", "row_sum": "*fp32", "scale": "fp32"} | dict.fromkeys(("R", "S", "before", "group"), "i32")
+    for kernel, (rows, keys, num_warps) in tinylm.KERNEL_BLOCKS.items():
+        kernel = getattr(tinylm, kernel)
+        constants = {"D": 128, "WIDTH": 128, "ROWS": rows, "KEYS": keys}
+        signature = {name: "constexpr" if name in constants else types.get(name, "*bf16") for name in kernel.arg_names}
+        source = ASTSource(kernel, signature, {(kernel.arg_names.index(name),): value for name, value in constants.items()})
+        built = tinylm.triton.compile(source, GPUTarget("cuda", capability, 32), {"num_warps": num_warps})
+        assert built.asm["cubin"] and built.metadata.shared <= available
+
+
 def test_attention_gradcheck():
     assert torch.autograd.gradcheck(tinylm.attention, (leaf(2, 4, 3, 2), leaf(2, 2, 5, 2, seed=1), leaf(2, 2, 5, 2, seed=2)))
 
@@ -895,9 +943,9 @@ def test_resuming_refuses_what_would_make_another_run(tmp_path):
             train.train(**flags | dict(resume=str(tmp_path / flags["resume"])))
 
 
-@pytest.mark.parametrize("plain_up_to", [tinylm.PLAIN_UP_TO, 0], ids=["plain attention", "tiled attention"])
-def test_compiled_training_is_the_same(tmp_path, monkeypatch, plain_up_to):
-    monkeypatch.setattr(tinylm, "PLAIN_UP_TO", plain_up_to)
+@pytest.mark.parametrize("tile", [tinylm.TILE_QUERIES, 5], ids=["plain attention", "tiled attention"])
+def test_compiled_training_is_the_same(tmp_path, monkeypatch, tile):
+    monkeypatch.setattr(tinylm, "TILE_QUERIES", tile)
     torch._dynamo.reset()  # what was compiled before would be taken again
     data = prepared(tmp_path)
     for name, compiled in (("eager", False), ("compiled", True)):

@@ -20,12 +20,19 @@ import struct
 from dataclasses import dataclass, fields
 from functools import lru_cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # it comes with torch for CUDA, and serves nothing else
+    triton, tl = None, SimpleNamespace(constexpr=float)
 
 
 class InputError(ValueError):
@@ -305,69 +312,271 @@ def plain_attention(q, k, v):
 
 
 TILE_QUERIES = 128  # in a tile; fewer skip more of the future, more need fewer calls
-TILE_SCORES = {"cpu": 1 << 19, "cuda": 1 << 27}  # in a tile; on a CPU they stay in its cache
-PLAIN_UP_TO = 256  # keys, in compiled code, which makes short passes over scores faster than tiles can save them
+TILE_SCORES = {"cpu": 1 << 20, "cuda": 1 << 27}  # in a tile; on a CPU they stay in its cache
+
+
+def tiles(q, k):
+    """Of each tile of attention its slice of N, that of the queries, and that of the keys they see."""
+    (N, T, group, _), S = q.shape, k.shape[1]
+    block = min(T, TILE_QUERIES)
+    rows = max(1, TILE_SCORES[q.device.type] // (group * block * S))
+    return [(slice(i, i + rows), slice(a, min(T, a + block)), slice(S - T + min(T, a + block)))
+            for a in range(0, T, block) for i in range(0, N, rows)]
+
+
+@lru_cache(maxsize=1)  # tiles that differ in N alone follow each other
+def future_mask(t, s, group, dtype, device):
+    """-∞ where a key lies in the future of a query, else 0, for the last t of s positions: (t·group, s)."""
+    return torch.full((t, s), -math.inf, dtype=dtype, device=device).triu_(s - t + 1).repeat_interleave(group, 0)
+
+
+def tile_scores(q, k):
+    """Scaled scores of a tile to base 2, -∞ for keys in the future. q (n, t, group, D), k (n, s, D) → (n, t·group, s)."""
+    (_, t, group, D), s = q.shape, k.shape[1]
+    mask = future_mask(t, s, group, q.dtype, q.device)
+    return at_least_float32(torch.baddbmm(mask, q.flatten(1, 2), k.mT, alpha=D**-0.5 / math.log(2)))
+
+
+def add_product(target, a, b, scale=1.0):
+    """Add scale · a @ b to a batch of matrices, in place. MKL does both at once, but only where they are contiguous."""
+    if target.is_contiguous():
+        target.baddbmm_(a, b, alpha=scale)
+    else:
+        target.add_(torch.bmm(a, b).view(target.shape), alpha=scale)
+
+
+def attend_in_tiles(q, k, v):
+    """Attention in tiles of queries, none of which sees keys that lie in its future; see `TiledAttention`."""
+    out = torch.zeros(q.shape, dtype=v.dtype, device=q.device)
+    log_sum = torch.empty(*q.shape[:-1], 1, dtype=at_least_float32(q[:0]).dtype, device=q.device)
+    kept = []
+    for n, t, seen in tiles(q, k):
+        p, rows = tile_scores(q[n, t], k[n, seen]), out[n, t].flatten(1, 2)  # (n, t·group, s), (n, t·group, D)
+        highest = p.amax(-1, keepdim=True)
+        p = p.sub_(highest).exp2_()
+        total = p.sum(-1, keepdim=True)  # (n, t·group, 1)
+        add_product(rows, p.to(v.dtype), v[n, seen])
+        rows.div_(total)
+        log_sum[n, t] = total.log2().add_(highest).view(log_sum[n, t].shape)
+        if k.shape[1] <= TILE_QUERIES:
+            kept.append(p.div_(total))
+    return out, log_sum, *kept
+
+
+def attend_in_tiles_backward(d_out, q, k, v, log_sum, row_sum, *kept):
+    """The gradients of `attend_in_tiles`."""
+    dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    scale = q.shape[-1]**-0.5
+    for i, (n, t, seen) in enumerate(tiles(q, k)):
+        q_rows, dq_rows, d_rows, logs, sums = (x[n, t].flatten(1, 2) for x in (q, dq, d_out, log_sum, row_sum))
+        p = kept[i] if kept else tile_scores(q[n, t], k[n, seen]).sub_(logs).exp2_()  # (n, t·group, s)
+        ds = at_least_float32(torch.bmm(d_rows, v[n, seen].mT)).sub_(sums).mul_(p).to(q.dtype)  # (n, t·group, s)
+        add_product(dq_rows, ds, k[n, seen], scale)
+        add_product(dk[n, seen], ds.mT, q_rows, scale)
+        add_product(dv[n, seen], p.to(v.dtype).mT, d_rows)
+    return dq, dk, dv
+
+
+LOG2_E = tl.constexpr(1 / math.log(2))  # scores are taken to base 2
+
+
+def kernel(function):
+    """A function that Triton compiles for the GPU, where it is installed."""
+    return triton.jit(function) if triton else function
+
+
+@kernel
+def load_rows(matrix, rows, length, D: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows of a matrix (length, D) → (rows, WIDTH), with zeros where it has none."""
+    columns = tl.arange(0, WIDTH)
+    inside = (rows[:, None] < length) & (columns[None, :] < D)
+    return tl.load(matrix + rows[:, None] * D + columns[None, :], mask=inside, other=0.0)
+
+
+@kernel
+def store_rows(matrix, rows, length, values, D: tl.constexpr, WIDTH: tl.constexpr):
+    """Write rows (rows, WIDTH) into a matrix (length, D), where it has them."""
+    columns = tl.arange(0, WIDTH)
+    inside = (rows[:, None] < length) & (columns[None, :] < D)
+    tl.store(matrix + rows[:, None] * D + columns[None, :], values.to(matrix.dtype.element_ty), mask=inside)
+
+
+@kernel
+def attend_kernel(q, k, v, out, log_sum, R, S, before, group, scale, D: tl.constexpr, WIDTH: tl.constexpr,
+                  ROWS: tl.constexpr, KEYS: tl.constexpr):
+    """A block of rows of attention: keys are met in blocks, and sums so far shrink as higher scores are met.
+
+    A row is a query of one head, of R = T · group in each of N; it sees the keys up to before + row // group.
+    """
+    n = tl.program_id(0).to(tl.int64)
+    q, out, log_sum, k, v = q + n * R * D, out + n * R * D, log_sum + n * R, k + n * S * D, v + n * S * D
+    start = (tl.num_programs(1) - 1 - tl.program_id(1)) * ROWS  # the rows that see most begin first
+    rows = start + tl.arange(0, ROWS)
+    q_rows, last_seen = load_rows(q, rows, R, D, WIDTH), before + rows // group
+    highest, total = tl.full([ROWS], -float("inf"), tl.float32), tl.zeros([ROWS], tl.float32)
+    sums = tl.zeros([ROWS, WIDTH], tl.float32)
+    seen_by_all = (before + start // group + 1) // KEYS * KEYS
+    seen = tl.minimum(S, before + (start + ROWS - 1) // group + 1)
+    for masked in tl.static_range(2):
+        for key in range(seen_by_all if masked else 0, seen if masked else seen_by_all, KEYS):
+            keys = key + tl.arange(0, KEYS)
+            scores = tl.dot(q_rows, tl.trans(load_rows(k, keys, S, D, WIDTH))) * (scale * LOG2_E)
+            if masked:
+                scores = tl.where(keys[None, :] <= last_seen[:, None], scores, -float("inf"))
+            higher = tl.maximum(highest, tl.max(scores, 1))
+            p = tl.exp2(scores - higher[:, None])  # (ROWS, KEYS)
+            shrink = tl.exp2(highest - higher)
+            v_rows = load_rows(v, keys, S, D, WIDTH)
+            sums = sums * shrink[:, None] + tl.dot(p.to(v_rows.dtype), v_rows)
+            total = total * shrink + tl.sum(p, 1)
+            highest = higher
+    store_rows(out, rows, R, sums / total[:, None], D, WIDTH)
+    tl.store(log_sum + rows, highest + tl.log2(total), mask=rows < R)
+
+
+@kernel
+def keys_backward_kernel(q, k, v, d_out, log_sum, row_sum, dk, dv, R, S, before, group, scale,
+                         D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr):
+    """The gradients of a block of keys and values, from the rows that see them. Matrices are (KEYS, ROWS)."""
+    n = tl.program_id(0).to(tl.int64)
+    q, d_out, log_sum, row_sum = q + n * R * D, d_out + n * R * D, log_sum + n * R, row_sum + n * R
+    k, v, dk, dv = k + n * S * D, v + n * S * D, dk + n * S * D, dv + n * S * D
+    start = tl.program_id(1) * KEYS
+    keys = start + tl.arange(0, KEYS)
+    k_rows, v_rows = load_rows(k, keys, S, D, WIDTH), load_rows(v, keys, S, D, WIDTH)
+    dk_sums, dv_sums = tl.zeros([KEYS, WIDTH], tl.float32), tl.zeros([KEYS, WIDTH], tl.float32)
+    first = tl.maximum(0, start - before) * group // ROWS * ROWS  # rows from here on see some of the keys
+    all_seen = tl.minimum(R, (tl.maximum(0, start + KEYS - 1 - before) * group + ROWS - 1) // ROWS * ROWS)  # and here all
+    for masked in tl.static_range(2):
+        for row in range(first if masked else all_seen, all_seen if masked else R, ROWS):
+            rows = row + tl.arange(0, ROWS)
+            q_rows, d_rows = load_rows(q, rows, R, D, WIDTH), load_rows(d_out, rows, R, D, WIDTH)
+            logs = tl.load(log_sum + rows, mask=rows < R, other=0.0)
+            sums = tl.load(row_sum + rows, mask=rows < R, other=0.0)
+            p = tl.exp2(tl.dot(k_rows, tl.trans(q_rows)) * (scale * LOG2_E) - logs[None, :])
+            if masked:
+                p = tl.where(keys[:, None] <= (before + rows // group)[None, :], p, 0.0)
+            dv_sums += tl.dot(p.to(d_rows.dtype), d_rows)
+            ds = p * (tl.dot(v_rows, tl.trans(d_rows)) - sums[None, :])
+            dk_sums += tl.dot(ds.to(q_rows.dtype), q_rows)
+    store_rows(dk, keys, S, dk_sums * scale, D, WIDTH)
+    store_rows(dv, keys, S, dv_sums, D, WIDTH)
+
+
+@kernel
+def queries_backward_kernel(q, k, v, d_out, log_sum, row_sum, dq, R, S, before, group, scale,
+                            D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr):
+    """The gradients of a block of queries, from the keys that they see."""
+    n = tl.program_id(0).to(tl.int64)
+    q, d_out, log_sum, row_sum = q + n * R * D, d_out + n * R * D, log_sum + n * R, row_sum + n * R
+    k, v, dq = k + n * S * D, v + n * S * D, dq + n * R * D
+    start = (tl.num_programs(1) - 1 - tl.program_id(1)) * ROWS
+    rows = start + tl.arange(0, ROWS)
+    q_rows, d_rows, last_seen = load_rows(q, rows, R, D, WIDTH), load_rows(d_out, rows, R, D, WIDTH), before + rows // group
+    logs, sums = tl.load(log_sum + rows, mask=rows < R, other=0.0), tl.load(row_sum + rows, mask=rows < R, other=0.0)
+    dq_sums = tl.zeros([ROWS, WIDTH], tl.float32)
+    seen_by_all = (before + start // group + 1) // KEYS * KEYS
+    seen = tl.minimum(S, before + (start + ROWS - 1) // group + 1)
+    for masked in tl.static_range(2):
+        for key in range(seen_by_all if masked else 0, seen if masked else seen_by_all, KEYS):
+            keys = key + tl.arange(0, KEYS)
+            k_rows, v_rows = load_rows(k, keys, S, D, WIDTH), load_rows(v, keys, S, D, WIDTH)
+            p = tl.exp2(tl.dot(q_rows, tl.trans(k_rows)) * (scale * LOG2_E) - logs[:, None])
+            if masked:
+                p = tl.where(keys[None, :] <= last_seen[:, None], p, 0.0)
+            ds = p * (tl.dot(d_rows, tl.trans(v_rows)) - sums[:, None])
+            dq_sums += tl.dot(ds.to(k_rows.dtype), k_rows)
+    store_rows(dq, rows, R, dq_sums * scale, D, WIDTH)
+
+
+def has_kernels(q):
+    """Whether attention of these queries runs as Triton kernels: in half precision, and not on GPUs older than Ampere."""
+    return (triton is not None and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 128
+            and torch.cuda.get_device_capability(q.device) >= (8, 0))
+
+
+# Of each kernel ROWS, KEYS and warps. They fit, for heads of 128 features, the registers and the 99 KB of an RTX 3090.
+KERNEL_BLOCKS = {"attend_kernel": (128, 64, 8), "keys_backward_kernel": (32, 64, 4), "queries_backward_kernel": (128, 32, 8)}
+
+
+def launch(kernel, blocks_of_keys, q, k, *tensors):
+    """Run a kernel for each of N and each block of keys, or of rows, with the sizes that kernels take behind `tensors`."""
+    (N, T, group, D), S = q.shape, k.shape[1]
+    rows, keys, num_warps = KERNEL_BLOCKS[kernel.__name__]
+    blocks = triton.cdiv(S, keys) if blocks_of_keys else triton.cdiv(T * group, rows)
+    with torch.cuda.device_of(q):  # Triton would take the current device
+        kernel[N, blocks](q, k, *tensors, T * group, S, S - T, group, D**-0.5, D=D, WIDTH=max(16, triton.next_power_of_2(D)),
+                          ROWS=rows, KEYS=keys, num_warps=num_warps)
+
+
+def attend_in_kernels(q, k, v):
+    """Attention in one Triton kernel, which never writes scores to memory; see `TiledAttention`."""
+    q, k, v = (x.contiguous() for x in (q, k, v))
+    out, log_sum = torch.empty_like(q), q.new_empty(*q.shape[:-1], 1, dtype=torch.float32)
+    launch(attend_kernel, False, q, k, v, out, log_sum)
+    return out, log_sum
+
+
+def attend_in_kernels_backward(d_out, q, k, v, log_sum, row_sum):
+    """The gradients of `attend_in_kernels`, in two kernels, so that each sum is taken in one place."""
+    d_out, q, k, v = (x.contiguous() for x in (d_out, q, k, v))
+    dq, dk, dv = map(torch.empty_like, (q, k, v))
+    launch(keys_backward_kernel, True, q, k, v, d_out, log_sum, row_sum, dk, dv)
+    launch(queries_backward_kernel, False, q, k, v, d_out, log_sum, row_sum, dq)
+    return dq, dk, dv
+
+
+# To torch.compile each of the two is one operation: it would lay out the loops, for minutes, and gain nothing.
+
+
+@torch.library.custom_op("tinylm::attend", mutates_args=())
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of many keys → (out, the logarithm of the sum of each row)."""
+    return (attend_in_kernels if has_kernels(q) else attend_in_tiles)(q, k, v)[:2]
+
+
+@torch.library.custom_op("tinylm::attend_backward", mutates_args=())
+def attend_backward(d_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_sum: torch.Tensor,
+                    row_sum: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of `attend`."""
+    form = attend_in_kernels_backward if has_kernels(q) else attend_in_tiles_backward
+    return form(d_out, q, k, v, log_sum, row_sum)
+
+
+@attend.register_fake
+def _(q, k, v):
+    return q.new_empty(q.shape), at_least_float32(q.new_empty(*q.shape[:-1], 1))
+
+
+@attend_backward.register_fake
+def _(d_out, q, k, v, log_sum, row_sum):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
 class TiledAttention(torch.autograd.Function):
-    """Attention in tiles of queries, none of which sees keys that lie in its future, with its own backward pass.
+    """Attention in tiles, whose scores stay in fast memory, with its own backward pass.
 
     The scores P of a tile exist only while it is computed, and are computed again from the logarithm of their sum L in
-    the backward pass (Dao et al. 2022, alg. 1 and 4), so memory grows with T and not with T². Of at most TILE_QUERIES
-    keys P is kept, as it is no larger than what else is. With O = P V:
+    the backward pass (Dao et al. 2022, alg. 1 and 4), so memory grows with T and not with T². On a CPU P is kept of at
+    most TILE_QUERIES keys, as it is no larger than what else is. With O = P V:
     dV = Pᵀ dO,  dS = P ⊙ (dO Vᵀ - rowsum(dO ⊙ O)),  dQ = dS K / √D,  dK = dSᵀ Q / √D.
     q (N, T, group, D), k and v (N, S, D) → (N, T, group, D). Scores and their logarithms are taken to base 2, as exp2
     is several times as fast as exp on a CPU. baddbmm saves passes over memory: it adds and scales as it multiplies.
     """
 
     @staticmethod
-    def tiles(q, k):
-        """Of each tile its slice of N, that of the queries, and that of the keys they see."""
-        (N, T, group, _), S = q.shape, k.shape[1]
-        block = min(T, TILE_QUERIES)
-        rows = max(1, TILE_SCORES[q.device.type] // (group * block * S))
-        return [(slice(i, i + rows), slice(a, min(T, a + block)), slice(S - T + min(T, a + block)))
-                for i in range(0, N, rows) for a in range(0, T, block)]
-
-    @staticmethod
-    def scores(q, k):
-        """Scaled scores of a tile, -∞ for keys in the future. q (n, t, group, D), k (n, s, D) → (n, t·group, s)."""
-        (_, t, group, D), s = q.shape, k.shape[1]
-        mask = torch.full((t, s), -math.inf, dtype=q.dtype, device=q.device).triu_(s - t + 1).repeat_interleave(group, 0)
-        return at_least_float32(torch.baddbmm(mask, q.flatten(1, 2), k.mT, alpha=D**-0.5 / math.log(2)))
-
-    @staticmethod
     def forward(ctx, q, k, v):
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        log_sum = torch.empty_like(at_least_float32(out[..., :1]))  # (N, T, group, 1)
-        kept, keeps = [], k.shape[1] <= TILE_QUERIES
-        for n, t, seen in TiledAttention.tiles(q, k):
-            p = TiledAttention.scores(q[n, t], k[n, seen])  # (n, t·group, s)
-            highest = p.amax(-1, keepdim=True)
-            p = p.sub_(highest).exp2_()
-            total = p.sum(-1, keepdim=True)
-            out[n, t].flatten(1, 2).baddbmm_(p.to(v.dtype), v[n, seen], beta=0).div_(total)
-            if keeps:
-                kept.append(p.div_(total))
-            else:
-                log_sum[n, t] = (highest + total.log2_()).view(log_sum[n, t].shape)
+        form = attend if torch.compiler.is_compiling() or has_kernels(q) else attend_in_tiles
+        out, log_sum, *kept = form(q, k, v)
         ctx.save_for_backward(q, k, v, out, log_sum, *kept)
         return out
 
     @staticmethod
     def backward(ctx, d_out):
         q, k, v, out, log_sum, *kept = ctx.saved_tensors
-        dq, dk, dv = torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.zeros_like(k), torch.zeros_like(v)
         row_sum = at_least_float32(d_out * out).sum(-1, keepdim=True)  # (N, T, group, 1)
-        scale = q.shape[-1]**-0.5
-        for i, (n, t, seen) in enumerate(TiledAttention.tiles(q, k)):
-            q_rows, dq_rows, d_rows, logs, sums = (x[n, t].flatten(1, 2) for x in (q, dq, d_out, log_sum, row_sum))
-            p = kept[i] if kept else TiledAttention.scores(q[n, t], k[n, seen]).sub_(logs).exp2_()  # (n, t·group, s)
-            ds = at_least_float32(d_rows @ v[n, seen].mT).sub_(sums).mul_(p).to(q.dtype)  # (n, t·group, s)
-            dq_rows.baddbmm_(ds, k[n, seen], beta=0, alpha=scale)
-            dk[n, seen].baddbmm_(ds.mT, q_rows, alpha=scale)
-            dv[n, seen].baddbmm_(p.to(v.dtype).mT, d_rows)
-        return dq, dk, dv
+        form = attend_backward if torch.compiler.is_compiling() or has_kernels(q) else attend_in_tiles_backward
+        return form(d_out, q, k, v, log_sum, row_sum, *kept)
 
 
 def attention_of_one(q, k, v):
@@ -390,7 +599,7 @@ def attention(q, k, v):
     """
     if q.shape[-2] == 1:
         return attention_of_one(q, k, v)
-    if torch.compiler.is_compiling() and k.shape[-2] <= PLAIN_UP_TO:
+    if torch.compiler.is_compiling() and k.shape[-2] <= TILE_QUERIES:  # short passes over scores are fused then
         return plain_attention(q, k, v)
     (S, D), H_kv = k.shape[-2:], k.shape[-3]
     grouped = q.unflatten(-3, (H_kv, -1)).transpose(-3, -2)  # (..., H_kv, T, group, D)
