@@ -190,6 +190,13 @@ def linear(x, w):
     return x @ w.T
 
 
+def linears(x, *ws):
+    """`linear` of one x and several matrices. Compiled code joins them: one larger product reads x once."""
+    if torch.compiler.is_compiling():
+        return linear(x, torch.cat(ws)).split([len(w) for w in ws], -1)
+    return tuple(linear(x, w) for w in ws)
+
+
 def linear_of_one(x, w):
     """`linear` of one vector on a CPU, as in decoding, where all the time goes into reading w.
 
@@ -636,7 +643,7 @@ def swiglu(x, w_gate, w_up, w_down):
 
     x (..., d_model), w_gate and w_up (d_ff, d_model), w_down (d_model, d_ff) → (..., d_model).
     """
-    return linear(GatedSiLU.apply(linear(x, w_gate), linear(x, w_up)), w_down)
+    return linear(GatedSiLU.apply(*linears(x, w_gate, w_up)), w_down)
 
 
 def plain_token_losses(logits, targets):
@@ -801,7 +808,7 @@ def multi_head_attention(x, cos, sin, head_dim, cache, wq, wk, wv, wo):
     x (B, T, d_model), cos and sin (T, D/2), wq and wo (d_model, d_model), wk and wv (H_kv·D, d_model)
     → (B, T, d_model). `cache` is one layer's, with the keys and values before these, or None.
     """
-    q, k, v = (linear(x, w).unflatten(-1, (-1, head_dim)).transpose(-3, -2) for w in (wq, wk, wv))  # (B, heads, T, D)
+    q, k, v = (y.unflatten(-1, (-1, head_dim)).transpose(-3, -2) for y in linears(x, wq, wk, wv))  # (B, heads, T, D)
     q, k = rope(q, cos, sin), rope(k, cos, sin)
     if cache is not None:
         k, v = extend_cache(cache, k, v)  # (B, H_kv, S, D)
@@ -903,6 +910,20 @@ def adamw_init(params):
     return {"step": torch.zeros((), dtype=torch.int64, device=tree_leaves(params)[0][1].device), "m": zeros(), "v": zeros()}
 
 
+@torch.library.custom_op("tinylm::bias_corrections", mutates_args=())  # compiled code would compute them for each number
+def bias_corrections(step: torch.Tensor, lr: torch.Tensor, beta1: float, beta2: float,
+                     eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """What AdamW adds to √v, eps · √(1 - beta2^step), and what it multiplies that sum by: scalars of float32."""
+    # In float64, as 1 - beta2 ** step is a small difference of two near numbers in the first steps.
+    correction1, correction2 = 1 - beta1 ** step.double(), (1 - beta2 ** step.double()).sqrt()
+    return (eps * correction2).float(), (correction1 / (lr * correction2)).float()
+
+
+@bias_corrections.register_fake
+def _(step, lr, beta1, beta2, eps):
+    return tuple(step.new_empty((), dtype=torch.float32) for _ in range(2))
+
+
 def adamw_update(params, grads, state, lr, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1):
     """One step of AdamW with bias correction (Loshchilov and Hutter 2019, alg. 2); returns (params, state), both new.
 
@@ -910,10 +931,8 @@ def adamw_update(params, grads, state, lr, beta1=0.9, beta2=0.95, eps=1e-8, weig
     lr is a number or a scalar tensor.
     """
     step = state["step"] + 1
-    # In float64, as 1 - beta2 ** step is a small difference of two near numbers in the first steps.
-    correction1, correction2 = 1 - beta1 ** step.double(), (1 - beta2 ** step.double()).sqrt()
-
-    keep, floor, scale = 1 - lr * weight_decay, (eps * correction2).float(), (correction1 / (lr * correction2)).float()
+    floor, scale = bias_corrections(step, torch.as_tensor(lr), beta1, beta2, eps)
+    keep = 1 - lr * weight_decay
 
     def update(p, g, m, v):
         m = torch.lerp(m, g, 1 - beta1)

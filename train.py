@@ -450,7 +450,9 @@ def step_functions(config, settings):
         return tinylm.token_losses(tinylm.forward(params, inputs, config, dtype), targets)
 
     if is_compiled(settings):
-        loss, update, losses = (torch.compile(function, fullgraph=True) for function in (loss, update, losses))
+        # On a CPU the calls of small kernels take so long that they too are compiled; on CUDA they go on while kernels run.
+        options = {"cpp_wrapper": settings["device"] == "cpu"}
+        loss, update, losses = (torch.compile(function, fullgraph=True, options=options) for function in (loss, update, losses))
     return partial(tinylm.value_and_grad, loss), torch.no_grad()(update), torch.no_grad()(losses)
 
 
