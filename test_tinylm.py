@@ -512,6 +512,23 @@ def test_generate_many_rows_is_generate_each(tied):
     assert together.equal(alone)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 17])
+def test_decoding_in_bfloat16_is_near_float32(rows):
+    """Token by token, from a cache in float32 as on a CPU; as near as one pass in bfloat16 over the whole is."""
+    config = small_config(vocab_size=2048, d_model=64)
+    params, tokens = random_params(config), random_tokens(config, rows, 12)
+    exact, cache = tinylm.forward(params, tokens, config), tinylm.init_cache(config, rows, 12)
+    with torch.inference_mode():
+        at_once = tinylm.forward(params, tokens, config, torch.bfloat16)
+        parts = []
+        for part in tokens.split((5, 2, 1, 1, 1, 1, 1), 1):
+            logits, cache = tinylm.forward(params, part, config, torch.bfloat16, cache)
+            parts.append(logits)
+    parts = torch.cat(parts, 1)
+    assert parts.dtype == torch.bfloat16
+    assert (parts - exact).norm() < 1.5 * (at_once - exact).norm() < 0.05 * exact.norm()
+
+
 def test_generate_slides_and_stops():
     """Beyond the context the older half goes: the next token is that of a fresh pass over the newer half."""
     config = small_config(context_length=8)

@@ -185,7 +185,7 @@ def linear(x, w):
     if rows <= 32 and w.numel() >= 1 << 16 and w.device.type == "cpu" and not torch.compiler.is_compiling():
         if rows == 1 and x.dtype in (torch.float32, torch.bfloat16):
             return linear_of_one(x, w)
-        if x.dtype == torch.float32:  # MKL copies the second matrix before it multiplies: let that not be w
+        if x.dtype == torch.float32 or rows >= 8:  # the second matrix is copied before they multiply: let that not be w
             return (w @ x.reshape(rows, -1).T).T.view(*x.shape[:-1], -1)
     return x @ w.T
 
@@ -254,7 +254,8 @@ def rmsnorm(x, gain, eps):
 
     x (..., d_model), gain (d_model) → (..., d_model) in x's dtype; the mean is taken in float32, with eps in the root.
     """
-    form = plain_rmsnorm if torch.compiler.is_compiling() else RMSNorm.apply
+    trains = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    form = RMSNorm.apply if trains else plain_rmsnorm  # calling the former costs more than one token's norm
     return form(x, gather(gain), eps)
 
 
@@ -606,6 +607,7 @@ def attention(q, k, v):
     """
     if q.shape[-2] == 1:
         return attention_of_one(q, k, v)
+    k, v = k.to(q.dtype), v.to(q.dtype)  # a cache may be of another
     if torch.compiler.is_compiling() and k.shape[-2] <= TILE_QUERIES:  # short passes over scores are fused then
         return plain_attention(q, k, v)
     (S, D), H_kv = k.shape[-2:], k.shape[-3]
@@ -638,12 +640,17 @@ class GatedSiLU(torch.autograd.Function):
         return d_gate, activated.mul_(d_out)
 
 
+def gated_silu(gate, up):
+    """silu(gate) ⊙ up. Both of one shape."""
+    return GatedSiLU.apply(gate, up) if torch.is_grad_enabled() else silu(gate).mul_(up)
+
+
 def swiglu(x, w_gate, w_up, w_down):
     """Gated feed-forward layer, (silu(x W_gateᵀ) ⊙ x W_upᵀ) W_downᵀ (Shazeer 2020, eq. 6).
 
     x (..., d_model), w_gate and w_up (d_ff, d_model), w_down (d_model, d_ff) → (..., d_model).
     """
-    return linear(GatedSiLU.apply(*linears(x, w_gate, w_up)), w_down)
+    return linear(gated_silu(*linears(x, w_gate, w_up)), w_down)
 
 
 def plain_token_losses(logits, targets):
@@ -1134,7 +1141,8 @@ def generate(params, prompt, config, max_new_tokens, temperature=1.0, top_k=0, t
         params = {"lm_head": by_columns["embedding"]} | by_columns | {"embedding": params["embedding"]}  # looked up by rows
     history = fresh = prompt[:, -config.context_length:]
     length = min(config.context_length, history.shape[1] + max_new_tokens)
-    cache = init_cache(config, len(prompt), length, dtype, prompt.device)
+    # On a CPU sums of half precision are taken in float32: to keep that saves turning all of it for every token.
+    cache = init_cache(config, len(prompt), length, dtype if prompt.is_cuda else torch.float32, prompt.device)
     stopped = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
     for _ in range(max_new_tokens):
         if history.shape[1] > config.context_length:
