@@ -185,7 +185,7 @@ def linear(x, w):
     if rows <= 32 and w.numel() >= 1 << 16 and w.device.type == "cpu" and not torch.compiler.is_compiling():
         if rows == 1 and x.dtype in (torch.float32, torch.bfloat16):
             return linear_of_one(x, w)
-        if x.dtype == torch.float32 or rows >= 8:  # the second matrix is copied before they multiply: let that not be w
+        if x.dtype == torch.float32 or rows >= 8:  # MKL and oneDNN copy the second matrix first: let that not be w
             return (w @ x.reshape(rows, -1).T).T.view(*x.shape[:-1], -1)
     return x @ w.T
 
@@ -254,8 +254,8 @@ def rmsnorm(x, gain, eps):
 
     x (..., d_model), gain (d_model) → (..., d_model) in x's dtype; the mean is taken in float32, with eps in the root.
     """
-    trains = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    form = RMSNorm.apply if trains else plain_rmsnorm  # calling the former costs more than one token's norm
+    # In decoding, the call of an autograd function would take longer than the norm of one token.
+    form = RMSNorm.apply if torch.is_grad_enabled() and not torch.compiler.is_compiling() else plain_rmsnorm
     return form(x, gather(gain), eps)
 
 
@@ -539,14 +539,14 @@ def attend_in_kernels_backward(d_out, q, k, v, log_sum, row_sum):
 
 @torch.library.custom_op("tinylm::attend", mutates_args=())
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of many keys → (out, the logarithm of the sum of each row)."""
+    """`TiledAttention`'s forward pass → out (N, T, group, D), the base-2 logarithm of each row's sum (N, T, group, 1)."""
     return (attend_in_kernels if has_kernels(q) else attend_in_tiles)(q, k, v)[:2]
 
 
 @torch.library.custom_op("tinylm::attend_backward", mutates_args=())
 def attend_backward(d_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_sum: torch.Tensor,
                     row_sum: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of `attend`."""
+    """`TiledAttention`'s backward pass; row_sum (N, T, group, 1) is that of d out ⊙ out → d q, d k, d v."""
     form = attend_in_kernels_backward if has_kernels(q) else attend_in_tiles_backward
     return form(d_out, q, k, v, log_sum, row_sum)
 
