@@ -174,17 +174,10 @@ def test_linear_of_few_vectors(lead, d_out, dtype, tolerance):
     assert torch.backends.mkldnn.enabled
 
 
-def run_alone(program, **environment):
-    """Run a Python program in a process of its own, with these environment variables. → what it printed."""
-    done = subprocess.run([sys.executable, "-c", program], env=os.environ | environment, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
 def test_kernels_of_attention_compute_plain_attention():
     """In Triton's interpreter, which has no bfloat16; values and gradients, eager and as operations of compiled code."""
     pytest.importorskip("triton")
-    run_alone("""if True:
+    program = """if True:
         import torch, tinylm, test_tinylm
         tinylm.has_kernels = lambda q: True
         for dtype, tolerance in ((torch.float32, 1e-5), (torch.float16, 3e-3)):
@@ -202,7 +195,11 @@ def test_kernels_of_attention_compute_plain_attention():
                 for expected, *actual in zip(*results):
                     for a in actual:
                         assert a.dtype == dtype and (a - expected).norm() <= tolerance * expected.norm(), (dtype, S, D)
-        """, TRITON_INTERPRET="1")
+        """
+    # Triton asks for the variable when it is imported, so this takes a process of its own.
+    done = subprocess.run([sys.executable, "-c", program], env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("capability", [80, 86, 90])
@@ -527,6 +524,14 @@ def test_decoding_in_bfloat16_is_near_float32(rows):
     parts = torch.cat(parts, 1)
     assert parts.dtype == torch.bfloat16
     assert (parts - exact).norm() < 1.5 * (at_once - exact).norm() < 0.05 * exact.norm()
+
+
+def test_generate_in_float64():
+    config = small_config()
+    params, tokens = tinylm.tree_map(torch.Tensor.double, random_params(config)), random_tokens(config, 2, 5)
+    for token in tinylm.generate(params, tokens, config, 9, temperature=0, dtype=torch.float64):
+        assert tinylm.forward(params, tokens, config, torch.float64)[:, -1].argmax(-1).equal(token)
+        tokens = torch.cat((tokens, token[:, None]), 1)
 
 
 def test_generate_slides_and_stops():

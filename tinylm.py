@@ -410,6 +410,12 @@ def store_rows(matrix, rows, length, values, D: tl.constexpr, WIDTH: tl.constexp
 
 
 @kernel
+def keys_seen(start, S, before, group, ROWS: tl.constexpr, KEYS: tl.constexpr):
+    """Of a block of rows: up to which key all rows see all keys, a multiple of KEYS, and from which key none sees any."""
+    return (before + start // group + 1) // KEYS * KEYS, tl.minimum(S, before + (start + ROWS - 1) // group + 1)
+
+
+@kernel
 def attend_kernel(q, k, v, out, log_sum, R, S, before, group, scale, D: tl.constexpr, WIDTH: tl.constexpr,
                   ROWS: tl.constexpr, KEYS: tl.constexpr):
     """A block of rows of attention: keys are met in blocks, and sums so far shrink as higher scores are met.
@@ -423,8 +429,7 @@ def attend_kernel(q, k, v, out, log_sum, R, S, before, group, scale, D: tl.const
     q_rows, last_seen = load_rows(q, rows, R, D, WIDTH), before + rows // group
     highest, total = tl.full([ROWS], -float("inf"), tl.float32), tl.zeros([ROWS], tl.float32)
     sums = tl.zeros([ROWS, WIDTH], tl.float32)
-    seen_by_all = (before + start // group + 1) // KEYS * KEYS
-    seen = tl.minimum(S, before + (start + ROWS - 1) // group + 1)
+    seen_by_all, seen = keys_seen(start, S, before, group, ROWS, KEYS)
     for masked in tl.static_range(2):
         for key in range(seen_by_all if masked else 0, seen if masked else seen_by_all, KEYS):
             keys = key + tl.arange(0, KEYS)
@@ -483,8 +488,7 @@ def queries_backward_kernel(q, k, v, d_out, log_sum, row_sum, dq, R, S, before, 
     q_rows, d_rows, last_seen = load_rows(q, rows, R, D, WIDTH), load_rows(d_out, rows, R, D, WIDTH), before + rows // group
     logs, sums = tl.load(log_sum + rows, mask=rows < R, other=0.0), tl.load(row_sum + rows, mask=rows < R, other=0.0)
     dq_sums = tl.zeros([ROWS, WIDTH], tl.float32)
-    seen_by_all = (before + start // group + 1) // KEYS * KEYS
-    seen = tl.minimum(S, before + (start + ROWS - 1) // group + 1)
+    seen_by_all, seen = keys_seen(start, S, before, group, ROWS, KEYS)
     for masked in tl.static_range(2):
         for key in range(seen_by_all if masked else 0, seen if masked else seen_by_all, KEYS):
             keys = key + tl.arange(0, KEYS)
@@ -1142,7 +1146,8 @@ def generate(params, prompt, config, max_new_tokens, temperature=1.0, top_k=0, t
     history = fresh = prompt[:, -config.context_length:]
     length = min(config.context_length, history.shape[1] + max_new_tokens)
     # On a CPU sums of half precision are taken in float32: to keep that saves turning all of it for every token.
-    cache = init_cache(config, len(prompt), length, dtype if prompt.is_cuda else torch.float32, prompt.device)
+    cache_dtype = dtype if prompt.is_cuda else torch.promote_types(dtype, torch.float32)
+    cache = init_cache(config, len(prompt), length, cache_dtype, prompt.device)
     stopped = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
     for _ in range(max_new_tokens):
         if history.shape[1] > config.context_length:
