@@ -772,10 +772,12 @@ def init_params(config, generator, device="cpu"):
 
     Matrices have variance 1/d_in, so that activations keep their size. The two that write to the residual stream are
     divided by √(2·num_layers), so that the stream does not grow with depth (Radford et al. 2019, §2.3). The output
-    matrix has deviation 1/d_model, so that the first logits are near 0 and the first loss near ln(vocab_size). Tied, it
-    is the embedding too: 2/d_model keeps both ends sound, as a token's logit for itself starts at 2.
+    matrix has a third of the deviation of others: the first loss is then near ln(vocab_size), and learning faster than from
+    almost nothing (the README has what was tried). Tied, it is the embedding too: 2/d_model keeps both ends sound, as a
+    token's logit for itself starts at 2.
     """
-    deviations = {"embedding": 2 / config.d_model if config.tie_embeddings else 1.0, "lm_head": 1 / config.d_model,
+    deviations = {"embedding": 2 / config.d_model if config.tie_embeddings else 1.0,
+                  "lm_head": config.d_model ** -0.5 / 3,
                   "wo": (2 * config.num_layers * config.d_model) ** -0.5,
                   "w_down": (2 * config.num_layers * config.d_ff) ** -0.5}
 
@@ -935,7 +937,7 @@ def _(step, lr, beta1, beta2, eps):
     return tuple(step.new_empty((), dtype=torch.float32) for _ in range(2))
 
 
-def adamw_update(params, grads, state, lr, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1):
+def adamw_update(params, grads, state, lr, beta1=0.8, beta2=0.95, eps=1e-8, weight_decay=0.1):
     """One step of AdamW with bias correction (Loshchilov and Hutter 2019, alg. 2); returns (params, state), both new.
 
     Decay is decoupled, lr · weight_decay · p, and applies to matrices only: a norm's gain has no reason to be near 0.
@@ -958,19 +960,32 @@ def adamw_update(params, grads, state, lr, beta1=0.9, beta2=0.95, eps=1e-8, weig
 
 
 def orthogonalize(g, steps=5):
-    """Bring the singular values of a matrix near 1 by a Newton-Schulz iteration (Jordan et al. 2024, Muon).
+    """Bring the singular values of matrices near 1 by a Newton-Schulz iteration (Jordan et al. 2024, Muon).
 
     Each step is X ← aX + (bA + cA²)X with A = XXᵀ; the quintic is tuned to be fast, and ends between 0.7 and 1.2.
-    g (m, n) → (m, n) in g's dtype; computed in bfloat16 on CUDA, where that is faster and enough.
+    g (N, m, n) → (N, m, n) in g's dtype; computed in bfloat16 on CUDA, where that is faster and enough.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
+    tall = g.shape[1] > g.shape[2]
     x = g.to(torch.bfloat16) if g.is_cuda else g
-    x = x.T if g.shape[0] > g.shape[1] else x  # so that A is the smaller of the two products
-    x = x / (torch.linalg.vector_norm(x) + 1e-7)  # no singular value is above 1
+    x = x.mT if tall else x  # so that A is the smaller of the two products
+    x = x / (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) + 1e-7)  # no singular value is above 1
     for _ in range(steps):
-        A = x @ x.T
-        x = a * x + (b * A + c * A @ A) @ x
-    return (x.T if g.shape[0] > g.shape[1] else x).to(g.dtype)
+        A = torch.bmm(x, x.mT)  # (N, m, m)
+        x = torch.baddbmm(x, torch.baddbmm(A, A, A, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).to(g.dtype)
+
+
+def orthogonalize_block(matrices):
+    """`orthogonalize` of each matrix of a block (a tree); those of one shape go together, in fewer and larger products."""
+    groups = {}
+    for path, w in tree_leaves(matrices):
+        groups.setdefault(w.shape, {})[path] = w
+    done = {}
+    for group in groups.values():
+        done |= zip(group, orthogonalize(torch.stack(tuple(group.values()))))
+    paths = [path for path, _ in tree_leaves(matrices)]
+    return tree_build(paths, [done[path] for path in paths])
 
 
 def muon_split(tree):
@@ -987,7 +1002,7 @@ def muon_init(params):
     return {"momentum": tree_map(lambda p: torch.zeros_like(p, dtype=torch.float32), matrices), "adamw": adamw_init(rest)}
 
 
-def muon_update(params, grads, state, lr, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, momentum=0.95):
+def muon_update(params, grads, state, lr, beta1=0.8, beta2=0.95, eps=1e-8, weight_decay=0.1, momentum=0.95):
     """One step of Muon (Jordan et al. 2024) for the matrices of the blocks and of AdamW for the rest; → (params, state).
 
     A matrix moves along its orthogonalised Nesterov momentum. The factor 0.2·√max(m, n) gives that the root mean square
@@ -998,11 +1013,16 @@ def muon_update(params, grads, state, lr, beta1=0.9, beta2=0.95, eps=1e-8, weigh
     rest, adamw = adamw_update(rest, rest_grads, state["adamw"], lr, beta1, beta2, eps, weight_decay)
     averages = tree_map(lambda m, g: torch.lerp(m, g, 1 - momentum), state["momentum"], matrix_grads)
 
-    def update(p, m, g):
-        direction = orthogonalize(whole(torch.lerp(g, m, momentum))) * (0.2 * max(p.shape) ** 0.5)
-        return p * (1 - lr * weight_decay) - lr * split_like(direction, p)
+    def update(p, direction):
+        return p * (1 - lr * weight_decay) - lr * split_like(direction * (0.2 * max(p.shape) ** 0.5), p)
 
-    updated = dict(tree_leaves(tree_map(update, matrices, averages, matrix_grads)) + tree_leaves(rest))
+    def update_block(p, m, g):
+        directions = orthogonalize_block(tree_map(lambda m, g: whole(torch.lerp(g, m, momentum)), m, g))
+        return tree_map(update, p, directions)
+
+    blocks = {layer: update_block(*(tree["blocks"][layer] for tree in (matrices, averages, matrix_grads)))
+              for layer in matrices["blocks"]}
+    updated = dict(tree_leaves({"blocks": blocks}) + tree_leaves(rest))
     paths = [path for path, _ in tree_leaves(params)]
     return tree_build(paths, [updated[path] for path in paths]), {"momentum": averages, "adamw": adamw}
 
@@ -1141,8 +1161,9 @@ def generate(params, prompt, config, max_new_tokens, temperature=1.0, top_k=0, t
     """
     if len(prompt) >= 16 and not prompt.is_cuda and dtype == torch.float32:
         # MKL reads matrices for so many vectors faster where they lie by columns in memory, for fewer by rows.
-        by_columns = tree_map(lambda w: w.T.contiguous().T if w.ndim == 2 else w, params)
-        params = {"lm_head": by_columns["embedding"]} | by_columns | {"embedding": params["embedding"]}  # looked up by rows
+        by_columns = lambda w: w.T.contiguous().T if w.ndim == 2 else w
+        lm_head = by_columns(params.get("lm_head", params["embedding"]))  # the embedding itself is looked up by rows
+        params = params | {"blocks": tree_map(by_columns, params["blocks"]), "lm_head": lm_head}
     history = fresh = prompt[:, -config.context_length:]
     length = min(config.context_length, history.shape[1] + max_new_tokens)
     # On a CPU sums of half precision are taken in float32: to keep that saves turning all of it for every token.

@@ -32,7 +32,7 @@ from tinylm import Config
 DEFAULTS = {
     "data": "stories", "context_length": 256, "rope_theta": 10000.0, "norm_eps": 1e-5, "tie_embeddings": False,
     "grad_accum_steps": 1, "remat": False, "shard": False,
-    "optimizer": "adamw", "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "clip_grad": 1.0,
+    "optimizer": "adamw", "weight_decay": 0.1, "beta1": 0.8, "beta2": 0.95, "eps": 1e-8, "clip_grad": 1.0,
     "log_interval": 10, "keep_checkpoints": 2, "sample_tokens": 64, "seed": 0, "use_wandb": False, "wandb_project": "tinylm",
     "wandb_artifacts": False, "wandb_histograms": False,
 }
@@ -802,7 +802,7 @@ def train(*, data: str | None = None, context_length: int | None = None, batch_s
     warmup_steps: steps of linear warm-up [100, at most a tenth of num_steps]
     optimizer: adamw, or muon for the matrices of the blocks (AdamW for the rest) [adamw]
     weight_decay: decoupled decay of the matrices [0.1]
-    beta1: decay of AdamW's first moment [0.9]
+    beta1: decay of AdamW's first moment [0.8]
     beta2: decay of AdamW's second moment [0.95]
     eps: epsilon of AdamW [1e-8]
     clip_grad: highest norm of all gradients together [1.0]
