@@ -1014,9 +1014,10 @@ def test_wandb_offline_has_what_was_measured(tmp_path, monkeypatch):
                 "seconds", "samples", "params/blocks.0.mlp.w_up", "grads/embedding"):
         assert any(key in row for row in rows), key
     train.train(resume=str(tmp_path / "run"), num_steps=9)
-    files = glob.glob(f"{tmp_path}/run/wandb/offline-run-*/*.wandb")
-    assert len({Path(file).name for file in files}) == 1 and len(files) == 2, "both parts belong to one run"
-    steps = [row["_step"] for file in sorted(files) for row in read_wandb(file)[0]]
+    files = [Path(file) for file in glob.glob(f"{tmp_path}/run/wandb/offline-run-*/*.wandb")]
+    assert len({file.name for file in files}) == 1 and len(files) == 2, "both parts belong to one run"
+    # A second part begun within the same second has its folder's name with -1 behind it.
+    steps = [row["_step"] for file in sorted(files, key=lambda file: file.parent.name) for row in read_wandb(file)[0]]
     assert steps == sorted(steps) and steps[-1] == 9
 
 
@@ -1589,6 +1590,8 @@ def test_init_from_goes_on_with_the_model(tmp_path):
     same(after, before, 0)
     with pytest.raises(cli.InputError, match="--d_model=64.*has d_model 32"):
         train.train(init_from=str(tmp_path / "llama"), d_model=64, **flags)
+    with pytest.raises(tinylm.InputError, match="run is not a checkpoint .*; give .*/run/latest$"):
+        train.train(init_from=str(tmp_path / "run"), **flags)
     prepare.prepare(input=str(tmp_path / "corpus.txt"), output=str(tmp_path / "again"), tokenizer=str(tmp_path / "run/latest"))
     assert (tmp_path / "again/train.bin").read_bytes() == (data / "train.bin").read_bytes()
 

@@ -772,9 +772,9 @@ def init_params(config, generator, device="cpu"):
 
     Matrices have variance 1/d_in, so that activations keep their size. The two that write to the residual stream are
     divided by √(2·num_layers), so that the stream does not grow with depth (Radford et al. 2019, §2.3). The output
-    matrix has a third of the deviation of others: the first loss is then near ln(vocab_size), and learning faster than from
-    almost nothing (the README has what was tried). Tied, it is the embedding too: 2/d_model keeps both ends sound, as a
-    token's logit for itself starts at 2.
+    matrix has a third of the deviation of others: the first loss is then near ln(vocab_size), and learning faster than
+    from almost nothing (the README has what was tried). Tied, it is the embedding too: 2/d_model keeps both ends sound,
+    as a token's logit for itself starts at 2.
     """
     deviations = {"embedding": 2 / config.d_model if config.tie_embeddings else 1.0,
                   "lm_head": config.d_model ** -0.5 / 3,
@@ -977,7 +977,7 @@ def orthogonalize(g, steps=5):
 
 
 def orthogonalize_block(matrices):
-    """`orthogonalize` of each matrix of a block (a tree); those of one shape go together, in fewer and larger products."""
+    """`orthogonalize` of each matrix of a block (a tree). Those of one shape go together, as fewer and larger products."""
     groups = {}
     for path, w in tree_leaves(matrices):
         groups.setdefault(w.shape, {})[path] = w
@@ -1438,7 +1438,8 @@ def load_checkpoint(folder):
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
-        raise InputError(f"{folder} is not a checkpoint (no config.json in it)")
+        advice = f"give {folder}/latest" if (folder / "latest").is_dir() else "expected a Llama folder"
+        raise InputError(f"{folder} is not a checkpoint (no config.json in it); {advice}")
     config = config_from_hf(read_json(folder / "config.json"), folder / "config.json")
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
