@@ -161,13 +161,15 @@ def test_fast_forms_are_their_plain_forms(dtype, tolerance):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.01)])
-@pytest.mark.parametrize("lead", [(), (1, 1), (3, 2), (16, 1), (32,), (33,)])
+@pytest.mark.parametrize("lead", [(), (1, 1), (3, 2), (16, 1), (32,), (33,), (5, 50)])
 @pytest.mark.parametrize("d_out", [4096, 4099])
 def test_linear_of_few_vectors(lead, d_out, dtype, tolerance):
-    """As in decoding: for 1 to 32 vectors a large matrix is read in other ways, by rows and by columns."""
+    """As in decoding: for 1 to 32 vectors a large matrix is read in other ways, and packed ones are for any number."""
     x, w = randn(*lead, 24).to(dtype), randn(d_out, 24, seed=1).to(dtype)
     expected = x.double() @ w.double().T
-    for w in (w, w.T.contiguous().T):
+    packed = tinylm.pack(w)
+    assert packed.is_mkldnn or dtype == torch.bfloat16, "not every CPU packs bfloat16"
+    for w in (w, packed):
         actual = tinylm.linear(x, w)
         assert actual.dtype == dtype and actual.shape == expected.shape
         assert (actual - expected).norm() <= tolerance * expected.norm()
@@ -518,6 +520,8 @@ def test_decoding_in_bfloat16_is_near_float32(rows):
     exact, cache = tinylm.forward(params, tokens, config), tinylm.init_cache(config, rows, 12)
     with torch.inference_mode():
         at_once = tinylm.forward(params, tokens, config, torch.bfloat16)
+        if rows > 1:
+            params = tinylm.pack_params(params, torch.bfloat16)
         parts = []
         for part in tokens.split((5, 2, 1, 1, 1, 1, 1), 1):
             logits, cache = tinylm.forward(params, part, config, torch.bfloat16, cache)

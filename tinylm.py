@@ -182,12 +182,25 @@ def linear(x, w):
     if isinstance(w, DTensor):
         return ShardedLinear.apply(x, w)
     rows = x.numel() // x.shape[-1]
-    if rows <= 32 and w.numel() >= 1 << 16 and w.device.type == "cpu" and not torch.compiler.is_compiling():
-        if rows == 1 and x.dtype in (torch.float32, torch.bfloat16):
+    if w.device.type == "cpu" and not torch.compiler.is_compiling():
+        if w.is_mkldnn:  # by `pack`
+            return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
+        if rows == 1 and w.numel() >= 1 << 16 and x.dtype in (torch.float32, torch.bfloat16):
             return linear_of_one(x, w)
-        if x.dtype == torch.float32 or rows >= 8:  # MKL and oneDNN copy the second matrix first: let that not be w
+        if rows <= 32 and w.numel() >= 1 << 16 and x.dtype == torch.float32:  # MKL copies the second matrix: not w, then
             return (w @ x.reshape(rows, -1).T).T.view(*x.shape[:-1], -1)
     return x @ w.T
+
+
+def pack(w):
+    """A matrix (d_out, d_in) laid out anew as oneDNN multiplies several vectors by it fastest. It serves `linear` alone.
+
+    Where oneDNN has no such layout, for the device or the dtype, it is w itself.
+    """
+    known = w.dtype == torch.float32 or w.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if w.device.type != "cpu" or not torch.backends.mkldnn.is_available() or not known:
+        return w
+    return torch.ops.mkldnn._reorder_linear_weight(w, 16)  # one layout for any count of vectors but 1
 
 
 def linears(x, *ws):
@@ -1119,9 +1132,9 @@ def sample_token(logits, temperature, top_k, top_p, generator):
     probabilities reach top_p (Holtzman et al. 2020, eq. 2); tokens as likely as its last one are in it too.
     logits (B, V) → (B) of int64.
     """
+    logits = logits.float()
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float()
     if top_k:
         lowest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
         logits = logits.masked_fill(logits < lowest, -math.inf)
@@ -1150,6 +1163,12 @@ def draw(probabilities, generator):
     return torch.searchsorted(reached, share * reached[:, -1:]).squeeze(-1)
 
 
+def pack_params(params, dtype):
+    """`params` with the matrices in dtype and laid out by `pack`, for `forward` alone; the embedding stays as it is."""
+    pack_all = partial(tree_map, lambda w: pack(w.to(dtype)) if w.ndim == 2 else w)
+    return params | pack_all({"blocks": params["blocks"], "lm_head": params.get("lm_head", params["embedding"])})
+
+
 @torch.inference_mode()
 def generate(params, prompt, config, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop_token=None,
              generator=None, dtype=torch.float32):
@@ -1159,11 +1178,8 @@ def generate(params, prompt, config, max_new_tokens, temperature=1.0, top_k=0, t
     tokens: of a longer prompt the last ones, and when they are used up it drops the older half and reads the newer
     half again, so that a token costs the same on average however long the text becomes.
     """
-    if len(prompt) >= 16 and not prompt.is_cuda and dtype == torch.float32:
-        # MKL reads matrices for so many vectors faster where they lie by columns in memory, for fewer by rows.
-        by_columns = lambda w: w.T.contiguous().T if w.ndim == 2 else w
-        lm_head = by_columns(params.get("lm_head", params["embedding"]))  # the embedding itself is looked up by rows
-        params = params | {"blocks": tree_map(by_columns, params["blocks"]), "lm_head": lm_head}
+    if len(prompt) >= (8 if dtype == torch.float32 else 2):  # fewer are faster in float32 without
+        params = pack_params(params, dtype)
     history = fresh = prompt[:, -config.context_length:]
     length = min(config.context_length, history.shape[1] + max_new_tokens)
     # On a CPU sums of half precision are taken in float32: to keep that saves turning all of it for every token.
