@@ -178,29 +178,32 @@ def at_least_float32(x):
 
 
 def linear(x, w):
-    """Matrix product x @ w.T. x (..., d_in), w (d_out, d_in) of one dtype → (..., d_out). w may be split over ranks."""
+    """Matrix product x @ w.T. x (..., d_in), w (d_out, d_in) of one dtype → (..., d_out). w may be split over
+    ranks, or come from `pack`.
+    """
     if isinstance(w, DTensor):
         return ShardedLinear.apply(x, w)
     rows = x.numel() // x.shape[-1]
     if w.device.type == "cpu" and not torch.compiler.is_compiling():
-        if w.is_mkldnn:  # by `pack`
+        if w.is_mkldnn:  # by `pack`; the operation is what torch.compile calls for weights that stay
             return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
         if rows == 1 and w.numel() >= 1 << 16 and x.dtype in (torch.float32, torch.bfloat16):
             return linear_of_one(x, w)
-        if rows <= 32 and w.numel() >= 1 << 16 and x.dtype == torch.float32:  # MKL copies the second matrix: not w, then
+        if rows <= 32 and w.numel() >= 1 << 16 and x.dtype == torch.float32:  # MKL copies the second: not w then
             return (w @ x.reshape(rows, -1).T).T.view(*x.shape[:-1], -1)
     return x @ w.T
 
 
 def pack(w):
-    """A matrix (d_out, d_in) laid out anew as oneDNN multiplies several vectors by it fastest. It serves `linear` alone.
+    """A copy of a matrix (d_out, d_in), for `linear` alone, laid out as oneDNN multiplies vectors by it fastest.
 
-    Where oneDNN has no such layout, for the device or the dtype, it is w itself.
+    Where there is no such layout, for the device or the dtype, it is w itself.
     """
-    known = w.dtype == torch.float32 or w.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if w.device.type != "cpu" or not torch.backends.mkldnn.is_available() or not known:
+    if w.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return w
-    return torch.ops.mkldnn._reorder_linear_weight(w, 16)  # one layout for any count of vectors but 1
+    if w.dtype == torch.float32 or w.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.ops.mkldnn._reorder_linear_weight(w, 16)  # the layout for any number of vectors but 1
+    return w
 
 
 def linears(x, *ws):
