@@ -168,12 +168,27 @@ def test_linear_of_few_vectors(lead, d_out, dtype, tolerance):
     x, w = randn(*lead, 24).to(dtype), randn(d_out, 24, seed=1).to(dtype)
     expected = x.double() @ w.double().T
     packed = tinylm.pack(w)
-    assert packed.is_mkldnn or dtype == torch.bfloat16, "not every CPU packs bfloat16"
+    assert packed.is_mkldnn or dtype == torch.bfloat16 or not tinylm.HAS_ONEDNN, "not every CPU packs bfloat16"
     for w in (w, packed):
         actual = tinylm.linear(x, w)
         assert actual.dtype == dtype and actual.shape == expected.shape
         assert (actual - expected).norm() <= tolerance * expected.norm()
     assert torch.backends.mkldnn.enabled
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("d_in, d_out", [(64, 4000), (4000, 64)])
+def test_linear_of_large_matrices(d_in, d_out, compiled):
+    """Values and gradients, the gradients the same bits each time; that of the result comes transposed."""
+    x, w = (randn(*shape, seed=seed).float().requires_grad_() for seed, shape in enumerate(((3, 700, d_in), (d_out, d_in))))
+    upstream = randn(d_out, 3, 700, seed=2).float().permute(1, 2, 0)
+    function = torch.compile(tinylm.linear) if compiled else tinylm.linear
+    actual, again = ((y := function(x, w)), *torch.autograd.grad(y, (x, w), upstream)), torch.autograd.grad(function(x, w), (x, w), upstream)
+    assert compiled or not tinylm.HAS_ONEDNN or type(actual[0].grad_fn).__name__ == "LargeLinearBackward"
+    y = F.linear(x.double(), w.double())
+    for a, e in zip(actual, (y, *torch.autograd.grad(y, (x, w), upstream.double()))):
+        assert a.shape == e.shape and a.is_contiguous() and (a - e).norm() <= 1e-5 * e.norm()
+    assert all(map(torch.equal, actual[1:], again))
 
 
 def test_kernels_of_attention_compute_plain_attention():

@@ -183,15 +183,62 @@ def linear(x, w):
     """
     if isinstance(w, DTensor):
         return ShardedLinear.apply(x, w)
+    return linear_on_cpu(x, w) if w.device.type == "cpu" else x @ w.T
+
+
+HAS_ONEDNN = torch.backends.mkldnn.is_available()
+
+
+def linear_on_cpu(x, w):
+    """`linear` in the way that is fastest for the sizes: MKL, which computes PyTorch's products, is not for all."""
     rows = x.numel() // x.shape[-1]
-    if w.device.type == "cpu" and not torch.compiler.is_compiling():
-        if w.is_mkldnn:  # by `pack`; the operation is what torch.compile calls for weights that stay
-            return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
-        if rows == 1 and w.numel() >= 1 << 16 and x.dtype in (torch.float32, torch.bfloat16):
-            return linear_of_one(x, w)
-        if rows <= 32 and w.numel() >= 1 << 16 and x.dtype == torch.float32:  # MKL copies the second: not w then
-            return (w @ x.reshape(rows, -1).T).T.view(*x.shape[:-1], -1)
+    if w.is_mkldnn:  # by `pack`
+        return onednn_product(x, w)
+    if rows > 32 and rows * w.numel() >= 1 << 29 and x.dtype == torch.float32 and HAS_ONEDNN:
+        return LargeLinear.apply(x, w)
+    if torch.compiler.is_compiling() or w.numel() < 1 << 16:
+        return x @ w.T
+    if rows == 1 and x.dtype in (torch.float32, torch.bfloat16):
+        return linear_of_one(x, w)
+    if rows <= 32 and x.dtype == torch.float32:
+        return (w @ x.reshape(rows, -1).T).T.view(*x.shape[:-1], -1)  # MKL copies the second matrix: let that not be w
     return x @ w.T
+
+
+def onednn_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b.T by oneDNN, through the operation that PyTorch's compiler has for it. b (n, k) may come from `pack`."""
+    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+
+
+# The compiler knows that operation for constant b alone; an operation of our own it leaves as it is.
+opaque_product = torch.library.custom_op("tinylm::onednn_product", onednn_product, mutates_args=())
+
+
+@opaque_product.register_fake
+def _(a, b):
+    return a.new_empty(*a.shape[:-1], len(b))
+
+
+class LargeLinear(torch.autograd.Function):
+    """x @ w.T in float32 by oneDNN, which multiplies large matrices faster than MKL does. dx = d_out w,  dw = d_outᵀ x."""
+
+    @staticmethod
+    def product(a, b):
+        return opaque_product(a, b) if torch.compiler.is_compiling() else onednn_product(a, b)
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return LargeLinear.product(x, w)
+
+    @staticmethod
+    def backward(ctx, d_out):
+        x, w = ctx.saved_tensors
+        dx = LargeLinear.product(d_out, w.T)
+        x, d_out = x.flatten(0, -2), d_out.flatten(0, -2)  # (rows, d_in), (rows, d_out)
+        if len(w) <= w.shape[1]:  # oneDNN would copy d_outᵀ, the larger of the two
+            return dx, d_out.T @ x
+        return dx, LargeLinear.product(x.T, d_out.T).T.contiguous()
 
 
 def pack(w):
@@ -199,7 +246,7 @@ def pack(w):
 
     Where there is no such layout, for the device or the dtype, it is w itself.
     """
-    if w.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    if w.device.type != "cpu" or not HAS_ONEDNN:
         return w
     if w.dtype == torch.float32 or w.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return torch.ops.mkldnn._reorder_linear_weight(w, 16)  # the layout for any number of vectors but 1
