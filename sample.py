@@ -1,21 +1,20 @@
 """Write text with a trained model: python sample.py --prompt "Once upon" (python sample.py --help lists the flags)."""
 
 import codecs
-import math
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 import tinylm
-from data import bpe, cli
-from data.cli import InputError
-from train import DTYPES, choose_device, keep_freed_memory
-
+from data import bpe, cli, machine
+from data.checkpoint import load_checkpoint
+from data.cli import InputError, flag
 
 def find_checkpoint(name):
-    """The checkpoint folder that --checkpoint means: one itself, a run's latest, or that of the newest run below runs/."""
+    """The checkpoint folder that --checkpoint means: one itself, a run's latest, or that of the newest run in runs/."""
     if name:
         folder = Path(name)
         if not folder.is_dir():
@@ -23,22 +22,26 @@ def find_checkpoint(name):
         return folder / "latest" if (folder / "latest").is_dir() else folder
     latest = sorted(Path("runs").glob("*/latest/config.json"), key=lambda path: path.stat().st_mtime)
     if not latest:
-        raise InputError("there is no checkpoint below runs/ yet; train a model with python train.py, or give --checkpoint")
+        raise InputError("there is no checkpoint below runs/ yet; train a model with python train.py, or give "
+                         "--checkpoint")
     return latest[-1].parent
 
-
-def check(max_new_tokens, temperature, top_k, top_p, num_samples, dtype):
-    """Raise InputError where a flag is out of its range."""
-    for name, value, fits, expected in (
-            ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "1 or more"),
-            ("temperature", temperature, 0 <= temperature < math.inf, "0 (greedy) or more"),
-            ("top_k", top_k, top_k >= 0, "1 or more, or 0 for all tokens"),
-            ("top_p", top_p, 0 < top_p <= 1, "a number above 0, up to 1"),
-            ("num_samples", num_samples, num_samples >= 1, "1 or more"),
-            ("dtype", dtype, dtype in DTYPES, " or ".join(DTYPES))):
-        if not fits:
-            raise InputError(f"--{name}={value}: expected {expected}")
-
+@dataclass
+class Settings:
+    # What to write
+    prompt: str = flag("", "the text to continue; empty begins a new document")
+    max_new_tokens: int = flag(500, "tokens to write at most", "[1, inf)")
+    num_samples: int = flag(1, "texts to write, all at once", "[1, inf)")
+    seed: int = flag(0, "chooses among the likely tokens; the same one writes the same text")
+    # How to choose each token
+    temperature: float = flag(0.8, "above 1 bolder, below 1 safer, 0 always the likeliest", "[0, inf)")
+    top_k: int = flag(0, "draw among this many likeliest tokens; 0 among all", "[0, inf)")
+    top_p: float = flag(0.95, "and among the likeliest that together have this probability, above 0, up to 1", "(0, 1]")
+    # Which model, and where
+    checkpoint: str = flag("", "a run, or a checkpoint folder, of train.py or a Llama folder from elsewhere",
+                           stated="newest run")
+    device: str = flag("", "cpu, cuda or cuda:NUMBER", stated="cuda where there is one")
+    dtype: str = flag("float32", "what to compute in, float32 or bfloat16", choices=machine.DTYPES)
 
 class Writer:
     """Prints a text token by token, whole characters only."""
@@ -60,31 +63,14 @@ class Writer:
     def end(self):
         self.write(self.decoder.decode(b"", final=True) + "\n")
 
-
-def sample(*, prompt: str = "", checkpoint: str = "", max_new_tokens: int = 500, temperature: float = 0.8, top_k: int = 0,
-           top_p: float = 0.95, num_samples: int = 1, seed: int = 0, device: str = "", dtype: str = "float32"):
-    """Continue a prompt, and print it as it is written; it ends at <|endoftext|>, or after max_new_tokens.
-
-    What to write:
-    prompt: the text to continue; empty begins a new document
-    max_new_tokens: tokens to write at most
-    num_samples: texts to write, all at once
-    seed: chooses among the likely tokens; the same one writes the same text
-
-    How to choose each token:
-    temperature: above 1 bolder, below 1 safer, 0 always the likeliest
-    top_k: draw among this many likeliest tokens; 0 among all
-    top_p: and among the likeliest that together have this probability, above 0, up to 1
-
-    Which model, and where:
-    checkpoint: a run, or a checkpoint folder, of train.py or a Llama folder from elsewhere [newest run]
-    device: cpu, cuda or cuda:NUMBER [cuda where there is one]
-    dtype: what to compute in, float32 or bfloat16
-    """
-    check(max_new_tokens, temperature, top_k, top_p, num_samples, dtype)
-    device, folder = choose_device(device), find_checkpoint(checkpoint)
-    keep_freed_memory()
-    params, config = tinylm.load_checkpoint(folder)
+@cli.command(Settings)
+def sample(given):
+    """Continue a prompt, and print it as it is written; it ends at <|endoftext|>, or after max_new_tokens."""
+    settings = cli.complete(Settings, given)
+    device, folder = machine.choose_device(settings.device), find_checkpoint(settings.checkpoint)
+    prompt, dtype = settings.prompt, machine.DTYPES[settings.dtype]
+    machine.keep_freed_memory()
+    params, config = load_checkpoint(folder)
     tokenizer = bpe.load(folder / "tokenizer.json")
     if tokenizer.vocab_size > config.vocab_size:
         raise InputError(f"{folder}: its tokenizer has {tokenizer.vocab_size} tokens, its model {config.vocab_size}; "
@@ -95,10 +81,11 @@ def sample(*, prompt: str = "", checkpoint: str = "", max_new_tokens: int = 500,
     ids = start + bpe.encode(tokenizer, prompt).tolist()
     if not ids:
         raise InputError(f"this tokenizer has no {bpe.END_OF_TEXT} to begin from; give a --prompt")
-    params = tinylm.tree_map(lambda p: p.to(device, DTYPES[dtype] if p.ndim == 2 else None), params)
-    generator = torch.Generator(device).manual_seed(seed)
-    tokens = tinylm.generate(params, torch.tensor([ids] * num_samples, device=device), config, max_new_tokens, temperature,
-                             top_k, top_p, stop, generator, DTYPES[dtype])
+    params = tinylm.tree_map(lambda p: p.to(device), params)
+    generator = torch.Generator(device).manual_seed(settings.seed)
+    prompts = torch.tensor([ids] * settings.num_samples, device=device)
+    tokens = tinylm.generate(params, prompts, config, settings.max_new_tokens, settings.temperature, settings.top_k,
+                             settings.top_p, stop, generator, dtype)
 
     begin, rows, writer = time.perf_counter(), [], Writer(tokenizer, prompt)
     for row in tokens:  # the first text is written as it comes, the others when all are done
@@ -118,7 +105,6 @@ def sample(*, prompt: str = "", checkpoint: str = "", max_new_tokens: int = 500,
         writer.end()
     count = sum(map(len, texts))
     print(f"{count} tokens, {count / seconds:,.1f} tokens/s", file=sys.stderr)
-
 
 if __name__ == "__main__":
     cli.run(sample)

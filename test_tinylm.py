@@ -1,16 +1,22 @@
-"""The tests: every part against something independent. pytest test_tinylm.py"""
+"""The tests: every part against something independent. pytest test_tinylm.py
 
-import collections
+Run as a script it measures, beside the ready-made libraries: python test_tinylm.py NAME --help.
+"""
+
+import concurrent.futures
+import functools
 import glob
 import hashlib
 import http.server
 import inspect
+import itertools
 import json
 import math
 import multiprocessing
 import os
 import random
 import re
+import runpy
 import shutil
 import signal
 import socket
@@ -19,6 +25,7 @@ import sys
 import threading
 import time
 import tracemalloc
+import types
 from pathlib import Path
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -30,36 +37,31 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import sample
 import tinylm
 import train
-from data import bpe, cli, plot, prepare, stories
+from data import bpe, checkpoint, cli, log, machine, plot, prepare, run, stories
 
 ROOT = Path(__file__).resolve().parent
 END = bpe.END_OF_TEXT
 settings.register_profile("tinylm", deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
 settings.load_profile("tinylm")
 
-
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
-
 
 def randn(*shape, seed=0, dtype=torch.float64):
     return torch.randn(shape, generator=generator(seed + sum(shape)), dtype=dtype)
 
-
 def leaf(*shape, seed=0):
     return randn(*shape, seed=seed).requires_grad_()
 
-
 def same(actual, expected, tolerance=1e-9):
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
-
 
 def same_with_gradients(ours, theirs, *inputs, tolerance=1e-9):
     """Values and gradients of two functions agree, for a random weighting of the output."""
@@ -69,34 +71,27 @@ def same_with_gradients(ours, theirs, *inputs, tolerance=1e-9):
     for a, e in zip(torch.autograd.grad((actual * weights).sum(), inputs), torch.autograd.grad((expected * weights).sum(), inputs)):
         same(a, e, tolerance)
 
-
 leading = st.lists(st.integers(1, 3), max_size=3).map(tuple)
 
-
 # ---- Operations ----
-
 
 @given(leading, st.integers(1, 9), st.integers(1, 9))
 def test_linear(lead, d_in, d_out):
     same_with_gradients(tinylm.linear, F.linear, leaf(*lead, d_in), leaf(d_out, d_in, seed=1))
-
 
 @given(leading, st.integers(1, 9), st.integers(1, 9))
 def test_embedding(lead, vocab_size, d_model):
     tokens = torch.randint(vocab_size, lead, generator=generator())
     same_with_gradients(lambda w: tinylm.embedding(tokens, w), lambda w: F.embedding(tokens, w), leaf(vocab_size, d_model))
 
-
 @given(leading, st.integers(1, 33), st.sampled_from([1e-5, 1e-2]))
 def test_rmsnorm(lead, d, eps):
     same_with_gradients(lambda x, g: tinylm.rmsnorm(x, g, eps), lambda x, g: F.rms_norm(x, (d,), g, eps), leaf(*lead, d),
                         leaf(d, seed=1))
 
-
 def test_rmsnorm_takes_the_mean_in_float32():
     x = torch.full((4096,), 256.0, dtype=torch.bfloat16)
     same(tinylm.rmsnorm(x, torch.ones(4096), 1e-5).float(), torch.ones(4096), 1e-3)
-
 
 @given(leading, st.integers(1, 7), st.integers(1, 5))
 def test_softmax(lead, n, dim_from_end):
@@ -104,21 +99,17 @@ def test_softmax(lead, n, dim_from_end):
     dim = -min(dim_from_end, x.ndim)
     same_with_gradients(lambda x: tinylm.softmax(x, dim), lambda x: F.softmax(x, dim), x)
 
-
 def test_softmax_does_not_overflow():
     same(tinylm.softmax(torch.tensor([1e4, 1e4, -1e4])), torch.tensor([0.5, 0.5, 0.0]))
-
 
 @given(leading, st.integers(1, 9))
 def test_silu(lead, n):
     same_with_gradients(tinylm.silu, F.silu, leaf(*lead, n))
 
-
 @given(leading, st.integers(1, 9), st.integers(1, 9))
 def test_swiglu(lead, d, d_ff):
     same_with_gradients(tinylm.swiglu, lambda x, gate, up, down: F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down),
                         leaf(*lead, d), leaf(d_ff, d, seed=1), leaf(d_ff, d, seed=2), leaf(d, d_ff, seed=3))
-
 
 @given(leading, st.integers(1, 3), st.integers(1, 3), st.integers(1, 9), st.integers(0, 5), st.integers(1, 5))
 def test_attention(lead, kv_heads, group, T, before, D):
@@ -127,38 +118,13 @@ def test_attention(lead, kv_heads, group, T, before, D):
     theirs = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
     same_with_gradients(tinylm.attention, theirs, q, k, v)
 
-
 @given(st.integers(1, 3), st.integers(1, 2), st.integers(2, 40), st.integers(0, 9), st.integers(1, 7), st.integers(1, 2000))
 def test_tiles_of_attention_make_the_whole(lead, group, T, before, block, tile):
     q, k, v = leaf(lead, 2 * group, T, 4), leaf(lead, 2, before + T, 4, seed=1), leaf(lead, 2, before + T, 4, seed=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tinylm, "TILE_QUERIES", block)
         patch.setattr(tinylm, "TILE_SCORES", {"cpu": tile})
-        same_with_gradients(tinylm.attention, tinylm.plain_attention, q, k, v)
-
-
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
-def test_fast_forms_are_their_plain_forms(dtype, tolerance):
-    """In the types that training uses."""
-    def compare(fast, plain, *inputs):
-        inputs = [x.to(dtype).requires_grad_() for x in inputs]
-        a, b = fast(*inputs), plain(*inputs)
-        assert a.dtype == b.dtype and (a - b).norm() <= tolerance * b.norm()
-        for x, y in zip(torch.autograd.grad(a.sum(), inputs), torch.autograd.grad(b.sum(), inputs)):
-            assert x.dtype == y.dtype and (x - y).norm() <= tolerance * y.norm()
-
-    q, k, v = randn(2, 4, 300, 16), randn(2, 2, 300, 16, seed=1), randn(2, 2, 300, 16, seed=2)
-    cos, sin = tinylm.rope_angles(torch.arange(300), 16, 1e4)
-    targets = torch.randint(500, (40,), generator=generator())
-    compare(tinylm.attention, tinylm.plain_attention, q, k, v)
-    compare(tinylm.attention, tinylm.plain_attention, q[:, :, :1], k, v)
-    compare(lambda x: tinylm.rope(x, cos, sin), lambda x: tinylm.plain_rope(x, cos, sin), q)
-    compare(lambda x: tinylm.rope(x.mT, cos, sin), lambda x: tinylm.plain_rope(x.mT, cos, sin), q.mT)
-    compare(lambda x, gain: tinylm.rmsnorm(x, gain.float(), 1e-5), lambda x, gain: tinylm.plain_rmsnorm(x, gain.float(), 1e-5),
-            q, randn(16, seed=3))
-    compare(tinylm.GatedSiLU.apply, lambda gate, up: tinylm.silu(gate) * up, q, q.flip(-1))
-    compare(lambda x: tinylm.token_losses(x, targets), lambda x: tinylm.plain_token_losses(x, targets), randn(40, 500) * 5)
-
+        same_with_gradients(tinylm.attention, tinylm.attention.definition, q, k, v)
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.01)])
 @pytest.mark.parametrize("lead", [(), (1, 1), (3, 2), (16, 1), (32,), (33,), (5, 50)])
@@ -175,7 +141,6 @@ def test_linear_of_few_vectors(lead, d_out, dtype, tolerance):
         assert (actual - expected).norm() <= tolerance * expected.norm()
     assert torch.backends.mkldnn.enabled
 
-
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("d_in, d_out", [(64, 4000), (4000, 64)])
 def test_linear_of_large_matrices(d_in, d_out, compiled):
@@ -189,7 +154,6 @@ def test_linear_of_large_matrices(d_in, d_out, compiled):
     for a, e in zip(actual, (y, *torch.autograd.grad(y, (x, w), upstream.double()))):
         assert a.shape == e.shape and a.is_contiguous() and (a - e).norm() <= 1e-5 * e.norm()
     assert all(map(torch.equal, actual[1:], again))
-
 
 def test_kernels_of_attention_compute_plain_attention():
     """In Triton's interpreter, which has no bfloat16; values and gradients, eager and as operations of compiled code."""
@@ -206,7 +170,7 @@ def test_kernels_of_attention_compute_plain_attention():
                 results = []
                 torch._dynamo.reset()  # it compiles a function only so often
                 compiled = torch.compile(tinylm.attention, backend="aot_eager", fullgraph=True)
-                for form in (tinylm.plain_attention, tinylm.attention, compiled):
+                for form in (tinylm.attention.definition, tinylm.attention, compiled):
                     out = form(q, k, v)
                     results.append((out, *torch.autograd.grad((out * weights).sum(), (q, k, v))))
                 for expected, *actual in zip(*results):
@@ -218,33 +182,31 @@ def test_kernels_of_attention_compute_plain_attention():
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
-
 @pytest.mark.parametrize("capability", [80, 86, 90])
 def test_kernels_of_attention_compile_for_gpus(capability):
     """To machine code, which needs no GPU, within the shared memory of a block."""
     pytest.importorskip("triton")
+    import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     available = {80: 163, 86: 99, 90: 227}[capability] << 10
     types = {"log_sum": "*fp32", "row_sum": "*fp32", "scale": "fp32"} | dict.fromkeys(("R", "S", "before", "group"), "i32")
-    for kernel, (rows, keys, num_warps) in tinylm.KERNEL_BLOCKS.items():
-        kernel = getattr(tinylm, kernel)
+    for name, (rows, keys, num_warps) in tinylm.KERNEL_BLOCKS.items():
+        kernel = tinylm.attention_kernels()[name]
         constants = {"D": 128, "WIDTH": 128, "ROWS": rows, "KEYS": keys}
         signature = {name: "constexpr" if name in constants else types.get(name, "*bf16") for name in kernel.arg_names}
         source = ASTSource(kernel, signature, {(kernel.arg_names.index(name),): value for name, value in constants.items()})
-        built = tinylm.triton.compile(source, GPUTarget("cuda", capability, 32), {"num_warps": num_warps})
+        built = triton.compile(source, GPUTarget("cuda", capability, 32), {"num_warps": num_warps})
         assert built.asm["cubin"] and built.metadata.shared <= available
-
 
 def test_attention_gradcheck():
     assert torch.autograd.gradcheck(tinylm.attention, (leaf(2, 4, 3, 2), leaf(2, 2, 5, 2, seed=1), leaf(2, 2, 5, 2, seed=2)))
-
 
 @given(leading, st.integers(1, 6), st.integers(1, 4), st.integers(0, 1000))
 def test_rope_is_a_rotation_by_the_position(lead, T, half, start):
     """As complex numbers, each pair is multiplied by exp(i · position · theta^(-2i/D))."""
     x = leaf(*lead, T, 2 * half)
-    cos, sin = tinylm.rope_angles(torch.arange(start, start + T), 2 * half, 100.0)
+    cos, sin = (table[start:] for table in tinylm.rope_angles(start + T, 2 * half, 100.0, "cpu"))
     angles = torch.arange(start, start + T).double()[:, None] * 100.0 ** (-torch.arange(half).double() / half)
 
     def theirs(x):
@@ -252,7 +214,6 @@ def test_rope_is_a_rotation_by_the_position(lead, T, half, start):
         return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
 
     same_with_gradients(lambda x: tinylm.rope(x, cos, sin), theirs, x, tolerance=2e-3 if start > 100 else 1e-4)
-
 
 @given(leading, st.integers(1, 30))
 def test_cross_entropy(lead, vocab_size):
@@ -262,27 +223,22 @@ def test_cross_entropy(lead, vocab_size):
     same(tinylm.token_losses(randn(*lead, vocab_size), targets),
          F.cross_entropy(randn(*lead, vocab_size).view(-1, vocab_size), targets.view(-1), reduction="none").view(lead))
 
-
 def test_cross_entropy_of_large_logits():
     logits = torch.tensor([[1e4, -1e4, 0.0]])
     same(tinylm.cross_entropy(logits, torch.tensor([2])), torch.tensor(1e4))
 
-
 # ---- Learning ----
-
 
 def random_tree(seed=0):
     return {"a": randn(4, 3, seed=seed), "b": {"c": randn(5, seed=seed + 1), "d": {"e": randn(2, 6, seed=seed + 2)}}}
-
 
 def test_trees():
     tree = random_tree()
     paths, leaves = zip(*tinylm.tree_leaves(tree))
     assert paths == ("a", "b.c", "b.d.e")
-    again = tinylm.tree_build(paths, leaves)
+    again = tinylm.tree_build(zip(paths, leaves))
     same(again, tree)
     same(tinylm.tree_map(torch.add, tree, tree), tinylm.tree_map(lambda x: 2 * x, tree))
-
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
 def test_adamw_over_50_steps(weight_decay):
@@ -304,7 +260,6 @@ def test_adamw_over_50_steps(weight_decay):
     same([t for _, t in tinylm.tree_leaves(params)], [t.detach() for t in theirs], 1e-5)
     same(tree, copy, 0)
 
-
 @given(st.integers(1, 40), st.integers(1, 40), st.floats(1e-3, 1e3))
 def test_orthogonalize_keeps_directions_and_evens_out_singular_values(m, n, size):
     """The singular vectors stay, singular values that were not tiny come near 1; each matrix is on its own."""
@@ -315,7 +270,6 @@ def test_orthogonalize_keeps_directions_and_evens_out_singular_values(m, n, size
         new = core.diagonal()[values > 0.02 * values.norm()]
         assert (new > 0.3).all() and (new < 1.3).all()
         same(core, torch.diag(core.diagonal()), 1e-6)
-
 
 def test_muon_is_that_of_torch():
     """PyTorch's Muon for the matrices of the blocks, its AdamW for the rest, over 20 steps."""
@@ -340,14 +294,12 @@ def test_muon_is_that_of_torch():
         # PyTorch orthogonalises in bfloat16.
         assert (p - theirs[path]).norm() < (0.03 if path.startswith("blocks.") else 1e-5) * (p - initial[path]).norm()
 
-
 def test_remat_changes_nothing():
     config = small_config()
     params, tokens = tinylm.init_params(config, generator()), random_tokens(config, 2, 21)
     results = [tinylm.value_and_grad(tinylm.loss_fn, params, tokens[:, :-1], tokens[:, 1:], config, torch.float32, remat)
                for remat in (False, True)]
     same(results[0], results[1], 0)
-
 
 @given(st.floats(1e-3, 100))
 def test_clip_gradients(max_norm):
@@ -360,7 +312,6 @@ def test_clip_gradients(max_norm):
     same(norm.double(), expected, 1e-5)
     same([t for _, t in tinylm.tree_leaves(clipped)], [t.grad for t in theirs], 1e-5)
 
-
 def test_cosine_lr():
     lr = lambda step: tinylm.cosine_lr(step, 1.0, 0.1, 10, 110)
     assert [lr(0), lr(9), lr(10)] == pytest.approx([0.1, 1.0, 1.0])
@@ -372,11 +323,9 @@ def test_cosine_lr():
         optimizer.step()
         schedule.step()
 
-
 @given(st.integers(1, 300), st.integers(0, 2**64 - 1))
-def test_permute_visits_everything_once(length, key):
-    assert sorted(tinylm.permute(np.arange(length), length, key).tolist()) == list(range(length))
-
+def test_shuffled_index_visits_everything_once(length, key):
+    assert sorted(tinylm.shuffled_index(np.arange(length), length, key).tolist()) == list(range(length))
 
 @given(st.integers(10, 400), st.integers(1, 9), st.integers(1, 7), st.integers(0, 2**62))
 def test_get_batch(num_tokens, context_length, batch_size, seed):
@@ -396,39 +345,32 @@ def test_get_batch(num_tokens, context_length, batch_size, seed):
     parts = [tinylm.get_batch(tokens, batch_size, context_length, seed, 3, rank, 2) for rank in range(2)]
     same(torch.cat([part[0] for part in parts]), whole[0])
 
-
 @given(st.integers(2, 200), st.integers(1, 9), st.integers(1, 5))
 def test_eval_batches_cover_each_token_once(num_tokens, context_length, batch_size):
     targets = []
-    for inputs, following, real in tinylm.eval_batches(np.arange(num_tokens), batch_size, context_length):
+    for inputs, following, real in train.eval_batches(np.arange(num_tokens), batch_size, context_length):
         assert inputs.shape == following.shape == (batch_size, context_length)
         targets += following.flatten()[:real].tolist()
         same(inputs.flatten()[:real] + 1, following.flatten()[:real])
     assert targets == list(range(1, num_tokens))
 
-
 # ---- Model ----
 
 SIZES = [dict(), dict(tie_embeddings=True), dict(num_heads=4, num_kv_heads=2), dict(num_heads=4, num_kv_heads=1, d_ff=40)]
 
-
 def small_config(**changes):
     return tinylm.Config(**dict(vocab_size=300, context_length=32, d_model=32, num_layers=2, num_heads=4) | changes)
-
 
 def random_params(config, seed=0):
     """Parameters far enough from the start that every part of the model matters, gains included."""
     noise = generator(seed + 1)
     return tinylm.tree_map(lambda p: p + 0.2 * torch.randn(p.shape, generator=noise), tinylm.init_params(config, generator(seed)))
 
-
 def random_tokens(config, *shape, seed=0):
     return torch.randint(config.vocab_size, shape, generator=generator(seed))
 
-
 def hf_model(folder, **options):
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
-
 
 @pytest.fixture(scope="module")
 def tokenizer_file(tmp_path_factory):
@@ -437,12 +379,11 @@ def tokenizer_file(tmp_path_factory):
     bpe.save(bpe.train([folder / "text.txt"], 300), folder / "tokenizer.json")
     return folder / "tokenizer.json"
 
-
 @pytest.mark.parametrize("sizes", SIZES)
 def test_model_is_transformers_llama(sizes, tmp_path, tokenizer_file, caplog):
     config = small_config(**sizes)
     params = random_params(config)
-    tinylm.save_checkpoint(tmp_path / "model", params, config, tokenizer_file, (END, 256))
+    checkpoint.save_checkpoint(tmp_path / "model", params, config, tokenizer_file, (END, 256))
     model, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
     assert not any(report.values()), report
     tokens = random_tokens(config, 3, 20)
@@ -457,7 +398,6 @@ def test_model_is_transformers_llama(sizes, tmp_path, tokenizer_file, caplog):
     assert theirs(text).input_ids == bpe.encode(bpe.load(tokenizer_file), text).tolist()
     assert theirs.eos_token == END
 
-
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("d_model, vocab_size", [(64, 257), (128, 2048), (512, 10000), (768, 50304)])
 def test_first_loss_is_that_of_a_uniform_guess(tied, d_model, vocab_size):
@@ -466,19 +406,17 @@ def test_first_loss_is_that_of_a_uniform_guess(tied, d_model, vocab_size):
     assert tinylm.loss_fn(params, tokens[:, :-1], tokens[:, 1:], config).item() == pytest.approx(math.log(vocab_size), abs=0.1)
     assert sum(p.numel() for _, p in tinylm.tree_leaves(params)) == tinylm.num_params(config)
 
-
 @pytest.mark.parametrize("sizes", SIZES)
 def test_cache_gives_the_same_logits(sizes):
     config = small_config(**sizes)
     params, tokens = random_params(config), random_tokens(config, 2, 24)
     whole = tinylm.forward(params, tokens, config)
-    cache, pieces, start = tinylm.init_cache(config, 2, 32), [], 0
+    cache, pieces, start = tinylm.init_cache(config, 2, 32, torch.float32, "cpu"), [], 0
     for size in (7, 1, 1, 10, 5):
         logits, cache = tinylm.forward(params, tokens[:, start:start + size], config, cache=cache)
         pieces.append(logits)
         start += size
     same(torch.cat(pieces, 1), whole, 1e-5)
-
 
 def test_bfloat16_is_close_to_float32():
     config = small_config()
@@ -489,7 +427,6 @@ def test_bfloat16_is_close_to_float32():
     assert half.dtype == torch.float32 and half.item() == pytest.approx(loss.item(), rel=1e-2)
     for (_, g), (path, h) in zip(tinylm.tree_leaves(grads), tinylm.tree_leaves(half_grads)):
         assert h.dtype == torch.float32 and (g - h).norm() < 0.05 * g.norm(), path
-
 
 @given(st.integers(0, 5), st.floats(0.1, 3), st.integers(0, 12), st.floats(0.01, 1))
 def test_sample_token_draws_from_the_nucleus(seed, temperature, top_k, top_p):
@@ -507,7 +444,6 @@ def test_sample_token_draws_from_the_nucleus(seed, temperature, top_k, top_p):
     expected[kept] = p[kept] / p[kept].sum()
     assert (drawn.double() - expected).abs().max() < 0.05
 
-
 def test_sample_token_draws_from_a_large_vocabulary():
     """The nucleus of a flat distribution and of a peaked one, of each row its own."""
     logits = torch.stack((randn(5000) * 0.1, randn(5000, seed=1) * 4)).float()
@@ -517,7 +453,6 @@ def test_sample_token_draws_from_a_large_vocabulary():
         nucleus = best.indices[:1 + (best.values.cumsum(0) < 0.5).sum()]
         assert torch.isin(row, nucleus).all() and (p[row].log().mean() - (p[nucleus] / p[nucleus].sum() * p[nucleus].log()).sum()).abs() < 0.3
 
-
 @pytest.mark.parametrize("tied", [False, True])
 def test_generate_many_rows_is_generate_each(tied):
     config = small_config(vocab_size=2048, d_model=64, tie_embeddings=tied)  # matrices large enough to be read in other ways for few rows
@@ -526,17 +461,16 @@ def test_generate_many_rows_is_generate_each(tied):
                                   for part in prompt.split(size)]) for size in (17, 1))
     assert together.equal(alone)
 
-
 @pytest.mark.parametrize("rows", [1, 3, 17])
 def test_decoding_in_bfloat16_is_near_float32(rows):
     """Token by token, from a cache in float32 as on a CPU; as near as one pass in bfloat16 over the whole is."""
     config = small_config(vocab_size=2048, d_model=64)
     params, tokens = random_params(config), random_tokens(config, rows, 12)
-    exact, cache = tinylm.forward(params, tokens, config), tinylm.init_cache(config, rows, 12)
+    exact, cache = tinylm.forward(params, tokens, config), tinylm.init_cache(config, rows, 12, torch.bfloat16, "cpu")
     with torch.inference_mode():
         at_once = tinylm.forward(params, tokens, config, torch.bfloat16)
         if rows > 1:
-            params = tinylm.pack_params(params, torch.bfloat16)
+            params = tinylm.weights_for_writing(params, torch.bfloat16, rows)
         parts = []
         for part in tokens.split((5, 2, 1, 1, 1, 1, 1), 1):
             logits, cache = tinylm.forward(params, part, config, torch.bfloat16, cache)
@@ -545,14 +479,12 @@ def test_decoding_in_bfloat16_is_near_float32(rows):
     assert parts.dtype == torch.bfloat16
     assert (parts - exact).norm() < 1.5 * (at_once - exact).norm() < 0.05 * exact.norm()
 
-
 def test_generate_in_float64():
     config = small_config()
     params, tokens = tinylm.tree_map(torch.Tensor.double, random_params(config)), random_tokens(config, 2, 5)
     for token in tinylm.generate(params, tokens, config, 9, temperature=0, dtype=torch.float64):
         assert tinylm.forward(params, tokens, config, torch.float64)[:, -1].argmax(-1).equal(token)
         tokens = torch.cat((tokens, token[:, None]), 1)
-
 
 def test_generate_slides_and_stops():
     """Beyond the context the older half goes: the next token is that of a fresh pass over the newer half."""
@@ -569,30 +501,188 @@ def test_generate_slides_and_stops():
     row = torch.stack(list(tinylm.generate(params, prompt[:1], config, 20, temperature=0, stop_token=stop)), 1)[0].tolist()
     assert row == tokens[0, 5:5 + len(row)].tolist() and row.index(stop) == len(row) - 1
 
-
 @pytest.mark.parametrize("changes", [dict(d_model=30), dict(d_model=12), dict(num_kv_heads=3), dict(vocab_size=0),
                                      dict(num_layers=-1), dict(d_model=2.5), dict(rope_theta=0.0), dict(norm_eps=math.nan)])
 def test_config_refuses_what_cannot_be(changes):
-    with pytest.raises(tinylm.InputError):
+    with pytest.raises(ValueError):
         small_config(**changes)
 
+# ---- Forms: each computes its operation's definition ----
+
+def tree_of(*shapes, dtype=torch.float32, seed=0):
+    return {f"w{i}": randn(*shape, seed=seed + i).to(dtype) for i, shape in enumerate(shapes)}
+
+def attention_example(dtype, lead, kv_heads, group, T, S, D):
+    return randn(*lead, kv_heads * group, T, D).to(dtype), *(randn(*lead, kv_heads, S, D, seed=i).to(dtype) for i in (1, 2))
+
+def adamw_example(step):
+    v = tinylm.tree_map(torch.square, tree_of((3, 4), (5,), seed=7))
+    state = {"step": torch.tensor(step), "m": tree_of((3, 4), (5,), seed=5), "v": v}
+    return tree_of((3, 4), (5,)), tree_of((3, 4), (5,), seed=3), state, torch.tensor(0.01), 0.8, 0.95, 1e-6, 0.1
+
+# Of each operation that has forms: arguments of several shapes, made of a dtype. The sizes reach the ways inside a form.
+EXAMPLES = {
+    "linear": lambda dtype: [(randn(*lead, d_in).to(dtype), randn(d_out, d_in, seed=1).to(dtype)) for lead, d_in, d_out in (
+        ((3, 5), 8, 6), ((1, 1), 64, 1100), ((2, 3), 64, 1100), ((40,), 64, 1100), ((2, 1100), 64, 4000))],
+    "linears": lambda dtype: [(randn(2, 5, 8).to(dtype), *tree_of((6, 8), (3, 8), (3, 8), dtype=dtype).values())],
+    "embedding": lambda dtype: [(random_tokens(small_config(), *shape), randn(300, 8).to(dtype)) for shape in ((), (7,), (2, 9))],
+    "rmsnorm": lambda dtype: [(randn(*shape).to(dtype), tinylm.at_least_float32(randn(shape[-1]).to(dtype)), 1e-5)
+                              for shape in ((16,), (3, 16), (2, 5, 33))],
+    "rope_angles": lambda dtype: [(30, 16, 1e4, "cpu"), (7, 2, 100.0, "cpu")],
+    "rope": lambda dtype: [(x.to(dtype), *tinylm.rope_angles.definition(9, 16, 1e4, "cpu"))
+                           for x in (randn(9, 16), randn(2, 3, 9, 16), randn(2, 9, 3, 16).transpose(1, 2), randn(2, 16, 9).mT)],
+    "attention": lambda dtype: [attention_example(dtype, *sizes) for sizes in (
+        ((2,), 2, 1, 9, 9, 8), ((), 1, 3, 5, 12, 4), ((2,), 2, 2, 1, 7, 8), ((1, 2), 2, 2, 200, 200, 16), ((3,), 1, 1, 130, 300, 6))],
+    "gated_silu": lambda dtype: [(randn(*shape).to(dtype), randn(*shape, seed=1).to(dtype)) for shape in ((7,), (2, 3, 5))],
+    "token_losses": lambda dtype: [((randn(*shape, V) * 5).to(dtype), torch.randint(V, shape, generator=generator()))
+                                   for shape, V in (((), 3), ((5,), 300), ((2, 3), 50))],
+    "init_cache": lambda dtype: [(small_config(), 2, 5, dtype, "cpu")],
+    "global_norm": lambda dtype: [(tree_of((3, 4), (5,), dtype=dtype),)],
+    "clip_gradients": lambda dtype: [(tree_of((3, 4), (5,)), max_norm) for max_norm in (0.1, 100.0)],
+    "adamw_update": lambda dtype: [adamw_example(step) for step in (0, 1000)],
+    "orthogonalize": lambda dtype: [(randn(*shape).float(),) for shape in ((2, 8, 5), (1, 5, 8), (3, 6, 6))],
+    "orthogonalize_all": lambda dtype: [(tree_of((8, 5), (5, 8), (8, 5)),)],
+    "nucleus_floor": lambda dtype: [(F.softmax(randn(3, V).float() * 3, -1), top_p) for V in (5, 400) for top_p in (0.1, 0.95)],
+    "weights_for_writing": lambda dtype: [(random_params(small_config()), dtype, num_texts) for num_texts in (1, 8)],
+}
+DIFFERENTIABLE = {"linear", "linears", "embedding", "rmsnorm", "rope", "attention", "gated_silu", "token_losses"}
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 0.03}  # of an error beside the norm
+
+def is_floating(x):
+    return isinstance(x, torch.Tensor) and x.is_floating_point()
+
+def tensors_in(value):
+    """All tensors in a value of tuples and dicts, in order; packed and split ones as plain ones."""
+    if isinstance(value, torch.Tensor):
+        return [value.to_local() if tinylm.is_split(value) else value.to_dense() if value.is_mkldnn else value]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
+    return [tensor for part in parts for tensor in tensors_in(part)]
+
+def results(function, arguments, differentiable):
+    """The tensors that a function returns and, where asked, its gradients for a random weighting."""
+    if not differentiable:
+        with torch.no_grad():
+            return tensors_in(function(*arguments))
+    arguments = [x.detach().requires_grad_() if is_floating(x) else x for x in arguments]
+    out = tensors_in(function(*arguments))
+    weighted = sum((x * randn(*x.shape, seed=7 + i).to(x.dtype)).sum() for i, x in enumerate(out))
+    return out + tensors_in(torch.autograd.grad(weighted, list(filter(is_floating, arguments))))
+
+def in_a_room(room, operation, arguments, monkeypatch, mesh):
+    """(The form that serves there, arguments as they are there), or (None, …)."""
+    asked = arguments
+    with monkeypatch.context() as patch:
+        if room == "compiled":
+            patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        if room == "ranks":
+            asked = arguments = [tinylm.shard(x, mesh) if isinstance(x, dict) or i == 1 and is_floating(x) else x
+                                 for i, x in enumerate(arguments)]
+        if room == "GPU":  # what conditions ask, as a tensor there would answer
+            asked = [types.SimpleNamespace(is_cuda=True, is_cpu=False, ndim=x.ndim) if is_floating(x) else x for x in arguments]
+        return next((form for fits, form in operation.forms if fits(*asked)), None), arguments
+
+@pytest.fixture
+def mesh_of_one():
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield torch.distributed.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+@pytest.mark.parametrize("name", [name for name, operation in tinylm.OPERATIONS.items() if operation.forms])
+def test_every_form_computes_its_definition(name, monkeypatch, mesh_of_one):
+    """Values and gradients, in every room: on a CPU, compiled, over ranks, and as on a GPU. No form is left out."""
+    operation, differentiable, reached = tinylm.OPERATIONS[name], name in DIFFERENTIABLE, set()
+    monkeypatch.setattr(tinylm, "has_kernels", lambda q: False)  # they have a test of their own
+    for dtype, room in [(dtype, "CPU") for dtype in TOLERANCES] + [(torch.float32, room) for room in ("compiled", "ranks", "GPU")]:
+        for example in EXAMPLES[name](dtype):
+            form, arguments = in_a_room(room, operation, example, monkeypatch, mesh_of_one)
+            if form is None or room == "ranks" and not form.__name__.endswith("over_ranks"):
+                continue
+            reached.add(form)
+            torch._dynamo.reset()
+            run_form = torch.compile(form, backend="aot_eager", fullgraph=True) if room == "compiled" else form
+            expected = results(operation.definition, example, differentiable)
+            for a, e in zip(results(run_form, arguments, differentiable), expected, strict=True):
+                assert a.shape == e.shape and (a.dtype == e.dtype or name == "init_cache")
+                tolerance = max(TOLERANCES[dtype], TOLERANCES.get(e.dtype, 0))
+                if form is tinylm.orthogonalize_on_cuda:  # it computes in bfloat16
+                    tolerance = 0.1
+                assert (a.double() - e.double()).norm() <= tolerance * e.double().norm(), (form.__name__, room, dtype, e.shape)
+    assert reached == {form for _, form in operation.forms}, "a form that no example reaches"
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_model_with_forms_and_without(dtype, compiled):
+    config = small_config(context_length=160, num_kv_heads=2)
+    params, tokens = random_params(config), random_tokens(config, 2, 161)
+    torch._dynamo.reset()
+    loss_fn = torch.compile(tinylm.loss_fn, backend="aot_eager", fullgraph=True) if compiled else tinylm.loss_fn
+    args = params, tokens[:, :-1], tokens[:, 1:], config, dtype
+    loss, grads = tinylm.value_and_grad(loss_fn, *args)
+    written = torch.stack(list(tinylm.generate(params, tokens[:, :5], config, 20, temperature=0)))
+    with tinylm.definitions_alone():
+        assert not any(operation.forms for operation in tinylm.OPERATIONS.values())
+        plain_loss, plain_grads = tinylm.value_and_grad(tinylm.loss_fn, *args)
+        assert torch.stack(list(tinylm.generate(params, tokens[:, :5], config, 20, temperature=0))).equal(written)
+    assert all(tinylm.OPERATIONS[name].forms for name in EXAMPLES)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    assert loss.item() == pytest.approx(plain_loss.item(), rel=tolerance)
+    for (path, g), (_, plain) in zip(tinylm.tree_leaves(grads), tinylm.tree_leaves(plain_grads)):
+        assert (g - plain).norm() <= tolerance * plain.norm(), path
+
+def test_part_one_is_a_whole_program():
+    """Executed alone it trains, to the losses of all three parts, and writes the same text; and it is short and plain."""
+    source = (ROOT / "tinylm.py").read_text(encoding="utf-8")
+    headings = ["# ==== I. The language model ====", "# ==== II. Faster ====", "# ==== III. Split over ranks ===="]
+    assert re.findall(r"^# ====.*$", source, re.M) == headings
+    part_one = source[:source.index(headings[1])]
+    assert part_one.count("\n") <= 500
+    assert not re.search(r"is_cuda|is_cpu|device\.type|is_compiling|mkldnn|triton|DTensor|custom_op|autograd\.Function|backends", part_one)
+    alone = types.ModuleType("alone")
+    exec(part_one, vars(alone))
+    assert not any(operation.forms for operation in alone.OPERATIONS.values())
+    ids = np.frombuffer("".join(stories.story(0, i) for i in range(20)).encode(), np.uint8)
+
+    def train_and_write(module):
+        config = module.Config(vocab_size=256, context_length=48, d_model=32, num_layers=2, num_heads=4, num_kv_heads=2)
+        params, losses = module.init_params(config, generator()), []
+        state = module.adamw_init(params)
+        for step in range(20):
+            inputs, targets = module.get_batch(ids, 4, 48, 0, step)
+            loss, grads = module.value_and_grad(module.loss_fn, params, inputs, targets, config)
+            grads, _ = module.clip_gradients(grads, 1.0)
+            params, state = module.adamw_update(params, grads, state, module.cosine_lr(step, 4e-3, 4e-5, 2, 20))
+            losses.append(loss.item())
+        tokens = module.generate(params, inputs[:2, :9], config, 60, temperature=0)
+        return losses, torch.stack(list(tokens)).tolist()
+
+    (losses, text), (expected_losses, expected_text) = train_and_write(alone), train_and_write(tinylm)
+    assert losses == pytest.approx(expected_losses, abs=1e-5) and losses[-1] < losses[0] - 1
+    assert text == expected_text
+
+def test_what_is_imported():
+    """torch only where it computes, and DTensor and Triton only where they are used."""
+    loaded = lambda code, names: subprocess.run(
+        [sys.executable, "-c", f"import sys; {code}; print([name for name in {names} if name in sys.modules])"], cwd=ROOT,
+        capture_output=True, text=True, check=True).stdout.strip()
+    assert loaded("from data import bpe, cli, prepare, stories", ["torch", "fire", "wandb"]) == "[]"
+    assert loaded("import tinylm", ["torch.distributed.tensor", "triton", "fire", "wandb", "data"]) == "[]"
+    assert loaded("import sample", ["train", "fire", "wandb", "triton"]) == "[]"
 
 # ---- Checkpoints ----
 
-
 @given(st.dictionaries(st.text(min_size=1, max_size=8).filter(lambda s: s != "__metadata__" and s.isprintable()),
-                       st.tuples(st.sampled_from(list(tinylm.SAFETENSORS_DTYPES.values())), st.lists(st.integers(0, 4), max_size=3)),
+                       st.tuples(st.sampled_from(list(checkpoint.SAFETENSORS_DTYPES.values())), st.lists(st.integers(0, 4), max_size=3)),
                        max_size=4))
 def test_safetensors_files_are_those_of_the_library(tmp_path_factory, kinds):
     folder = tmp_path_factory.mktemp("safetensors")
     tensors = {name: (randn(*shape) * 9).to(dtype) for name, (dtype, shape) in kinds.items()}
-    tinylm.write_safetensors(folder / "ours", tensors)
+    checkpoint.write_safetensors(folder / "ours", tensors)
     save_file(tensors, folder / "theirs")
-    for read in (load_file(folder / "ours"), tinylm.read_safetensors(folder / "theirs"), tinylm.read_safetensors(folder / "ours")):
+    for read in (load_file(folder / "ours"), checkpoint.read_safetensors(folder / "theirs"), checkpoint.read_safetensors(folder / "ours")):
         assert read.keys() == tensors.keys()
         for name, tensor in tensors.items():
             assert read[name].dtype == tensor.dtype and torch.equal(read[name], tensor)
-
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tied, shard", [(False, "1GB"), (True, "1GB"), (False, "40KB")])
@@ -602,89 +692,57 @@ def test_llama_folders_of_transformers_open(tmp_path, dtype, tied, shard):
     model = transformers.LlamaForCausalLM(llama).to(dtype)
     model.save_pretrained(tmp_path, max_shard_size=shard)
     assert (len(glob.glob(f"{tmp_path}/*.safetensors")) > 1) == (shard == "40KB")
-    params, config = tinylm.load_checkpoint(tmp_path)
+    params, config = checkpoint.load_checkpoint(tmp_path)
     tokens = random_tokens(config, 2, 20)
     with torch.no_grad():
         same(tinylm.forward(params, tokens, config), model.float()(tokens).logits, 1e-4)
 
-
 def test_old_and_new_ways_to_say_rope_theta(tmp_path, tokenizer_file):
     config = small_config()
-    tinylm.save_checkpoint(tmp_path / "m", tinylm.init_params(config, generator()), config, tokenizer_file, (END, 256))
+    checkpoint.save_checkpoint(tmp_path / "m", tinylm.init_params(config, generator()), config, tokenizer_file, (END, 256))
     description = json.loads((tmp_path / "m/config.json").read_text())
     del description["rope_theta"]
     for change, theta in (({"rope_theta": 500.0}, 500.0), ({"rope_parameters": {"rope_theta": 600.0, "rope_type": "default"}}, 600.0),
                           ({}, 10000.0), ({"rope_theta": 500.0, "rope_scaling": None}, 500.0)):
         (tmp_path / "m/config.json").write_text(json.dumps(description | change))
-        assert tinylm.load_checkpoint(tmp_path / "m")[1].rope_theta == theta
-
+        assert checkpoint.load_checkpoint(tmp_path / "m")[1].rope_theta == theta
 
 @pytest.mark.parametrize("change", [{"attention_bias": True}, {"hidden_act": "gelu"}, {"model_type": "gpt2"}, {"head_dim": 64},
                                     {"rope_parameters": {"rope_type": "yarn"}}, {"rope_scaling": {"type": "linear"}}, {"hidden_size": "x"}])
 def test_other_models_are_refused_by_name(tmp_path, tokenizer_file, change):
     config = small_config()
-    tinylm.save_checkpoint(tmp_path / "m", tinylm.init_params(config, generator()), config, tokenizer_file, (END, 256))
+    checkpoint.save_checkpoint(tmp_path / "m", tinylm.init_params(config, generator()), config, tokenizer_file, (END, 256))
     description = json.loads((tmp_path / "m/config.json").read_text()) | change
     (tmp_path / "m/config.json").write_text(json.dumps(description))
     named = {"rope_parameters": "rope_type", "hidden_size": "d_model"}
-    with pytest.raises(tinylm.InputError, match=named.get(*[next(iter(change))] * 2)):
-        tinylm.load_checkpoint(tmp_path / "m")
-
+    with pytest.raises(cli.InputError, match=named.get(*[next(iter(change))] * 2)):
+        checkpoint.load_checkpoint(tmp_path / "m")
 
 @pytest.mark.parametrize("number", [math.nan, math.inf])
 def test_numbers_that_are_none_are_refused(tmp_path, tokenizer_file, number):
     config = small_config()
     params = tinylm.init_params(config, generator())
     params["blocks"]["1"]["attention"]["wq"][3, 5] = number
-    tinylm.save_checkpoint(tmp_path / "m", params, config, tokenizer_file, (END, 256))
-    with pytest.raises(tinylm.InputError, match="layers.1.self_attn.q_proj.weight has numbers that are not finite"):
-        tinylm.load_checkpoint(tmp_path / "m")
-
+    checkpoint.save_checkpoint(tmp_path / "m", params, config, tokenizer_file, (END, 256))
+    with pytest.raises(cli.InputError, match="layers.1.self_attn.q_proj.weight has numbers that are not finite"):
+        checkpoint.load_checkpoint(tmp_path / "m")
 
 # ---- Tokenizer ----
 
-
-def naive_words(text, special_tokens):
-    """The definition: cut at special tokens, then at the split pattern, by the regex module."""
+def words_by_regex(text, special_tokens):
+    """What `plain_split` gives, by the regex module: cut at special tokens, then at the split pattern."""
     import regex
-    parts = regex.split("(" + "|".join(map(regex.escape, special_tokens)) + ")", text) if special_tokens else [text]
-    return [word for i, part in enumerate(parts) if i % 2 == 0 for word in regex.findall(bpe.SPLIT_PATTERN, part)]
-
-
-def naive_train(text, num_merges, special_tokens):
-    """The definition: the most frequent pair, of equals the greatest, merged in every word, again and again."""
-    words = collections.Counter(tuple(bytes([b]) for b in word.encode()) for word in naive_words(text, special_tokens))
-    merges = []
-    while len(merges) < num_merges:
-        pairs = collections.Counter()
-        for word, count in words.items():
-            for pair in zip(word, word[1:]):
-                pairs[pair] += count
-        if not pairs:
-            break
-        best = max(pairs, key=lambda pair: (pairs[pair], pair))
-        merges.append(best)
-        merged = collections.Counter()
-        for word, count in words.items():
-            out, i = [], 0
-            while i < len(word):
-                join = word[i:i + 2] == best
-                out.append(word[i] + word[i + 1] if join else word[i])
-                i += 1 + join
-            merged[tuple(out)] += count
-        words = merged
-    return merges
-
+    longest_first = sorted(special_tokens, reverse=True)
+    parts = regex.split("(" + "|".join(map(regex.escape, longest_first)) + ")", text) if special_tokens else [text]
+    return [word for i, part in enumerate(parts) for word in ([part] if i % 2 else regex.findall(bpe.SPLIT_PATTERN, part))]
 
 def spelled_merges(tokenizer):
     return [(tokenizer.tokens[left], tokenizer.tokens[right]) for left, right, _ in tokenizer.merges.tolist()]
-
 
 def train_on(text, folder, vocab_size, special_tokens=(END,), **options):
     path = Path(folder) / "text.txt"
     path.write_bytes(text.encode())
     return bpe.train([path], vocab_size, special_tokens, **options)
-
 
 # Characters that Python's Unicode tables don't know yet may be letters to newer tables, those of tiktoken and tokenizers.
 known = st.characters(exclude_categories=["Cs", "Cn"])
@@ -694,6 +752,11 @@ nasty = st.lists(st.one_of(
          "👩‍👩‍👧", "🇫🇷", "你好，", "Привет", "ß", "ﬁ", END, END[:5], "<|end" + END, "a" * 40, " " * 20, "ab" * 50, "\0", "\U0010fffd", "𝒳"])),
     max_size=12).map("".join)
 
+@pytest.mark.parametrize("special_tokens", [[], [END], [END, END + "x"]], ids=len)
+@given(text=nasty)
+@example(text=f"it's {END}xx{END}  {END}'s ' {END}x\u00a0{END}é")
+def test_plain_split_is_that_of_regex(special_tokens, text):
+    assert list(bpe.plain_split(text, special_tokens)) == words_by_regex(text, special_tokens)
 
 @pytest.mark.parametrize("many", [1, 4, 1000])
 @given(text=nasty)
@@ -701,16 +764,14 @@ def test_training_is_the_definition(tmp_path_factory, many, text):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bpe.LinkedWords, "MANY", many)
         tokenizer = train_on(text, tmp_path_factory.mktemp("bpe"), 300)
-    assert spelled_merges(tokenizer) == naive_train(text, 300 - 257, [END])
+    assert spelled_merges(tokenizer) == bpe.plain_train(text, 300 - 257, [END])
     assert len(set(tokenizer.tokens)) == len(tokenizer.tokens)
-
 
 @pytest.mark.parametrize("many", [1, 64])
 def test_training_is_the_definition_on_stories(tmp_path, monkeypatch, many):
     monkeypatch.setattr(bpe.LinkedWords, "MANY", many)
     text = "".join(stories.story(3, i) + END for i in range(60))
-    assert spelled_merges(train_on(text, tmp_path, 500)) == naive_train(text, 500 - 257, [END])
-
+    assert spelled_merges(train_on(text, tmp_path, 500)) == bpe.plain_train(text, 500 - 257, [END])
 
 @pytest.fixture(scope="module")
 def three_tokenizers(tmp_path_factory):
@@ -724,6 +785,15 @@ def three_tokenizers(tmp_path_factory):
     theirs = tiktoken.Encoding("same", pat_str=bpe.SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=tokenizer.special_tokens)
     return bpe.load(folder / "tokenizer.json"), tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), theirs
 
+@given(nasty, nasty)
+@example("ababa aaaaa aaaaaaa " + "a" * 40 + "bb " + "xyxyx" * 9, "")
+def test_encoding_is_the_definition(tmp_path_factory, three_tokenizers, text, more):
+    """Also with a special token too long for the hash table, and with merges in an order that training never has."""
+    mixed = three_tokenizers[0]
+    small = train_on(text + more, tmp_path_factory.mktemp("bpe"), 300, [END, "a" * 40])
+    backwards = bpe.Tokenizer(mixed.tokens, mixed.special_tokens, mixed.merges[::-1])
+    for tokenizer in (mixed, small, backwards):
+        assert bpe.encode(tokenizer, text).tolist() == bpe.plain_encode(tokenizer, text)
 
 @settings(max_examples=400)
 @given(nasty)
@@ -734,7 +804,6 @@ def test_ids_are_those_of_tokenizers_and_tiktoken(three_tokenizers, text):
     assert ids.tolist() == tik.encode(text, allowed_special="all")
     assert ids.tolist() == hugging_face.encode(text).ids
     assert bpe.decode(ours, ids) == text
-
 
 def test_ids_of_long_texts_in_pieces_and_processes(three_tokenizers, tmp_path, monkeypatch):
     """Pieces, processes and what is remembered don't change ids, nor does a file differ from its text."""
@@ -756,13 +825,11 @@ def test_ids_of_long_texts_in_pieces_and_processes(three_tokenizers, tmp_path, m
     again = [bpe.train([path], 500, workers=workers) for workers in (1, 2)]
     assert spelled_merges(again[0]) == spelled_merges(again[1]) == spelled_merges(train_on(text, tmp_path, 500, workers=1))
 
-
 def test_decoding_replaces_what_is_not_utf8(three_tokenizers):
     ours = three_tokenizers[0]
     assert bpe.decode(ours, [0xF0, 0x9F, ord("a")]) == b"\xf0\x9fa".decode(errors="replace")
     with pytest.raises(cli.InputError, match="0 to 899"):
         bpe.decode(ours, [900])
-
 
 def test_invalid_utf8_is_reported_or_replaced(tmp_path):
     path = tmp_path / "bad.txt"
@@ -773,9 +840,7 @@ def test_invalid_utf8_is_reported_or_replaced(tmp_path):
     (_, ids), = bpe.encode_pieces(tokenizer, [path], errors="replace")
     assert bpe.decode(tokenizer, ids) == path.read_bytes().decode(errors="replace")
 
-
 # ---- Corpora ----
-
 
 def test_stories():
     texts = [stories.story(0, i) for i in range(100_000)]
@@ -787,13 +852,11 @@ def test_stories():
         assert not set(text) & set("{}[]|~") and text.count("\n\n") == 2 and text.isascii()
         assert not re.search(r"\ba [aeiou]|\ban [^aeiou\W]|  | [.,]", text), text
 
-
 def prepared(tmp_path, text="", **flags):
     """A data folder of some stories, or of `text`."""
     (tmp_path / "corpus.txt").write_text(text or "".join(stories.story(0, i) + END for i in range(150)), newline="")
     prepare.prepare(input=str(tmp_path / "corpus.txt"), output=str(tmp_path / "data"), **dict(vocab_size=400) | flags)
     return tmp_path / "data"
-
 
 def test_prepare_keeps_every_byte(tmp_path):
     data = prepared(tmp_path)
@@ -807,7 +870,6 @@ def test_prepare_keeps_every_byte(tmp_path):
         assert meta[split]["bytes"] == len(bpe.decode(tokenizer, ids[split]).replace(END, ""))
     assert 0.08 < meta["val"]["bytes"] / (meta["train"]["bytes"] + meta["val"]["bytes"]) < 0.12
 
-
 def test_prepare_a_folder_with_its_own_validation(tmp_path):
     (tmp_path / "in/sub").mkdir(parents=True)
     for name, text in (("b.txt", "second"), ("a.txt", "first"), ("sub/c.txt", "third"), (".hidden", "no"), ("empty", "")):
@@ -819,7 +881,6 @@ def test_prepare_a_folder_with_its_own_validation(tmp_path):
     assert bpe.decode(tokenizer, ids["train"]) == f"first{END}second{END}third{END}"
     assert bpe.decode(tokenizer, ids["val"]) == f"validation{END}"
 
-
 def test_prepare_leaves_the_old_data_when_it_fails(tmp_path):
     data = prepared(tmp_path)
     before = {path.name: path.read_bytes() for path in data.iterdir()}
@@ -828,7 +889,6 @@ def test_prepare_leaves_the_old_data_when_it_fails(tmp_path):
         prepare.prepare(input=str(tmp_path / "bad.txt"), output=str(data))
     assert {path.name: path.read_bytes() for path in data.iterdir()} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.txt", "corpus.txt", "data"]
-
 
 class Server(http.server.BaseHTTPRequestHandler):
     """Serves `content`; breaks each connection after `limit` bytes; knows ranges or not."""
@@ -850,7 +910,6 @@ class Server(http.server.BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
-
 @pytest.fixture
 def server():
     handler = type("Handler", (Server,), {"requests": []})
@@ -858,7 +917,6 @@ def server():
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
     yield handler, f"http://127.0.0.1:{httpd.server_port}"
     httpd.shutdown()
-
 
 def test_download_resumes(server, tmp_path):
     handler, url = server
@@ -869,13 +927,11 @@ def test_download_resumes(server, tmp_path):
     prepare.download(f"{url}/file", tmp_path / "file", len(handler.content))
     assert len(handler.requests) == 3, "a whole file is not fetched again"
 
-
 def test_download_from_a_server_without_ranges(server, tmp_path):
     handler, url = server
     handler.content, handler.ranges = bytes(range(256)) * 400, False
     (tmp_path / "file.part").write_bytes(b"x" * 5000)
     assert prepare.download(f"{url}/file", tmp_path / "file", len(handler.content), pause=0).read_bytes() == handler.content
-
 
 def test_download_says_how_far_it_came(server, tmp_path):
     handler, url = server
@@ -886,7 +942,6 @@ def test_download_says_how_far_it_came(server, tmp_path):
         prepare.download(f"{url}/missing", tmp_path / "other", 10)
     assert not (tmp_path / "file").exists()
 
-
 @pytest.mark.parametrize("name", ["tinystories", "shakespeare"])
 def test_known_corpora_download_and_prepare(server, tmp_path, monkeypatch, name):
     handler, url = server
@@ -894,24 +949,20 @@ def test_known_corpora_download_and_prepare(server, tmp_path, monkeypatch, name)
     monkeypatch.setattr(prepare, "DATA", tmp_path)
     files = [(f"{url}/{file.split('/')[-1]}", len(handler.content)) for file, _ in prepare.DOWNLOADS[name]]
     monkeypatch.setitem(prepare.DOWNLOADS, name, files)
-    folder = train.find_data(name)
+    folder = prepare.find_data(name)
     meta, ids = prepare.open_data(folder)
     whole = meta["train"]["bytes"] + (meta["val"]["bytes"] if name == "shakespeare" else 0)
     assert whole == len(handler.content.replace(END.encode(), b""))
-
 
 # ---- Training and sampling ----
 
 TINY = dict(d_model=32, num_layers=1, num_heads=2, context_length=32, batch_size=4, num_steps=6, log_interval=1, eval_interval=3, device="cpu")
 
-
 def metrics(folder):
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
-
 def without_time(lines):
     return [{key: value for key, value in line.items() if key not in ("seconds", "tokens_per_second", "peak_memory")} for line in lines]
-
 
 def test_thirty_steps_lower_the_loss(tmp_path, capsys):
     data = prepared(tmp_path)
@@ -927,7 +978,6 @@ def test_thirty_steps_lower_the_loss(tmp_path, capsys):
     for word in ("parameters", "cpu, float32", "128 tokens", str(tmp_path / "run"), "tokens/s", "left", "bits per byte"):
         assert word in out
 
-
 def test_evaluation_is_the_mean_over_the_whole_split(tmp_path):
     data = prepared(tmp_path)
     train.train(data=str(data), output_dir=str(tmp_path / "run"), **TINY)
@@ -940,7 +990,6 @@ def test_evaluation_is_the_mean_over_the_whole_split(tmp_path):
             total += F.cross_entropy(model(val[i:i + 32][None, :len(targets)]).logits[0], targets, reduction="sum").item()
     assert metrics(tmp_path / "run")[-1]["val_loss"] == pytest.approx(total / (len(val) - 1), abs=1e-4)
 
-
 def test_gradient_accumulation_is_one_large_batch(tmp_path):
     data = prepared(tmp_path)
     for name, batch_size, count in (("whole", 8, 1), ("parts", 2, 4)):
@@ -948,18 +997,16 @@ def test_gradient_accumulation_is_one_large_batch(tmp_path):
     for a, b in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "parts")):
         assert a.get("train_loss", 0) == pytest.approx(b.get("train_loss", 0), abs=1e-4)
 
-
 def stop_after(step, monkeypatch):
     """Make a run end with KeyboardInterrupt right after the checkpoint of a step."""
-    saving = train.save
+    saving = run.save
 
     def save(*args):
         saving(*args)
         if args[1] == step:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "save", save)
-
+    monkeypatch.setattr(run, "save", save)
 
 @pytest.mark.parametrize("flags", [{}, {"grad_accum_steps": 3}, {"compile": True}, {"optimizer": "muon", "remat": True}],
                          ids=["plain", "accumulating", "compiled", "muon"])
@@ -976,14 +1023,12 @@ def test_resuming_gives_the_uninterrupted_run(tmp_path, flags):
         digests = {hashlib.sha256((tmp_path / run / "latest" / name).read_bytes()).hexdigest() for run in ("whole", "parts")}
         assert len(digests) == 1
 
-
 def test_resuming_refuses_what_would_make_another_run(tmp_path):
     train.train(data=str(prepared(tmp_path)), output_dir=str(tmp_path / "run"), **TINY)
     for flags, message in ((dict(resume="run"), "larger --num_steps"), (dict(resume="run", lr_max=0.5), "--lr_max=0.5.*start a new run"),
                            (dict(resume="run/latest"), "--resume=.*/run$"), (dict(resume="data"), "folder that train.py wrote")):
         with pytest.raises(cli.InputError, match=message):
             train.train(**flags | dict(resume=str(tmp_path / flags["resume"])))
-
 
 @pytest.mark.parametrize("tile", [tinylm.TILE_QUERIES, 5], ids=["plain attention", "tiled attention"])
 def test_compiled_training_is_the_same(tmp_path, monkeypatch, tile):
@@ -994,7 +1039,6 @@ def test_compiled_training_is_the_same(tmp_path, monkeypatch, tile):
         train.train(data=str(data), output_dir=str(tmp_path / name), compile=compiled, **TINY)
     for a, b in zip(metrics(tmp_path / "eager"), metrics(tmp_path / "compiled")):
         assert a.get("train_loss", 0) == pytest.approx(b.get("train_loss", 0), abs=1e-3)
-
 
 def read_wandb(path):
     """The history rows and the config in a .wandb file: records in LevelDB's log format, of W&B's own protobufs."""
@@ -1014,7 +1058,6 @@ def read_wandb(path):
                 rows.append({item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item})
             config |= {update.key: json.loads(update.value_json) for update in record.run.config.update}
     return rows, config
-
 
 def test_wandb_offline_has_what_was_measured(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -1039,7 +1082,6 @@ def test_wandb_offline_has_what_was_measured(tmp_path, monkeypatch):
     steps = [row["_step"] for file in sorted(files, key=lambda file: file.parent.name) for row in read_wandb(file)[0]]
     assert steps == sorted(steps) and steps[-1] == 9
 
-
 def test_wandb_gets_checkpoints_by_their_aliases(tmp_path, monkeypatch):
     logged = []
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -1053,18 +1095,15 @@ def test_wandb_gets_checkpoints_by_their_aliases(tmp_path, monkeypatch):
     assert [aliases for _, aliases in logged] == [["latest", "best"], ["latest"]]
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= logged[0][0].manifest.entries.keys()
 
-
 def test_share_of_peak_flops(monkeypatch, tmp_path):
     """6 · parameters + 12 · layers · d_model · context a token, over what the device promises."""
     config = small_config()
-    assert train.flops_per_token(config) == 6 * tinylm.num_params(config) + 12 * config.num_layers * config.d_model * config.context_length
-    run = {"settings": {"device": "cuda:0"}, "num_ranks": 4}
+    assert log.flops_per_token(config) == 6 * tinylm.num_params(config) + 12 * config.num_layers * config.d_model * config.context_length
     for name, peak in (("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA L4", 121e12), ("NVIDIA L40S", 362e12)):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-        assert train.peak_flops(run) == 4 * peak
+        assert machine.peak_flops("cuda:0") == peak
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU of tomorrow")
-    assert train.peak_flops(run) is None
-
+    assert machine.peak_flops("cuda:0") is None
 
 def test_samples_show_the_model_learning(tmp_path, capsys):
     """The sample at an evaluation is what generate writes with the checkpoint of that step."""
@@ -1072,11 +1111,10 @@ def test_samples_show_the_model_learning(tmp_path, capsys):
     train.train(data=str(data), output_dir=str(tmp_path / "run"), **TINY)
     samples = [line["sample"] for line in metrics(tmp_path / "run") if "sample" in line]
     assert len(samples) == 2 and samples[0] != samples[1] and " ".join(samples[1].split()) in capsys.readouterr().out
-    params, config = tinylm.load_checkpoint(tmp_path / "run/latest")
+    params, config = checkpoint.load_checkpoint(tmp_path / "run/latest")
     tokenizer = bpe.load(data / "tokenizer.json")
     tokens = [t.item() for t in tinylm.generate(params, torch.tensor([[256]]), config, 64, 0.8, 0, 0.95, 256, generator(0))]
     assert samples[1] == bpe.decode(tokenizer, [t for t in tokens if t != 256])
-
 
 @pytest.mark.parametrize("split", ["val", "train"])
 def test_eval_only_gives_the_loss_of_transformers(trained, split, capsys):
@@ -1091,7 +1129,6 @@ def test_eval_only_gives_the_loss_of_transformers(trained, split, capsys):
     assert loss == pytest.approx(sum(losses) / 500, abs=1e-4)
     assert float(re.search(r"perplexity ([\d.]+)", out)[1]) == pytest.approx(math.exp(loss), rel=1e-3) and " 500 tokens" in out
 
-
 def test_eval_only_of_a_text(trained, tmp_path, capsys):
     """A text file is encoded with the model's tokenizer; bits per byte count its bytes."""
     text = "Once upon a time, there was a cat. " * 5
@@ -1101,7 +1138,6 @@ def test_eval_only_of_a_text(trained, tmp_path, capsys):
     tokens = len(bpe.encode(bpe.load(trained / "data/tokenizer.json"), text))
     loss, bits = float(re.search(r"loss ([\d.]+)", out)[1]), float(re.search(r"([\d.]+) bits per byte", out)[1])
     assert f" {tokens:,} tokens" in out and bits == pytest.approx(loss * tokens / math.log(2) / len(text), rel=1e-3)
-
 
 def test_plot_draws_what_was_measured(tmp_path, trained, monkeypatch, capsys):
     import xml.etree.ElementTree as xml
@@ -1120,14 +1156,12 @@ def test_plot_draws_what_was_measured(tmp_path, trained, monkeypatch, capsys):
         code, error = call(monkeypatch, capsys, plot.plot, *arguments)
         assert code == 2 and message in error
 
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     data = prepared(folder)
     train.train(data=str(data), output_dir=str(folder / "runs/tiny"), **TINY | dict(num_steps=40, eval_interval=40))
     return folder
-
 
 def test_sample_is_repeatable_and_whole(trained, capsys, monkeypatch):
     monkeypatch.chdir(trained)
@@ -1145,7 +1179,6 @@ def test_sample_is_repeatable_and_whole(trained, capsys, monkeypatch):
     counts = [int(write(max_new_tokens=100, seed=seed).err.split()[0]) for seed in range(5)]
     assert max(counts) > 32, "beyond the context"
 
-
 def test_sample_prints_whole_characters_only(monkeypatch):
     written = []
     monkeypatch.setattr(sys.stdout, "write", written.append)
@@ -1156,9 +1189,7 @@ def test_sample_prints_whole_characters_only(monkeypatch):
     writer.end()
     assert "".join(written) == "aé🦊\ufffd\n" and all("\ufffd" not in piece for piece in written[:-1])
 
-
 # ---- The command line ----
-
 
 def call(monkeypatch, capsys, function, *arguments):
     """Run a command in this process → (exit code, what it wrote on stderr)."""
@@ -1170,11 +1201,9 @@ def call(monkeypatch, capsys, function, *arguments):
         code = exit.code
     return code, capsys.readouterr().err
 
-
 def damage(data, name, change):
     content = (data / name).read_bytes()
     (data / name).write_bytes(change(content))
-
 
 WRONG_TRAIN = [
     (["--d_modle=64"], "did you mean --d_model"),
@@ -1198,7 +1227,6 @@ WRONG_TRAIN = [
     (["--compile=maybe"], "True or False"),
 ]
 
-
 @pytest.mark.parametrize("arguments, message", WRONG_TRAIN, ids=lambda value: str(value)[:40])
 def test_wrong_flags_of_train(trained, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(trained)
@@ -1210,18 +1238,16 @@ def test_wrong_flags_of_train(trained, monkeypatch, capsys, arguments, message):
     assert code == 2 and message in error and error.count("\n") == 1, error
     assert sorted(Path(".").rglob("*")) == before
 
-
 @pytest.mark.parametrize("compiler, headers, message", [("no-such-g++", None, "needs no-such-g++"), ("python3", "/nowhere", "Python.h")])
 def test_nothing_to_compile_with(trained, monkeypatch, capsys, compiler, headers, message):
     monkeypatch.chdir(trained)
     monkeypatch.setenv("CXX", compiler)
     if headers:
-        monkeypatch.setattr(train.sysconfig, "get_path", lambda name: headers)
+        monkeypatch.setattr(machine.sysconfig, "get_path", lambda name: headers)
     before = sorted(Path(".").rglob("*"))
     code, error = call(monkeypatch, capsys, train.train, "--data=data", "--compile")
     assert code == 2 and message in error and "--compile=False" in error and error.count("\n") == 1, error
     assert sorted(Path(".").rglob("*")) == before
-
 
 WRONG_DATA = [
     ("train.bin", lambda content: content[:-2], "bytes; expected"),
@@ -1232,7 +1258,6 @@ WRONG_DATA = [
     ("meta.json", lambda content: b"{}", "damaged"),
 ]
 
-
 @pytest.mark.parametrize("name, change, message", WRONG_DATA)
 def test_damaged_data(tmp_path, monkeypatch, capsys, name, change, message):
     data = prepared(tmp_path)
@@ -1241,7 +1266,6 @@ def test_damaged_data(tmp_path, monkeypatch, capsys, name, change, message):
     code, error = call(monkeypatch, capsys, train.train, f"--data={data}")
     assert code == 2 and message in error and error.count("\n") == 1, error
     assert not (tmp_path / "runs").exists()
-
 
 WRONG_PREPARE = [
     (["--vocab_siz=300"], "did you mean --vocab_size"),
@@ -1260,7 +1284,6 @@ WRONG_PREPARE = [
     (["--input=text.txt", "--tokenizer=nowhere.json"], "nowhere.json is missing"),
 ]
 
-
 @pytest.mark.parametrize("arguments, message", WRONG_PREPARE, ids=lambda value: str(value)[:40])
 def test_wrong_flags_of_prepare(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
@@ -1274,7 +1297,6 @@ def test_wrong_flags_of_prepare(tmp_path, monkeypatch, capsys, arguments, messag
     assert code == 2 and message in error and error.count("\n") == 1, error
     assert sorted(tmp_path.rglob("*")) == before
 
-
 WRONG_SAMPLE = [
     (["--promt=x"], "did you mean --prompt"),
     (["--temperature=-1"], "--temperature=-1"),
@@ -1287,29 +1309,25 @@ WRONG_SAMPLE = [
     (["--prompt=\udcff"], "half a surrogate"),
 ]
 
-
 @pytest.mark.parametrize("arguments, message", WRONG_SAMPLE, ids=lambda value: ascii(value)[:40])
 def test_wrong_flags_of_sample(trained, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(trained)
     code, error = call(monkeypatch, capsys, sample.sample, *arguments)
     assert code == 2 and message in error and error.count("\n") == 1, error
 
-
 def test_no_checkpoint_yet(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     code, error = call(monkeypatch, capsys, sample.sample)
     assert code == 2 and "train a model" in error
 
-
 def test_values_are_read_by_type():
     """A prompt is a text whatever it looks like; Fire alone would make it a number or a list."""
     parameters = inspect.signature(sample.sample).parameters
-    flags = cli.read_flags(parameters, ["--prompt", "[1, 2]", "--top-k=5"])
+    flags = cli.read_arguments(parameters, ["--prompt", "[1, 2]", "--top-k=5"])
     assert flags == {"prompt": "[1, 2]", "top_k": "5"}
     parameters = inspect.signature(train.train).parameters
-    assert cli.read_flags(parameters, ["--compile", "--nouse_wandb", "--seed", "-3"]) == {"compile": "True", "use_wandb": "False", "seed": "-3"}
-    assert cli.parse("num_steps", int | None, "1e3") == 1000
-
+    assert cli.read_arguments(parameters, ["--compile", "--nouse_wandb", "--seed", "-3"]) == {"compile": "True", "use_wandb": "False", "seed": "-3"}
+    assert cli.convert("num_steps", int, "1e3") == 1000
 
 @pytest.mark.parametrize("function", [train.train, sample.sample, prepare.prepare])
 def test_help_names_every_flag(function):
@@ -1318,13 +1336,18 @@ def test_help_names_every_flag(function):
         assert re.search(rf"^  --{name} ", text, re.M), name
     assert all(len(line) <= 100 for line in text.splitlines())
 
-
-@pytest.mark.parametrize("name, value", [*train.DEFAULTS.items(), *train.DEVICE_DEFAULTS["cpu"].items()])
-def test_help_tells_the_real_defaults(name, value):
-    line = re.search(rf"^ *{name}: .*\[(.*)\]$", train.train.__doc__, re.M).group(1)
-    stated = re.sub(r"^CPU |, CUDA.*$", "", line)
-    assert stated == str(value) or float(stated) == value
-
+@pytest.mark.parametrize("command, table", [(train.train, train.Settings), (sample.sample, sample.Settings),
+                                            (prepare.prepare, prepare.Settings)])
+def test_help_tells_the_real_defaults(command, table):
+    """What --help states as a plain default is what a command run without the flag takes."""
+    settings, told = cli.complete(table, {}), 0
+    for name in cli.flags_of(table):
+        stated = re.search(rf"^{name}: .*\[(.*)\]$", command.__doc__, re.M)
+        stated = stated and re.sub(r"^CPU |, CUDA.*$|^adamw |, muon.*$", "", stated[1])
+        if stated and getattr(settings, name) is not None and re.fullmatch(r"[-+.e\d]+|True|False|strict", stated):
+            told += 1
+            assert str(getattr(settings, name)) == stated or float(stated) == getattr(settings, name), name
+    assert told >= 1
 
 def test_the_commands_run(trained, tmp_path):
     """The three scripts, as a user starts them; text of any kind as a prompt through Fire."""
@@ -1336,20 +1359,17 @@ def test_the_commands_run(trained, tmp_path):
     result = run(ROOT / "train.py", "--num_step=3")
     assert result.returncode == 2 and result.stderr == "train.py: unknown flag --num_step; did you mean --num_steps?\n"
 
-
 # ---- Runs that end badly ----
-
 
 def poisoned(monkeypatch, steps):
     """Make the gradients of these steps infinite."""
     genuine = train.accumulate_gradients
 
-    def accumulate(gradients, params, ids, settings, step, *place):
-        loss, grads = genuine(gradients, params, ids, settings, step, *place)
+    def accumulate(loss_fn, params, ids, settings, step, *ranks):
+        loss, grads = genuine(loss_fn, params, ids, settings, step, *ranks)
         return (loss, tinylm.tree_map(lambda g: g * math.inf, grads)) if step in steps else (loss, grads)
 
     monkeypatch.setattr(train, "accumulate_gradients", accumulate)
-
 
 def test_a_step_that_is_not_finite_is_not_applied(tmp_path, monkeypatch, capsys):
     data = prepared(tmp_path)
@@ -1357,10 +1377,9 @@ def test_a_step_that_is_not_finite_is_not_applied(tmp_path, monkeypatch, capsys)
     train.train(data=str(data), output_dir=str(tmp_path / "run"), **TINY)
     assert "step 3 is not applied" in capsys.readouterr().out
     assert [line["step"] for line in metrics(tmp_path / "run") if "skipped" in line] == [3, 5]
-    params, _ = tinylm.load_checkpoint(tmp_path / "run/latest")
+    params, _ = checkpoint.load_checkpoint(tmp_path / "run/latest")
     assert all(p.isfinite().all() for _, p in tinylm.tree_leaves(params))
-    assert tinylm.load_optimizer(tmp_path / "run/latest", tinylm.adamw_init(params))["step"] == 4
-
+    assert checkpoint.load_optimizer(tmp_path / "run/latest", tinylm.adamw_init(params))["step"] == 4
 
 def test_a_run_that_diverges_gives_up_and_keeps_its_checkpoint(tmp_path, monkeypatch, capsys):
     data = prepared(tmp_path)
@@ -1372,7 +1391,6 @@ def test_a_run_that_diverges_gives_up_and_keeps_its_checkpoint(tmp_path, monkeyp
         assert word in error
     assert (tmp_path / "run/latest").resolve().name == "step-0000003"
 
-
 def test_checkpoints_kept_are_the_newest_and_the_best(tmp_path, monkeypatch):
     data = prepared(tmp_path)
     losses = iter([5.0, 3.0, 4.0, 6.0, 7.0, 8.0])
@@ -1382,11 +1400,10 @@ def test_checkpoints_kept_are_the_newest_and_the_best(tmp_path, monkeypatch):
     assert kept == ["step-0000002", "step-0000005", "step-0000006"]
     assert (tmp_path / "run/best").resolve().name == "step-0000002" and (tmp_path / "run/latest").resolve().name == "step-0000006"
 
-
 def test_a_checkpoint_that_cannot_be_saved(tmp_path, monkeypatch, capsys):
     """A disk that is full for a while costs nothing but that checkpoint; at the end it is an error."""
     data = prepared(tmp_path)
-    genuine, steps = train.check_room, []
+    genuine, steps = run.check_room, []
 
     def full_at_step_4_and_6(folder, needed, purpose):
         steps.append(1)
@@ -1394,42 +1411,38 @@ def test_a_checkpoint_that_cannot_be_saved(tmp_path, monkeypatch, capsys):
             raise cli.InputError("0 MB free")
         genuine(folder, needed, purpose)
 
-    monkeypatch.setattr(train, "check_room", full_at_step_4_and_6)
+    monkeypatch.setattr(run, "check_room", full_at_step_4_and_6)
     with pytest.raises(cli.InputError, match="make room"):
         train.train(data=str(data), output_dir=str(tmp_path / "run"), **TINY | dict(checkpoint_interval=2))
     assert "step 4 could not be saved (0 MB free); the last good one is step-0000002" in capsys.readouterr().err
-    monkeypatch.setattr(train, "check_room", genuine)
+    monkeypatch.setattr(run, "check_room", genuine)
     train.train(resume=str(tmp_path / "run"))
     assert metrics(tmp_path / "run")[-1]["step"] == 6 and (tmp_path / "run/latest").resolve().name == "step-0000006"
 
-
 def test_a_disk_that_fills_while_saving(tmp_path, monkeypatch, capsys):
     """What was written of the checkpoint goes, the last good one stays."""
-    data, writing = prepared(tmp_path), tinylm.write_safetensors
+    data, writing = prepared(tmp_path), checkpoint.write_safetensors
 
     def write_in_part(path, *args):
         writing(path, *args)
         if "0000003" in str(path) and path.name == "optimizer.safetensors":
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(tinylm, "write_safetensors", write_in_part)
+    monkeypatch.setattr(checkpoint, "write_safetensors", write_in_part)
     train.train(data=str(data), output_dir=str(tmp_path / "run"), **TINY | dict(checkpoint_interval=1))
     assert "step 3 could not be saved ([Errno 28]" in capsys.readouterr().err
     assert not list((tmp_path / "run").glob(".*partial"))
     train.train(resume=str(tmp_path / "run"), num_steps=7)
 
-
 def test_one_folder_one_run(tmp_path):
     data = prepared(tmp_path)
     train.train(data=str(data), output_dir=str(tmp_path / "run"), **TINY)
-    held = train.lock(tmp_path / "run")
-    with pytest.raises(cli.InputError, match=f"in use by another run .process {os.getpid()}."):
-        train.train(resume=str(tmp_path / "run"), num_steps=9)
-    held.close()
+    with run.lock(tmp_path / "run"):
+        with pytest.raises(cli.InputError, match=f"in use by another run .process {os.getpid()}."):
+            train.train(resume=str(tmp_path / "run"), num_steps=9)
     (tmp_path / "run/.step-0000009.partial").mkdir()
     train.train(resume=str(tmp_path / "run"), num_steps=9)
     assert not list((tmp_path / "run").glob(".*partial"))
-
 
 def start(data, folder, **flags):
     """Training in a process of its own, forked from one that has imported all it needs but computed nothing."""
@@ -1440,13 +1453,11 @@ def start(data, folder, **flags):
     process.start()
     return process
 
-
 def wait_for_step(folder, step, process):
     """Wait until the metrics of a run reach a step, or its process ends."""
     path = Path(folder) / "metrics.jsonl"
     while process.is_alive() and not (path.exists() and re.findall(rf'"step": {step}\b', path.read_text())):
         time.sleep(0.01)
-
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_step_and_saves(tmp_path, number):
@@ -1458,7 +1469,6 @@ def test_a_signal_ends_the_step_and_saves(tmp_path, number):
     assert process.exitcode == 0
     last = metrics(tmp_path / "run")[-1]["step"]
     assert (tmp_path / "run/latest").resolve().name == f"step-{last:07d}" and last < 100_000
-
 
 def test_killed_at_any_moment_it_resumes_exactly(tmp_path):
     """20 times SIGKILL, while starting, training or saving; the end is bit for bit that of a run never interrupted."""
@@ -1484,12 +1494,10 @@ def test_killed_at_any_moment_it_resumes_exactly(tmp_path):
     assert without_time(metrics(tmp_path / "whole")) == without_time(metrics(tmp_path / "killed"))
     for name in ("model.safetensors", "optimizer.safetensors"):
         assert (tmp_path / "whole/latest" / name).read_bytes() == (tmp_path / "killed/latest" / name).read_bytes()
-    with pytest.raises(train.Finished, match="has done its 1500 steps"):
+    with pytest.raises(run.Finished, match="has done its 1500 steps"):
         train.train(resume="auto", data=str(data), output_dir=str(tmp_path / "killed"))
 
-
 # ---- Many ranks ----
-
 
 def start_ranks(count, **flags):
     """Training on `count` ranks, as torchrun would start them, in processes forked from one that has imported all."""
@@ -1507,13 +1515,11 @@ def start_ranks(count, **flags):
         processes[-1].start()
     return processes
 
-
 def train_on_ranks(count, **flags):
     processes = start_ranks(count, **flags)
     for process in processes:
         process.join(120)
         assert process.exitcode == 0
-
 
 def same_run(a, b, tolerance=1e-5):
     """Two runs logged the same losses and norms, and ended with the same parameters and moments."""
@@ -1523,7 +1529,6 @@ def same_run(a, b, tolerance=1e-5):
             assert x.get(key) == pytest.approx(y.get(key), abs=tolerance), (x, y)
     for name in ("model.safetensors", "optimizer.safetensors"):
         same(load_file(a / "latest" / name), load_file(b / "latest" / name), tolerance)
-
 
 @pytest.mark.parametrize("flags", [{}, {"optimizer": "muon", "grad_accum_steps": 2, "batch_size": 4, "num_steps": 20}], ids=["adamw", "muon"])
 def test_ranks_do_what_one_process_does(tmp_path, flags):
@@ -1535,7 +1540,6 @@ def test_ranks_do_what_one_process_does(tmp_path, flags):
         for shard in (False, True):
             train_on_ranks(count, output_dir=str(tmp_path / f"{count}{shard}"), shard=shard, **flags)
             same_run(tmp_path / "one", tmp_path / f"{count}{shard}")
-
 
 def test_a_run_resumes_on_other_ranks(tmp_path):
     """4 ranks sharded, then 2 data parallel, then 1 sharded, then no ranks at all: the run of one process."""
@@ -1549,7 +1553,6 @@ def test_a_run_resumes_on_other_ranks(tmp_path):
     (tmp_path / "many/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     same_run(tmp_path / "one", tmp_path / "many")
 
-
 def test_a_signal_to_one_rank_ends_all_after_the_same_step(tmp_path):
     processes = start_ranks(2, data=str(prepared(tmp_path)), output_dir=str(tmp_path / "run"), num_steps=100_000, eval_interval=100_000)
     wait_for_step(tmp_path / "run", 5, processes[0])
@@ -1559,20 +1562,17 @@ def test_a_signal_to_one_rank_ends_all_after_the_same_step(tmp_path):
         assert process.exitcode == 0
     assert (tmp_path / "run/latest").resolve().name == f"step-{metrics(tmp_path / 'run')[-1]['step']:07d}"
 
-
 def pid_of_rank(rank, parent):
     """The process of a rank below torchrun."""
     for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
         if f"\0RANK={rank}\0" in "\0" + Path(f"/proc/{pid}/environ").read_text():
             return int(pid)
 
-
 def torchrun(data, folder, *options, **flags):
     flags = TINY | dict(batch_size=8, num_steps=200, checkpoint_interval=5, eval_interval=200, data=data, output_dir=folder) | flags
     return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *options,
                              "train.py", *(f"--{name}={value}" for name, value in flags.items())],
                             cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
 
 def test_a_rank_that_dies_is_shown_and_the_job_goes_on(tmp_path):
     data, folder = prepared(tmp_path), tmp_path / "run"
@@ -1586,14 +1586,126 @@ def test_a_rank_that_dies_is_shown_and_the_job_goes_on(tmp_path):
     assert "SIGKILL" in out or "exitcode: -9" in out
     assert [line["step"] for line in metrics(folder) if "train_loss" in line] == list(range(1, 401))
 
-
 def test_flags_that_ranks_cannot_have(tmp_path):
     with pytest.raises(cli.InputError, match="--shard splits .*torchrun"):
         train.train(data=str(prepared(tmp_path)), shard=True, **TINY)
 
+# ---- Forks: what a researcher adds is kept, or refused before the work ----
+
+FORK = {
+    "tinylm.py": [
+        ("    tie_embeddings: bool = False\n", "    tie_embeddings: bool = False\n    window: int = 0\n"),
+        ('    block = {"attention_norm": (d,),', '    block = {"query_gain": (d,), "attention_norm": (d,),'),
+        ("    x = x + multi_head_attention(", "    x = x * query_gain\n    x = x + multi_head_attention("),
+        ("cache, config, attention_norm, attention, mlp_norm, mlp):", "cache, config, query_gain, attention_norm, attention, mlp_norm, mlp):"),
+        ("# An optimiser is its first state", "def lion_init(params):\n    return {\"m\": tree_map(torch.zeros_like, params)}\n\n"
+         "def lion_update(params, grads, state, lr, beta1=0.9, beta2=0.99, weight_decay=0.3, sharpness=1.0):\n"
+         "    assert (beta1, beta2, weight_decay, sharpness) == (0.9, 0.98, 0.3, 2.0)\n"
+         "    move = lambda p, g, m: p - lr * (torch.sign(torch.lerp(g, m, beta1)) + weight_decay * p)\n"
+         "    return tree_map(move, params, grads, state[\"m\"]), {\"m\": tree_map(lambda m, g: torch.lerp(g, m, beta2), state[\"m\"], grads)}\n\n"
+         "# An optimiser is its first state"),
+        ('"muon": (muon_init, muon_update)}', '"muon": (muon_init, muon_update), "lion": (lion_init, lion_update)}'),
+        ('SCHEDULES = {"cosine": cosine_lr}', "def warmup_stable_decay(step, lr_max, warmup_steps, num_steps, decay_steps):\n"
+         "    return lr_max * min((step + 1) / max(1, warmup_steps), 1, (num_steps - step) / decay_steps)\n\n"
+         'SCHEDULES = {"cosine": cosine_lr, "wsd": warmup_stable_decay}'),
+    ],
+    "train.py": [
+        ("    rope_theta: float = flag(", '    window: int = flag(0, "keys a query sees")\n    rope_theta: float = flag('),
+        ("    clip_grad: float = flag(", '    sharpness: float = own_flag("sharpness", "of Lion", "[0, inf)")\n'
+         '    decay_steps: int = flag(2, "steps of decay", "[1, inf)")\n    clip_grad: float = flag('),
+    ],
+}
+
+def test_a_fork_loses_nothing(tmp_path):
+    """A field, a parameter, an optimiser and a schedule, added to a copy of the code as a forker would."""
+    data = prepared(tmp_path)
+    for name in ("tinylm.py", "train.py", "sample.py"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        for old, new in FORK.get(name, []):
+            assert text.count(old) == 1, old
+            text = text.replace(old, new)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    shutil.copytree(ROOT / "data", tmp_path / "code", ignore=lambda folder, names: [n for n in names if not n.endswith(".py")])
+    (tmp_path / "prepared").mkdir()
+    (tmp_path / "data").rename(tmp_path / "prepared/text")
+    (tmp_path / "code").rename(tmp_path / "data")
+    flags = TINY | dict(data=str(tmp_path / "prepared/text"), output_dir="run", optimizer="lion", schedule="wsd", window=8,
+                        beta2=0.98, sharpness=2.0)
+    program = f"""if True:
+        import json, os, tinylm, train
+        from data import checkpoint
+        from data.cli import InputError
+        flags = {flags!r}
+
+        def refused(*words, **changes):
+            try:
+                train.train(**flags | changes)
+            except InputError as error:
+                assert all(word in str(error) for word in words) and "\\n" not in str(error), error
+                return
+            raise AssertionError(words)
+
+        refused("window 8 would be lost in a checkpoint", "HF_SIZES")
+        checkpoint.HF_SIZES["window"] = "tinylm_window"
+        refused("blocks.{{}}.query_gain would be lost in a checkpoint", "HF_NAMES")
+        checkpoint.HF_NAMES["blocks.{{}}.query_gain"] = "model.layers.{{}}.query_gain.weight"
+        refused("lion has no eps", eps=1e-6)
+        assert not os.path.exists("run")
+        train.train(**flags)
+        params, config = checkpoint.load_checkpoint("run/latest")
+        assert config.window == 8 and "query_gain" in params["blocks"]["0"]
+        rates = [json.loads(line)["lr"] for line in open("run/metrics.jsonl") if "train_loss" in line]
+        assert rates == [4e-3 * (128 / 32) ** 0.5 * share for share in (1, 1, 1, 1, 1, 0.5)], rates
+        train.train(resume="run", num_steps=8)
+        assert checkpoint.load_checkpoint("run/latest")[1].window == 8
+        import sample
+        sample.sample(checkpoint="run", max_new_tokens=3)
+        state = json.load(open("run/latest/train_state.json"))
+        state["settings"]["window"] = 4
+        json.dump(state, open("run/latest/train_state.json", "w"))
+        try:
+            train.train(resume="run", num_steps=9)
+        except InputError as error:
+            assert "window=8" in str(error) and "window=4" in str(error), error
+        else:
+            raise AssertionError("another model")
+        state["settings"]["depth_scale"] = 4
+        json.dump(state, open("run/latest/train_state.json", "w"))
+        try:
+            train.train(resume="run", num_steps=9)
+        except InputError as error:
+            assert "depth_scale" in str(error), error
+        """
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+@pytest.mark.parametrize("flags", [
+    {"num_steps": np.int64(2), "lr_max": np.float32(0.01), "batch_size": "4", "log_interval": 1e0, "compile": np.bool_(False)},
+    {"num_steps": 2.0, "lr_max": "1e-2", "batch_size": 4, "eval_interval": "1_0", "compile": "False", "seed": "9007199254740993"}])
+def test_values_from_python(tmp_path, flags):
+    """Paths, NumPy's numbers and texts that are numbers are what they mean; a name that is none gets the nearest."""
+    data = prepared(tmp_path)
+    train.train(data=data, output_dir=tmp_path / "run", **TINY | flags)
+    state = json.loads((tmp_path / "run/latest/train_state.json").read_text())["settings"]
+    assert state["data"] == str(data) and state["num_steps"] == 2 and state["batch_size"] == 4 and state["compile"] is False
+    assert state["lr_max"] == pytest.approx(0.01) and state["seed"] == int(flags.get("seed", 0))
+    for wrong, message in ((dict(d_modle=3), "did you mean --d_model"), (dict(num_steps=2.5), "whole number"),
+                           (dict(num_steps=True), "whole number"), (dict(lr_max=math.nan), "of 0 or more"), (dict(beta1=1), "below 1")):
+        with pytest.raises(cli.InputError, match=message):
+            train.train(data=data, output_dir=tmp_path / "other", **TINY | wrong)
+    assert not (tmp_path / "other").exists()
+
+def test_settings_are_given_back(tmp_path):
+    """After a run, and after one that failed, torch and signals are as the caller had them, and the folder is free."""
+    data, before = prepared(tmp_path), (signal.getsignal(signal.SIGINT), torch.are_deterministic_algorithms_enabled())
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(log.Diverged):
+        poisoned(patch, range(1, 20))
+        train.train(data=data, output_dir=tmp_path / "run", **TINY | dict(num_steps=20, checkpoint_interval=1))
+    assert (signal.getsignal(signal.SIGINT), torch.are_deterministic_algorithms_enabled()) == before
+    train.train(resume=tmp_path / "run", num_steps=3)
+    assert (signal.getsignal(signal.SIGINT), torch.are_deterministic_algorithms_enabled()) == before
 
 # ---- Starting from an existing model ----
-
 
 def test_init_from_goes_on_with_the_model(tmp_path):
     """A model of transformers is trained on, with its own sizes, on data in its own vocabulary."""
@@ -1603,28 +1715,25 @@ def test_init_from_goes_on_with_the_model(tmp_path):
     transformers.LlamaForCausalLM(llama).to(torch.bfloat16).save_pretrained(tmp_path / "llama")
     flags = dict(num_steps=2, log_interval=1, lr_max=0.0, device="cpu", data=str(data))
     train.train(init_from=str(tmp_path / "llama"), output_dir=str(tmp_path / "run"), **flags)
-    before, config = tinylm.load_checkpoint(tmp_path / "llama")
-    after, same_config = tinylm.load_checkpoint(tmp_path / "run/latest")
+    before, config = checkpoint.load_checkpoint(tmp_path / "llama")
+    after, same_config = checkpoint.load_checkpoint(tmp_path / "run/latest")
     assert config == same_config
     same(after, before, 0)
     with pytest.raises(cli.InputError, match="--d_model=64.*has d_model 32"):
         train.train(init_from=str(tmp_path / "llama"), d_model=64, **flags)
-    with pytest.raises(tinylm.InputError, match="run is not a checkpoint .*; give .*/run/latest$"):
+    with pytest.raises(cli.InputError, match="run is not a checkpoint .*; give .*/run/latest$"):
         train.train(init_from=str(tmp_path / "run"), **flags)
     prepare.prepare(input=str(tmp_path / "corpus.txt"), output=str(tmp_path / "again"), tokenizer=str(tmp_path / "run/latest"))
     assert (tmp_path / "again/train.bin").read_bytes() == (data / "train.bin").read_bytes()
 
-
 # ---- Files that are damaged or hostile ----
-
 
 @pytest.fixture(scope="module")
 def valid_checkpoint(tmp_path_factory, tokenizer_file):
     folder = tmp_path_factory.mktemp("valid") / "model"
     config = small_config(vocab_size=300, d_model=8, num_heads=2, num_layers=1, d_ff=8)
-    tinylm.save_checkpoint(folder, tinylm.init_params(config, generator()), config, tokenizer_file, (END, 256))
+    checkpoint.save_checkpoint(folder, tinylm.init_params(config, generator()), config, tokenizer_file, (END, 256))
     return folder
-
 
 def mutate(content, rng):
     """Damage bytes the way disks, editors and attackers do."""
@@ -1649,7 +1758,6 @@ def mutate(content, rng):
         content[:8] = rng.choice([b"\xff" * 8, (1 << 40).to_bytes(8, "little"), bytes(8), rng.randbytes(8)])
     return bytes(content)
 
-
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
 def test_damaged_files_are_refused_or_load_whole(valid_checkpoint, tmp_path, name):
     """700 mutations of each: refused by our own error or a sound model, within a second and ten times the file in memory."""
@@ -1666,9 +1774,9 @@ def test_damaged_files_are_refused_or_load_whole(valid_checkpoint, tmp_path, nam
                 ids = bpe.encode(tokenizer, "Once upon a time é")
                 assert ids.max() < tokenizer.vocab_size and bpe.decode(tokenizer, ids) == "Once upon a time é"
             else:
-                params, config = tinylm.load_checkpoint(tmp_path / "model")
+                params, config = checkpoint.load_checkpoint(tmp_path / "model")
                 assert [(path, p.shape) for path, p in tinylm.tree_leaves(params)] == tinylm.tree_leaves(tinylm.param_shapes(config))
-        except (tinylm.InputError, cli.InputError) as error:
+        except cli.InputError as error:
             assert name in str(error) or str(tmp_path) in str(error)
             refused += 1
         finally:
@@ -1676,7 +1784,6 @@ def test_damaged_files_are_refused_or_load_whole(valid_checkpoint, tmp_path, nam
             tracemalloc.stop()
         assert time.perf_counter() - begin < 1 and peak < 10 * max(len(original), 200_000)
     assert refused > 200
-
 
 @pytest.mark.parametrize("change, message", [
     ({"model": {"type": "WordPiece", "vocab": {}}}, "its model is WordPiece"), ({"pre_tokenizer": {"type": "Metaspace"}}, "split pattern"),
@@ -1687,15 +1794,13 @@ def test_other_tokenizers_are_refused_by_name(tokenizer_file, tmp_path, change, 
     with pytest.raises(cli.InputError, match=message):
         bpe.load(tmp_path / "tokenizer.json")
 
-
 @pytest.mark.parametrize("option, value", [("num_hidden_layers", 10**18), ("hidden_size", 10**18), ("vocab_size", 10**18)])
 def test_absurd_sizes_are_refused(valid_checkpoint, tmp_path, option, value):
     shutil.copytree(valid_checkpoint, tmp_path / "model")
     config = json.loads((tmp_path / "model/config.json").read_text()) | {option: value}
     (tmp_path / "model/config.json").write_text(json.dumps(config))
-    with pytest.raises(tinylm.InputError):
-        tinylm.load_checkpoint(tmp_path / "model")
-
+    with pytest.raises(cli.InputError):
+        checkpoint.load_checkpoint(tmp_path / "model")
 
 def test_data_that_changes_under_a_run(tmp_path):
     data = prepared(tmp_path)
@@ -1704,3 +1809,281 @@ def test_data_that_changes_under_a_run(tmp_path):
     damage(data, "val.bin", lambda content: content[:10])
     with pytest.raises(cli.InputError, match="val.bin has changed"):
         prepare.check_unchanged(ids)
+
+# ---- Measurements: python test_tinylm.py NAME … ----
+
+def timed(function, *args):
+    """→ (seconds that a call takes, what it returns)."""
+    begin = time.perf_counter()
+    result = function(*args)
+    return time.perf_counter() - begin, result
+
+def in_new_processes(function, *calls):
+    """What a function returns for each tuple of arguments, each in a new process, all at the same time."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # else each process would import all this anew
+    with concurrent.futures.ProcessPoolExecutor(len(calls), context) as pool:
+        return [future.result() for future in [pool.submit(function, *call) for call in calls]]
+
+def their_model(config):
+    """The same model of transformers, with PyTorch's fused attention and random weights of its own."""
+    options = checkpoint.config_to_hf(config, 0) | {"torch_dtype": None, "attn_implementation": "sdpa"}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**options))
+    assert model.num_parameters() == tinylm.num_params(config)
+    return model
+
+def our_training(config, settings):
+    """Takes a step as train.py does (data, forward, backward, clipping, AdamW) for each loss asked for."""
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, 1 << 20).astype(np.uint16)
+    params = tinylm.init_params(config, generator())
+    optimizer, (loss_fn, update, _) = tinylm.adamw_init(params), train.step_functions(config, settings)
+    for number in itertools.count():
+        with machine.numerics("cpu"):
+            loss, grads = train.accumulate_gradients(loss_fn, params, ids, settings, number)
+            params, optimizer, _ = update(params, grads, optimizer, torch.tensor(1e-3))
+        yield loss
+
+def their_training(config, batch_size, compile, dtype):
+    """Takes a step with transformers and PyTorch's fused AdamW for each loss asked for."""
+    model, x = their_model(config), torch.randint(config.vocab_size, (batch_size, config.context_length))
+    forward, optimizer = torch.compile(model) if compile else model, torch.optim.AdamW(model.parameters(), fused=True)
+    while True:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            loss = forward(input_ids=x, labels=x, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        yield loss.detach()
+
+def measure_step(*, d_model: int = 128, num_layers: int = 4, num_heads: int = 4, context_length: int = 64,
+                 batch_size: int = 12, vocab_size: int = 256, compile: bool = False, dtype: str = "float32",
+                 seconds: float = 60.0):
+    """A training step on the CPU, in turn with one of the same model of transformers.
+
+    d_model: features of a token
+    num_layers: blocks
+    num_heads: attention heads
+    context_length: tokens the model sees at once
+    batch_size: sequences in a batch
+    vocab_size: tokens
+    compile: compile both with torch.compile
+    dtype: what both compute in, float32 or bfloat16
+    seconds: how long to measure
+    """
+    settings = train.Settings.complete(dict(
+        device="cpu", d_model=d_model, num_layers=num_layers, num_heads=num_heads, context_length=context_length,
+        batch_size=batch_size, compile=compile, dtype=dtype))
+    config = run.model_config(settings, vocab_size)
+    machine.keep_freed_memory()  # it serves both
+    trainings = our_training(config, settings), their_training(config, batch_size, compile, dtype)
+    (our_first, our_loss), (their_first, their_loss) = (timed(next, training) for training in trainings)
+    turn = lambda: [timed(lambda: [next(training) for _ in range(3)])[0] / 3 for training in trainings]
+    turn()  # not counted
+    turns, begin = [], time.perf_counter()
+    while not turns or time.perf_counter() - begin < seconds:
+        turns.append(turn())
+    ours, theirs = np.array(turns).T
+    return {"first losses, ours and that of transformers": (our_loss, their_loss),
+            "first steps, s": (our_first, their_first), "a step, ms": np.median(ours) * 1e3,
+            "times as fast as transformers, median and quartiles": np.quantile(theirs / ours, (0.5, 0.25, 0.75))}
+
+def measure_memory(*, context_length: int = 4096, remat: bool = False):
+    """Most memory of three forward and backward passes over one sequence, beyond Python, torch and the parameters.
+
+    context_length: tokens of the sequence
+    remat: compute each block again in the backward pass
+    """
+    config = tinylm.Config(vocab_size=2048, context_length=context_length, d_model=512, num_layers=4, num_heads=8)
+    params, x = tinylm.init_params(config, generator()), torch.randint(2048, (1, context_length + 1))
+    # getrusage would begin with the peak of the process that started this one.
+    peak = lambda: int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 1e3
+    before, begin = peak(), time.perf_counter()
+    for _ in range(3):  # the gradients of one pass are still there in the next, as in training
+        result = tinylm.value_and_grad(tinylm.loss_fn, params, x[:, :-1], x[:, 1:], config, torch.float32, remat)
+    return {"memory, MB": peak() - before, "a pass, s": (time.perf_counter() - begin) / 3}
+
+def measure_write(*, d_model: int = 288, num_layers: int = 6, num_heads: int = 6, vocab_size: int = 32000,
+                  max_new_tokens: int = 250, rounds: int = 5):
+    """Greedy writing on the CPU, in turn with transformers: tokens/s, and how many times those of the first line.
+
+    d_model: features of a token
+    num_layers: blocks
+    num_heads: attention heads
+    vocab_size: tokens
+    max_new_tokens: length of each text
+    rounds: turns that are counted, after one that is not
+    """
+    config = tinylm.Config(vocab_size, max_new_tokens + 1, d_model, num_layers, num_heads)
+    params, model = tinylm.init_params(config, generator()), their_model(config).eval()
+    machine.keep_freed_memory()
+
+    def ours(start, dtype):
+        return torch.stack(list(tinylm.generate(params, start, config, max_new_tokens, temperature=0, dtype=dtype)), 1)
+
+    def theirs(start, dtype):
+        return model.to(dtype).generate(start, attention_mask=torch.ones_like(start), pad_token_id=0, do_sample=False,
+                                        min_new_tokens=max_new_tokens, max_new_tokens=max_new_tokens)[:, 1:]
+
+    def rate(dtype, texts, who):
+        seconds, written = timed(who, torch.ones(texts, 1, dtype=torch.int64), getattr(torch, dtype))
+        assert written.shape == (texts, max_new_tokens)
+        return written.numel() / seconds
+
+    ways = list(itertools.product(("float32", "bfloat16"), (1, 16), (ours, theirs)))
+    rates = np.array([[rate(*way) for way in ways] for _ in range(rounds + 1)])[1:]  # (rounds, ways)
+    return {f"{who.__name__}, texts {texts}, {dtype}": figures for (dtype, texts, who), *figures in
+            zip(ways, np.median(rates, 0), np.median(rates / rates[:, :1], 0))}
+
+def measure_tokenizer(*, file: str = "", vocab_size: int = 10000):
+    """Learning beside tokenizers, and encoding beside tiktoken on the same merges, whose ids must be equal.
+
+    file: UTF-8 text to learn from and to encode
+    vocab_size: tokens to learn
+    """
+    if not file:
+        raise cli.InputError("--file is missing; give a text, --file=TEXT")
+    our_seconds, ours = timed(bpe.train, [file], vocab_size)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TOKENIZERS_PARALLELISM", "true")  # on all cores, as ours
+        their_seconds, _ = timed(tokenizers.ByteLevelBPETokenizer().train, [file], vocab_size, 0, False, [END])
+    special, text = ours.special_tokens, Path(file).read_bytes().decode()
+    ranks = {token: i for i, token in enumerate(ours.tokens) if i not in special.values()}
+    theirs = tiktoken.Encoding("same", pat_str=bpe.SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=special)
+    assert bpe.encode(ours, text).tolist() == theirs.encode(text, allowed_special="all")
+    ratios = [timed(theirs.encode_ordinary, text)[0] / timed(bpe.encode, ours, text)[0] for _ in range(9)]
+    return {f"learn {len(ours.tokens):,} tokens, times as fast as tokenizers": their_seconds / our_seconds,
+            "encode, times as fast as tiktoken, median and range": np.quantile(ratios, (0.5, 0, 1))}
+
+def state_of_rank(config, shard, num_ranks, port, rank):
+    """Compute a step's gradients as one of the ranks → MB that this rank holds, and that each sends."""
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks), MASTER_ADDR="127.0.0.1",
+                       MASTER_PORT=str(port))
+    machine.join_ranks("cpu")
+    settings = train.Settings.complete(dict(device="cpu", batch_size=num_ranks, context_length=64, shard=shard))
+    loss_fn, _, _ = train.step_functions(config, settings)
+    params = tinylm.init_params(config, generator())
+    moments = tinylm.adamw_init(params)
+    if shard:
+        params, moments = (tinylm.shard(tree, machine.mesh_of_ranks("cpu")) for tree in (params, moments))
+    sent_by_all = lambda: int(re.search(r"lo:(?: *\d+){8} +(\d+)", Path("/proc/net/dev").read_text())[1])
+    torch.distributed.barrier()
+    before = sent_by_all()
+    torch.distributed.barrier()  # none begins before all have looked
+    _, grads = train.accumulate_gradients(loss_fn, params, np.arange(8192), settings, 0, rank, num_ranks)
+    torch.distributed.barrier()
+    sent = sent_by_all() - before
+    torch.distributed.destroy_process_group()
+    rows = lambda w: w.to_local() if tinylm.is_split(w) else w
+    held = {name: sum(rows(w).nbytes for _, w in tinylm.tree_leaves(tree)) / 1e6 for name, tree in
+            {"parameters, MB": params, "gradients, MB": grads, "moments, MB": moments}.items()}
+    return held | {"sent by a rank, MB": sent / num_ranks / 1e6}
+
+def measure_ranks(*, num_ranks: int = 2, shard: bool = False):
+    """What a rank holds, and sends in a step over the loopback device, for 21.2 million parameters in float32.
+
+    num_ranks: processes that train together on this machine
+    shard: split the model and the optimiser over the ranks
+    """
+    config = tinylm.Config(vocab_size=8192, context_length=64, d_model=512, num_layers=4, num_heads=8)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return in_new_processes(state_of_rank, *((config, shard, num_ranks, port, rank) for rank in range(num_ranks)))[0]
+
+# Arguments as large as the default run has them: where a form should be faster than its definition.
+LARGE_EXAMPLES = {
+    "linear": lambda: [(randn(*lead, 128).float(), randn(2048, 128).float()) for lead in ((1, 1), (8, 1))]
+    + [(randn(8, 256, 512).float(), randn(2048, 512).float())],
+    "linears": lambda: [(randn(4, 256, 128).float(), *(randn(128, 128, seed=i).float() for i in range(3)))],
+    "rmsnorm": lambda: [(randn(4, 256, 128).float(), torch.ones(128), 1e-5)],
+    "rope_angles": lambda: [(256, 32, 1e4, "cpu")],
+    "rope": lambda: [(randn(4, 256, 4, 32).float().transpose(1, 2), *tinylm.rope_angles.definition(256, 32, 1e4, "cpu"))],
+    "attention": lambda: [attention_example(torch.float32, (4,), 4, 1, T, S, 32) for T, S in ((256, 256), (1, 256), (64, 64))],
+    "gated_silu": lambda: [(randn(4, 256, 384).float(), randn(4, 256, 384, seed=1).float())],
+    "token_losses": lambda: [(randn(4, 256, 2048).float(), torch.randint(2048, (4, 256)))],
+    "clip_gradients": lambda: [(tree_of(*[(384, 128)] * 28), 1e9)],
+    "adamw_update": lambda: [(*(tree_of(*[(384, 128)] * 28, seed=seed) for seed in (0, 40)), tinylm.adamw_init(
+        tree_of(*[(384, 128)] * 28)), torch.tensor(1e-3))],
+    "orthogonalize": lambda: [(randn(3, 128, 384).float(),)],
+    "orthogonalize_all": lambda: [(tree_of(*[(128, 128)] * 4, (384, 128), (384, 128), (128, 384)),)],
+    "nucleus_floor": lambda: [(F.softmax(randn(rows, 2048).float() * 3, -1), 0.95) for rows in (1, 16)],
+}
+
+def measure_forms(*, seconds: float = 2.0, compile: bool = False):
+    """How many times as fast as its definition each form is, forward and backward, in turn, by median and quartiles.
+
+    seconds: how long to measure each
+    compile: compile both with torch.compile
+    """
+    figures = {}
+    for name, examples in LARGE_EXAMPLES.items():
+        operation, differentiable = tinylm.OPERATIONS[name], name in DIFFERENTIABLE
+        for i, arguments in enumerate(examples()):
+            ways = [lambda *args: operation(*args), lambda *args: operation.definition(*args)]
+            ways = [torch.compile(way) for way in ways] if compile else ways
+            ratios, begin = [], time.perf_counter()
+            while len(ratios) < 4 or time.perf_counter() - begin < seconds:
+                ours, plain = (timed(results, way, arguments, differentiable)[0] for way in ways)
+                ratios.append(plain / ours)
+            figures[f"{name} {i + 1}"] = np.quantile(ratios[2:], (0.5, 0.25, 0.75))
+    return figures
+
+MEASUREMENTS = {"step": measure_step, "memory": measure_memory, "write": measure_write, "tokenizer": measure_tokenizer,
+                "ranks": measure_ranks, "forms": measure_forms}
+
+def measure(name="", *arguments):
+    """The command: take a measurement by its name and flags, and print its figures."""
+    if name not in MEASUREMENTS:
+        sys.exit(cli.fail(f"test_tinylm.py: {name or 'no name'}: expected one of {', '.join(MEASUREMENTS)}; "
+                          "NAME --help lists its flags"))
+
+    @functools.wraps(MEASUREMENTS[name])
+    def command(**flags):
+        for flag, value in flags.items():
+            if type(value) is int and value < 1:
+                raise cli.InputError(f"--{flag}={value}: expected 1 or more")
+        for figure, numbers in MEASUREMENTS[name](**flags).items():
+            print(f"{figure}:", *(f"{number:,.2f}" for number in np.ravel(numbers)))
+
+    cli.run(command, arguments)
+
+SMALL = dict(d_model=32, num_layers=1, num_heads=2, vocab_size=257)
+SMALL_MEASUREMENTS = {  # flags, and figures with what they must lie between; all must be above 0
+    "step": (SMALL | dict(context_length=8, batch_size=2, seconds=0.2), {
+        "first losses, ours and that of transformers": (5.2, 6.0)}),  # log 257 = 5.55, that of a uniform guess
+    "memory": (dict(context_length=64), {"memory, MB": (110, 400)}),  # above the gradients of two passes, 60 MB each
+    "write": (SMALL | dict(max_new_tokens=8, rounds=2), {"theirs, texts 16, bfloat16": (0, math.inf)}),
+    "tokenizer": (dict(file=str(ROOT / "README.md"), vocab_size=400), {
+        "learn 400 tokens, times as fast as tokenizers": (0, math.inf)}),
+    "forms": (dict(seconds=0.01), {}),
+    "ranks": (dict(shard=True), {  # halves of 85.0, 85.0 and 169.9 MB; 161.5 MB to send, and the headers of messages
+        "parameters, MB": (42.4, 42.6), "gradients, MB": (42.4, 42.6), "moments, MB": (84.9, 85.1),
+        "sent by a rank, MB": (161.5, 170)}),
+}
+
+@pytest.mark.parametrize("name", MEASUREMENTS)
+def test_small_measurements(name):
+    flags, limits = SMALL_MEASUREMENTS[name]
+    measurement = functools.partial(MEASUREMENTS[name], **flags)
+    # The most memory that this process had may lie behind it.
+    figures = in_new_processes(measurement, ())[0] if name == "memory" else measurement()
+    assert all(np.min(numbers) > 0 for numbers in figures.values()), figures
+    for figure, (low, high) in limits.items():
+        assert low <= np.min(figures[figure]) and np.max(figures[figure]) <= high, figures
+    for flag in inspect.signature(MEASUREMENTS[name]).parameters:
+        assert f"  --{flag} " in cli.help_text(MEASUREMENTS[name])
+
+def test_measurements_are_commands(monkeypatch, capsys):
+    measure("tokenizer", f"--file={ROOT}/README.md", "--vocab_size=270")
+    assert re.fullmatch(r"learn 270 tokens.*: [\d.]+\nencode.*:( [\d.]+){3}\n", capsys.readouterr().out)
+    for arguments, message in (("", "step, memory, write"), ("pace", "pace: expected"), ("tokenizer", "--file=TEXT"),
+                               ("write --rounds=0", "1 or more"), ("ranks --share", "did you mean --shard")):
+        monkeypatch.setattr(sys, "argv", ["test_tinylm.py", *arguments.split()])
+        with pytest.raises(SystemExit, match="^2$"):
+            runpy.run_path(__file__, run_name="__main__")
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+
+if __name__ == "__main__":
+    measure(*sys.argv[1:])

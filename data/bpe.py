@@ -1,6 +1,8 @@
 """Byte-level BPE with GPT-2's split pattern: train, encode, decode, save and load, in NumPy.
 
-Text is bytes throughout. Three steps, each over whole arrays at once:
+First the definition, in plain Python: `plain_split`, `plain_train` and `plain_encode`. The tests hold the rest to it.
+
+Then the fast way to the same merges and ids. Text is bytes throughout, in three steps over whole arrays at once:
 
 1. Split. Where a word begins follows from the class of a byte (letter, number, white space, other) and of its
    neighbours, so a handful of comparisons over an array of bytes replaces the regular expression (`word_starts`).
@@ -28,18 +30,70 @@ import numpy as np
 
 from data.cli import InputError, Progress
 
-# What `word_starts` computes, as the regular expression that tiktoken and tokenizers know as GPT-2's.
+# GPT-2's split pattern, as tiktoken and tokenizers know it; and the same for ASCII alone, as Python's `re` has neither
+# \p{L}, a letter, nor \p{N}, a number.
 SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+ASCII_SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+"
 CHUNK_BYTES = 1 << 22  # of a file, read and worked on at once
 PIECE_BYTES = 1 << 18  # of that, split at once: large enough for arrays to pay, small enough to stay in a core's cache
-LETTER, NUMBER, OTHER, SPACE, SPECIAL = range(5)  # classes; those below SPACE are visible
 
+# ---- Byte-level BPE, as it is defined ----
+
+def ascii_of_same_class(character):
+    """The character itself if it is ASCII, else an ASCII one of its class: letter, number, white space or other."""
+    if character.isascii():
+        return character
+    if character.isspace():
+        return "\t"
+    return {"L": "a", "N": "0"}.get(unicodedata.category(character)[0], "!")
+
+def plain_split(text, special_tokens=()):
+    """Cut text into words: the special tokens, and what the split pattern finds between them; yields str."""
+    longest_first = sorted(special_tokens, key=len, reverse=True)
+    parts = re.split("(" + "|".join(map(re.escape, longest_first)) + ")", text) if special_tokens else [text]
+    for part in parts:
+        if part in special_tokens:
+            yield part
+        else:
+            for match in re.finditer(ASCII_SPLIT_PATTERN, "".join(map(ascii_of_same_class, part)), re.ASCII):
+                yield part[match.start():match.end()]
+
+def plain_train(text, num_merges, special_tokens=()):
+    """Learn merges: from bytes, join the most frequent pair in all words, of equals the greatest. → [(left, right)]"""
+    words = [[bytes([byte]) for byte in word.encode()]
+             for word in plain_split(text, special_tokens) if word not in special_tokens]
+    merges = []
+    while len(merges) < num_merges and (counts := Counter(pair for word in words for pair in zip(word, word[1:]))):
+        left, right = max(counts, key=lambda pair: (counts[pair], pair))
+        merges.append((left, right))
+        for word in words:
+            for i in range(len(word) - 1):
+                if word[i:i + 2] == [left, right]:
+                    word[i:i + 2] = [left + right]
+    return merges
+
+def plain_encode(tokenizer, text):
+    """Encode: from bytes, join the pair learned first in each word, of equals the leftmost, again and again. → [id]"""
+    merges = {(left, right): (rank, made) for rank, (left, right, made) in enumerate(tokenizer.merges.tolist())}
+    ids = []
+    for word in plain_split(text, tokenizer.special_tokens):
+        if word in tokenizer.special_tokens:
+            ids.append(tokenizer.special_tokens[word])
+            continue
+        word = [tokenizer.tokens.index(bytes([byte])) for byte in word.encode()]
+        while joinable := [(merges[pair], i) for i, pair in enumerate(zip(word, word[1:])) if pair in merges]:
+            (_, made), i = min(joinable)  # by rank, then by place
+            word[i:i + 2] = [made]
+        ids += word
+    return ids
 
 # ---- Splitting text into words ----
 
-# Unicode's White_Space property. (str.isspace() differs: it has U+001C to U+001F too.)
-WHITE_SPACE = [*range(0x09, 0x0E), 0x20, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F, 0x3000]
+LETTER, NUMBER, OTHER, SPACE, SPECIAL = range(5)  # classes; those below SPACE are visible
 
+# Unicode's White_Space property. (str.isspace() differs: it has U+001C to U+001F too.)
+WHITE_SPACE = [*range(0x09, 0x0E), 0x20, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F,
+               0x3000]
 
 @lru_cache(maxsize=1)
 def class_of_code_points():
@@ -53,10 +107,9 @@ def class_of_code_points():
     classes[WHITE_SPACE] = SPACE
     return classes
 
-
-ASCII_CLASSES = bytes(SPACE if c in WHITE_SPACE else LETTER if chr(c).isalpha() else NUMBER if chr(c).isdigit() else OTHER
-                      for c in range(128)) + bytes(128)
-
+ASCII_CLASSES = bytes(
+    SPACE if c in WHITE_SPACE else LETTER if chr(c).isalpha() else NUMBER if chr(c).isdigit() else OTHER
+    for c in range(128)) + bytes(128)
 
 def byte_classes(text, special_spans):
     """The class of the character each byte belongs to. text: valid UTF-8, special_spans (n, 2) → uint8 (len(text))."""
@@ -73,13 +126,12 @@ def byte_classes(text, special_spans):
             [b0 < 0xE0, b0 < 0xF0],
             [(b0 & 0x1F) << 6 | b1 & 0x3F, (b0 & 0x0F) << 12 | (b1 & 0x3F) << 6 | b2 & 0x3F],
             (b0 & 0x07) << 18 | (b1 & 0x3F) << 12 | (b2 & 0x3F) << 6 | b3 & 0x3F)
-        kinds = class_of_code_points()[code_points]
-        for i, first in enumerate((0xC0, 0xC0, 0xE0, 0xF0)):  # lead byte, and the continuation bytes it announces
-            classes[leads[b0 >= first] + i] = kinds[b0 >= first]
+        lead_classes = class_of_code_points()[code_points]
+        for i, lowest_lead in enumerate((0xC0, 0xC0, 0xE0, 0xF0)):  # itself, and the continuation bytes it announces
+            classes[leads[b0 >= lowest_lead] + i] = lead_classes[b0 >= lowest_lead]
     for start, end in special_spans:
         classes[start:end] = SPECIAL
     return classes
-
 
 @lru_cache(maxsize=1)
 def contraction_lengths():
@@ -90,9 +142,8 @@ def contraction_lengths():
     lengths[list(b"sdmt")] = 2
     return lengths
 
-
 def word_starts(text, special_spans=()):
-    """Where words begin, as SPLIT_PATTERN cuts them, a special token being a word. text: bytes of UTF-8 → int64 (words).
+    """Where words begin, as `plain_split` cuts them. text: bytes of UTF-8, special_spans (n, 2) → int64 (words).
 
     A word begins where the class changes, with three amendments. The last character of a run of white space stands
     apart from the run when something visible follows, and a blank there belongs to the word that follows. A special
@@ -106,9 +157,9 @@ def word_starts(text, special_spans=()):
     starts[0] = True
     np.not_equal(classes[1:], classes[:-1], out=starts[1:])
 
-    last_space = (classes[:-1] == SPACE) & (classes[1:] < SPACE)  # the last byte of white space before something visible
+    last_space = (classes[:-1] == SPACE) & (classes[1:] < SPACE)  # the last byte before something visible
     starts[1:] &= ~(last_space & (data[:-1] == ord(" ")))
-    wide = np.flatnonzero(last_space & (data[:-1] >= 0x80))  # of white space beyond ASCII, it's the first byte that begins
+    wide = np.flatnonzero(last_space & (data[:-1] >= 0x80))  # beyond ASCII, it's the first byte that begins a word
     last_space[wide] = False
     starts[:-1] |= last_space
     starts[wide - np.where(data[wide - 1] >= 0xC0, 1, 2)] = True  # such characters have two or three bytes
@@ -119,7 +170,7 @@ def word_starts(text, special_spans=()):
 
     quotes = np.flatnonzero(data[:-1] == ord("'"))
     quotes = quotes[starts[quotes] & (classes[quotes + 1] == LETTER)]  # a special token may begin with such letters too
-    second = np.minimum(quotes + 2, len(text) - 1)  # where the text ends after one letter, that letter is no pair either
+    second = np.minimum(quotes + 2, len(text) - 1)  # where text ends after one letter, that letter is no pair either
     length = contraction_lengths()[data[quotes + 1], np.where(classes[second] == LETTER, data[second], 0)]
     length[quotes + length > len(text)] = 0
     quotes, length = quotes[length > 0], length[length > 0]
@@ -128,22 +179,20 @@ def word_starts(text, special_spans=()):
     starts[ends[ends < len(text)]] = True
     return np.flatnonzero(starts)
 
-
 # ---- Words met before ----
 
 KEY_BYTES = 15  # words up to here are their own key: 16 bytes, filled up with a byte that UTF-8 never has
 FILLER = 0xFF
 # What to set in the 16 bytes that begin at a word, by the length of the word; a longer word's are all set.
-FILLS = np.array([[0] * n + [FILLER] * (16 - n) for n in range(KEY_BYTES + 1)] + [[FILLER] * 16], np.uint8).view(np.uint64)
-LONG_WORD = FILLS[-1:]  # the key that stands for all longer words
-
+FILL_OF_LENGTH = np.array(
+    [[0] * n + [FILLER] * (16 - n) for n in range(KEY_BYTES + 1)] + [[FILLER] * 16], np.uint8).view(np.uint64)
+LONG_WORD = FILL_OF_LENGTH[-1:]  # the key that stands for all longer words
 
 def word_keys(text, starts, lengths):
     """The exact key of each word: its bytes, or LONG_WORD. → uint64 (words, 2)."""
     sixteen = np.ndarray((len(text),), "V16", text + bytes(16), 0, (1,))  # the 16 bytes from each position on
     keys = sixteen[starts].view(np.uint64).reshape(-1, 2)
-    return np.bitwise_or(keys, FILLS.take(lengths, 0, mode="clip"), out=keys)
-
+    return np.bitwise_or(keys, FILL_OF_LENGTH.take(lengths, 0, mode="clip"), out=keys)
 
 class HashTable:
     """A growing map from keys, pairs of uint64 the second of which is not 0, to 0, 1, 2 … in the order they were added.
@@ -226,22 +275,18 @@ class HashTable:
         raw = self.keys[first:].view(np.uint8)
         return raw[:, :KEY_BYTES], (raw != FILLER).sum(1)  # LONG_WORD has length 0
 
-
 def split_words(text, special_spans):
     """Cut text into words. → int64: starts (words), lengths (words), which are too long for a key of their own."""
     starts = word_starts(text, special_spans)
     lengths = np.append(starts[1:], len(text)) - starts
     return starts, lengths, np.flatnonzero(lengths > KEY_BYTES)
 
-
 def cut_words(text, starts, lengths, which):
     """The bytes of some words."""
     begins = starts[which]
     return [text[begin:end] for begin, end in zip(begins.tolist(), (begins + lengths[which]).tolist())]
 
-
 # ---- The tokenizer ----
-
 
 @dataclass(frozen=True, eq=False)
 class Tokenizer:
@@ -263,33 +308,30 @@ class Tokenizer:
         """The smallest type that holds every id: uint16 or uint32, little-endian."""
         return np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
 
-
 END_OF_TEXT = "<|endoftext|>"
 NO_MERGE = np.iinfo(np.int32).max
 
-
-def special_pattern(special_tokens):
-    """A pattern that finds special tokens in bytes, the longest where several begin; None where there are none."""
+def compile_special_pattern(special_tokens):
+    """The pattern of special tokens in bytes, of the longest where several begin; None where there are none."""
     longest_first = sorted((token.encode() for token in special_tokens), key=len, reverse=True)
     return re.compile(b"|".join(map(re.escape, longest_first))) if longest_first else None
 
-
-def find_spans(pattern, text):
-    return [match.span() for match in pattern.finditer(text)] if pattern else []
-
+def find_spans(special_pattern, text):
+    """Where special tokens stand. → [(start, end)]"""
+    return [match.span() for match in special_pattern.finditer(text)] if special_pattern else []
 
 class Encoder:
     """A tokenizer at work: the ids of every word it has met, and how to make those of one it has not.
 
-    `first` and `count` say where in `ids` the tokens of each word of `table` stand, `long` the same of longer words;
-    `only` is the id of a word of one token, and -1 for others.
+    `first` and `count` say where in `ids` the tokens of each word of `table` stand, `long_words` the same of longer
+    words; `only_id` is the id of a word of one token, and -1 for others.
     """
 
     MOST_WORDS = 1 << 20  # what is remembered is dropped beyond this, so that memory has a bound
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
-        self.pattern = special_pattern(tokenizer.special_tokens)
+        self.special_pattern = compile_special_pattern(tokenizer.special_tokens)
         id_of = {token: i for i, token in enumerate(tokenizer.tokens) if len(token) == 1}
         self.byte_ids = np.array([id_of[bytes([b])] for b in range(256)], np.int32)
         left, right, made = tokenizer.merges.T
@@ -302,17 +344,17 @@ class Encoder:
 
     def forget(self):
         """Start with no words but the special tokens."""
-        self.table, self.long = HashTable(), {}
+        self.table, self.long_words = HashTable(), {}
         self.table.add(LONG_WORD)
         self.ids, self.first, self.count = np.empty(0, np.int32), np.zeros(1, np.int64), np.zeros(1, np.int64)
-        self.only = np.full(1, -1, np.int32)
+        self.only_id = np.full(1, -1, np.int32)
         for text, token_id in self.tokenizer.special_tokens.items():
             word = text.encode()
             if len(word) <= KEY_BYTES:
                 self.table.add(word_keys(word, np.zeros(1, np.int64), np.array([len(word)])))
                 self.remember(np.array([token_id]), np.ones(1, np.int64))
             else:
-                self.long[word] = self.keep(np.array([token_id]))
+                self.long_words[word] = self.keep(np.array([token_id]))
 
     def keep(self, ids):
         """Store ids; returns where."""
@@ -324,7 +366,7 @@ class Encoder:
         first, _ = self.keep(ids)
         self.first = np.concatenate((self.first, first + np.cumsum(counts) - counts))
         self.count = np.concatenate((self.count, counts))
-        self.only = np.where(self.count == 1, self.ids.take(self.first, mode="clip"), -1)
+        self.only_id = np.where(self.count == 1, self.ids.take(self.first, mode="clip"), -1)
 
     @staticmethod
     def pair_keys(left, right):
@@ -347,30 +389,30 @@ class Encoder:
         ids = np.pad(ids, ((0, 0), (0, 2)), constant_values=-1)  # (W, L + 2), so that each place has a next one
         result = ids.copy()
         ranks = np.pad(self.ranks(ids[:, :-1], ids[:, 1:]), ((0, 0), (0, 1)), constant_values=NO_MERGE)
-        table = ranks.astype(np.int64) << 32 | ids.view(np.uint32)
+        ranked_ids = ranks.astype(np.int64) << 32 | ids.view(np.uint32)
         rows = np.arange(len(words))  # those that may have a merge left
         while len(rows):
-            best = table.argmin(1)
-            rank = table[np.arange(len(rows)), best] >> 32
+            best = ranked_ids.argmin(1)
+            rank = ranked_ids[np.arange(len(rows)), best] >> 32
             ended, going = np.flatnonzero(rank == NO_MERGE), np.flatnonzero(rank < NO_MERGE)
-            result[rows[ended], :table.shape[1]] = table[ended].astype(np.int32)
-            result[rows[ended], table.shape[1]:] = -1
+            result[rows[ended], :ranked_ids.shape[1]] = ranked_ids[ended].astype(np.int32)
+            result[rows[ended], ranked_ids.shape[1]:] = -1
             rows, best, rank = rows[going], best[going], rank[going]
-            columns = np.arange(table.shape[1] - 1)  # as each word becomes one token shorter
-            table = table[going[:, None], columns + (columns > best[:, None])]
+            columns = np.arange(ranked_ids.shape[1] - 1)  # as each word becomes one token shorter
+            ranked_ids = ranked_ids[going[:, None], columns + (columns > best[:, None])]
             each, made = np.arange(len(rows)), self.made[rank]
-            after = table[each, best + 1].astype(np.int32)
-            table[each, best] = self.ranks(made, after).astype(np.int64) << 32 | made
+            after = ranked_ids[each, best + 1].astype(np.int32)
+            ranked_ids[each, best] = self.ranks(made, after).astype(np.int64) << 32 | made
             each = np.flatnonzero(best > 0)
-            before = table[each, best[each] - 1].astype(np.int32)
-            table[each, best[each] - 1] = self.ranks(before, made[each]).astype(np.int64) << 32 | before
+            before = ranked_ids[each, best[each] - 1].astype(np.int32)
+            ranked_ids[each, best[each] - 1] = self.ranks(before, made[each]).astype(np.int64) << 32 | before
         used = result >= 0
         return result[used], used.sum(1)
 
     @cached_property
     def merge_of_pair(self):
         """{(left id, right id): (rank, made id)} for the words that are merged one by one."""
-        return {(a, b): (rank, made) for rank, (a, b, made) in reversed(list(enumerate(self.tokenizer.merges.tolist())))}
+        return {(left, right): (rank, made) for rank, (left, right, made) in enumerate(self.tokenizer.merges.tolist())}
 
     def merge_long(self, word):
         """Apply the merges to one word of any length, in O(n log n): a heap of merges over a linked list of ids."""
@@ -399,39 +441,41 @@ class Encoder:
     def learn_long(self, words):
         """Make and keep the ids of long words not met before."""
         for width in (32, 64):
-            batch = [word for word in words if width // 2 <= len(word) <= width and word not in self.long]
+            batch = [word for word in words if width // 2 <= len(word) <= width and word not in self.long_words]
             if len(batch) > 8:  # fewer go faster one by one
-                matrix = np.frombuffer(b"".join(word.ljust(width, b"\0") for word in batch), np.uint8).reshape(-1, width)
+                filled_up = b"".join(word.ljust(width, b"\0") for word in batch)
+                matrix = np.frombuffer(filled_up, np.uint8).reshape(-1, width)
                 ids, counts = self.merge_words(matrix, np.array([len(word) for word in batch]))
                 first, _ = self.keep(ids)
-                self.long.update(zip(batch, zip((first + np.cumsum(counts) - counts).tolist(), counts.tolist())))
+                self.long_words.update(zip(batch, zip((first + np.cumsum(counts) - counts).tolist(), counts.tolist())))
         for word in words:
-            if word not in self.long:
-                self.long[word] = self.keep(self.merge_long(word))
+            if word not in self.long_words:
+                self.long_words[word] = self.keep(self.merge_long(word))
 
     def encode(self, text):
         """The ids of a text. bytes of UTF-8 → tokenizer.dtype (tokens)."""
-        if len(self.table) + 4 * len(self.long) > self.MOST_WORDS:
+        if len(self.table) + 4 * len(self.long_words) > self.MOST_WORDS:
             self.forget()
         known, found = len(self.table), []
-        for piece in cut_text(text, PIECE_BYTES, self.pattern):
-            starts, lengths, long = split_words(piece, find_spans(self.pattern, piece))
+        for piece in cut_text(text, PIECE_BYTES, self.special_pattern):
+            starts, lengths, which_long = split_words(piece, find_spans(self.special_pattern, piece))
             numbers = self.table.find_or_add(word_keys(piece, starts, lengths))
-            found.append((numbers, cut_words(piece, starts, lengths, long)))
+            found.append((numbers, cut_words(piece, starts, lengths, which_long)))
         if len(self.table) > known:
             self.remember(*self.merge_words(*self.table.words(known)))
-        self.learn_long({word: None for _, words in found for word in words if word not in self.long})
+        self.learn_long({word: None for _, words in found for word in words if word not in self.long_words})
         return np.concatenate([np.empty(0, self.tokenizer.dtype), *(self.spell(*piece) for piece in found)])
 
     def spell(self, numbers, long_words):
         """The ids of words: their numbers in the table, and those too long for it, in order. → dtype (tokens)."""
-        heads = self.only.take(numbers)  # right for words of one token, which nearly all are
+        heads = self.only_id.take(numbers)  # right for words of one token, which nearly all are
         several = np.flatnonzero(heads < 0)
         if not len(several):
             return heads.astype(self.tokenizer.dtype)
         first, count = self.first[numbers[several]], self.count[numbers[several]]
         if long_words:
-            first[numbers[several] == 0], count[numbers[several] == 0] = np.array([self.long[word] for word in long_words]).T
+            is_long = numbers[several] == 0
+            first[is_long], count[is_long] = np.array([self.long_words[word] for word in long_words]).T
         before = np.cumsum(count) - count
         step = np.arange(count.sum()) - np.repeat(before, count)  # 0, 1 … in each word
         places = np.repeat(several - np.arange(len(several)) + before, count) + step
@@ -442,9 +486,7 @@ class Encoder:
         ids[places] = self.ids.take(np.repeat(first, count) + step)
         return ids
 
-
 encoder = lru_cache(maxsize=4)(Encoder)  # a tokenizer keeps what it has met from call to call
-
 
 def as_bytes(text):
     try:
@@ -453,17 +495,14 @@ def as_bytes(text):
         raise InputError(f"the text has half a surrogate pair at character {error.start}, which UTF-8 can't hold; "
                          "remove it") from None
 
-
 def encode(tokenizer, text):
     """The ids of a text. str → tokenizer.dtype (tokens). Raises InputError for lone surrogates."""
-    chunks = cut_text(as_bytes(text), CHUNK_BYTES, special_pattern(tokenizer.special_tokens))
+    chunks = cut_text(as_bytes(text), CHUNK_BYTES, compile_special_pattern(tokenizer.special_tokens))
     return np.concatenate([np.empty(0, tokenizer.dtype), *map(encoder(tokenizer).encode, chunks)])
 
-
 def decode(tokenizer, ids):
-    """The text of some ids; what is not valid UTF-8 becomes U+FFFD. Raises InputError for an id beyond the vocabulary."""
+    """The text of ids; what isn't valid UTF-8 becomes U+FFFD. Raises InputError for an id beyond the vocabulary."""
     return b"".join(token_bytes(tokenizer, ids)).decode("utf-8", "replace")
-
 
 def token_bytes(tokenizer, ids):
     """The bytes of each id, as a list."""
@@ -472,31 +511,27 @@ def token_bytes(tokenizer, ids):
         raise InputError(f"ids go from {min(ids)} to {max(ids)}; expected 0 to {tokenizer.vocab_size - 1}")
     return [tokenizer.tokens[i] for i in ids]
 
-
 # ---- Files, in pieces, over processes ----
 
 # A word always ends between a letter and white space, whatever stands around them.
 SAFE_BORDER = re.compile(rb"[A-Za-z](?=[ \n])")
 
-
-def safe_cut(text, target, pattern):
+def safe_cut(text, target, special_pattern):
     """The first place from `target` on where text can be cut without changing its words; None where there is none."""
     for match in SAFE_BORDER.finditer(text, max(0, target - 1)):
         cut = match.end()
         around = slice(max(0, cut - 256), cut + 256)  # a special token may hold a blank
-        if not any(start < cut - around.start < end for start, end in find_spans(pattern, text[around])):
+        if not any(start < cut - around.start < end for start, end in find_spans(special_pattern, text[around])):
             return cut
     return None
 
-
-def cut_text(text, size, pattern):
+def cut_text(text, size, special_pattern):
     """Cut text into pieces of about `size` bytes at safe borders; yields bytes."""
     position = 0
     while position < len(text):
-        cut = safe_cut(text, position + size, pattern) or len(text)
+        cut = safe_cut(text, position + size, special_pattern) or len(text)
         yield text[position:cut]
         position = cut
-
 
 def as_span(path):
     """(path, start, end): a part of a file, in bytes. A path alone is the whole file."""
@@ -507,8 +542,7 @@ def as_span(path):
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; expected a text file") from None
 
-
-def cut_spans(paths, pattern):
+def cut_spans(paths, special_pattern):
     """Cut files, or parts of them, into pieces of about CHUNK_BYTES at safe borders; yields (path, start, end)."""
     for path, start, end in map(as_span, paths):
         with open(path, "rb") as file:
@@ -516,14 +550,13 @@ def cut_spans(paths, pattern):
                 window, cut = 1 << 16, None
                 while cut is None and start + CHUNK_BYTES + window < end:
                     file.seek(start + CHUNK_BYTES - 256)
-                    cut = safe_cut(file.read(256 + window), 256, pattern)
+                    cut = safe_cut(file.read(256 + window), 256, special_pattern)
                     window *= 4
                 if cut is None:
                     break
                 yield path, start, start + CHUNK_BYTES - 256 + cut
                 start += CHUNK_BYTES - 256 + cut
             yield path, start, end
-
 
 def read_span(span, errors="strict"):
     """The bytes of a span, valid UTF-8. Raises InputError with file and offset where they are not, or replaces them."""
@@ -540,10 +573,8 @@ def read_span(span, errors="strict"):
                          "--errors=replace to put U+FFFD there") from None
     return text
 
-
 def num_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
 
 def spread(work, spans, setup, workers, label):
     """Yield work(span) for each span, in order, over `workers` processes (None: all cores), showing progress.
@@ -570,43 +601,36 @@ def spread(work, spans, setup, workers, label):
         if pool:
             pool.terminate()
 
-
 class Job:
     """What a process of `spread` works with: set once in each by `start_counting` or `start_encoding`."""
 
-
 def start_counting(special_tokens, errors):
-    Job.pattern, Job.errors, Job.table = special_pattern(special_tokens), errors, HashTable()
-
+    Job.special_pattern, Job.errors, Job.table = compile_special_pattern(special_tokens), errors, HashTable()
 
 def count_words(span):
     """Count the words of a span. → keys (words, 2), int64 (words), {long word: count}."""
     text = read_span(span, Job.errors)
     numbers, long_words = [np.empty(0, np.int32)], Counter()
-    for piece in cut_text(text, PIECE_BYTES, Job.pattern):
-        starts, lengths, long = split_words(piece, find_spans(Job.pattern, piece))
+    for piece in cut_text(text, PIECE_BYTES, Job.special_pattern):
+        starts, lengths, which_long = split_words(piece, find_spans(Job.special_pattern, piece))
         numbers.append(Job.table.find_or_add(word_keys(piece, starts, lengths)))
-        long_words.update(cut_words(piece, starts, lengths, long))
+        long_words.update(cut_words(piece, starts, lengths, which_long))
     counts = np.bincount(np.concatenate(numbers))
     met = np.flatnonzero(counts)
     return Job.table.keys[met], counts[met], long_words
 
-
 def start_encoding(tokenizer, errors):
     Job.encoder, Job.errors = encoder(tokenizer), errors
-
 
 def encode_span(span):
     return Job.encoder.encode(read_span(span, Job.errors))
 
-
 def encode_pieces(tokenizer, paths, workers=None, errors="strict"):
     """Encode files, or spans (path, start, end) of them; yields (path, ids) piece by piece, in order."""
-    spans = list(cut_spans(paths, special_pattern(tokenizer.special_tokens)))
+    spans = list(cut_spans(paths, compile_special_pattern(tokenizer.special_tokens)))
     setup = start_encoding, (tokenizer, errors)
     for span, ids in zip(spans, spread(encode_span, spans, setup, workers, "encoding")):
         yield span[0], ids
-
 
 def encode_file(tokenizer, path, out, workers=None, errors="strict"):
     """Encode a file of any size into `out`, a file of ids in tokenizer.dtype; returns how many."""
@@ -617,35 +641,31 @@ def encode_file(tokenizer, path, out, workers=None, errors="strict"):
             num_tokens += len(ids)
     return num_tokens
 
-
 # ---- Training ----
-
 
 def count_corpus(paths, special_tokens, workers, errors):
     """Count the words of files, special tokens left out. → [word], int64 (words)."""
-    spans = list(cut_spans(paths, special_pattern(special_tokens)))
-    table, counts, long = HashTable(), np.zeros(0, np.int64), Counter()
+    spans = list(cut_spans(paths, compile_special_pattern(special_tokens)))
+    table, counts, long_words = HashTable(), np.zeros(0, np.int64), Counter()
     setup = start_counting, (special_tokens, errors)
-    for keys, piece, long_piece in spread(count_words, spans, setup, workers, "counting words"):
+    for keys, key_counts, long_word_counts in spread(count_words, spans, setup, workers, "counting words"):
         numbers = table.find_or_add(keys)
         counts = np.pad(counts, (0, len(table) - len(counts)))
-        counts[numbers] += piece
-        long.update(long_piece)
+        counts[numbers] += key_counts
+        long_words.update(long_word_counts)
     matrix, lengths = table.words()
-    words = [row[:length] for row, length in zip(map(bytes, matrix), lengths.tolist())] + list(long)
-    counts = np.concatenate((counts, np.fromiter(long.values(), np.int64, len(long))))
-    no_words = {token.encode() for token in special_tokens} | {b""}  # b"" is what LONG_WORD spells
-    keep = np.array([len(word) > 1 and word not in no_words for word in words], bool)
+    words = [row[:length] for row, length in zip(map(bytes, matrix), lengths.tolist())] + list(long_words)
+    counts = np.concatenate((counts, np.fromiter(long_words.values(), np.int64, len(long_words))))
+    not_words = {token.encode() for token in special_tokens} | {b""}  # b"" is what LONG_WORD spells
+    keep = np.array([len(word) > 1 and word not in not_words for word in words], bool)
     return [word for word, kept in zip(words, keep.tolist()) if kept], counts[keep]
 
-
 def sort_key(token):
-    """A string that sorts the other way round than `token`: the greatest bytes first, the longer before its beginning."""
+    """A string that sorts the other way round than `token`: the greatest first, the longer before its beginning."""
     return token.translate(bytes(range(255, -1, -1))).decode("latin-1") + "\u0100"
 
-
-def grouped(left, right, weights, places):
-    """Sum weights by pair of ids. → lists: pairs of tokens (ids below 0 are none), their sums, their places in order."""
+def sum_by_pair(left, right, weights, places):
+    """Sum weights by pair of ids. → lists: pairs of tokens (ids < 0 are none), their sums, their places in order."""
     pairs = left.astype(np.int64) << 32 | right
     order = np.argsort(pairs, kind="stable")
     order = order[np.minimum(left, right)[order] >= 0]
@@ -655,11 +675,9 @@ def grouped(left, right, weights, places):
     ends = [*begins[1:].tolist(), len(pairs)]
     return pairs[begins].tolist(), sums, [places[begin:end] for begin, end in zip(begins.tolist(), ends)]
 
-
-def unpacked(pair):
+def unpack(pair):
     """The two ids of a pair, which is one number, left · 2³² + right: hundreds of thousands are kept."""
     return pair >> 32, pair & 0xFFFFFFFF
-
 
 class LinkedWords:
     """Words as they are merged: the ids of all in one array, -1 between words and -2 where a token was joined to the
@@ -683,12 +701,12 @@ class LinkedWords:
     def pairs(self):
         """All pairs of neighbours, their counts, their places."""
         places = np.arange(len(self.ids) - 1, dtype=np.int32)
-        return grouped(self.ids[:-1], self.ids[1:], self.weight[:-1], places)
+        return sum_by_pair(self.ids[:-1], self.ids[1:], self.weight[:-1], places)
 
     def join(self, pair, made, places):
         """Make `made` of a pair wherever it still stands in `places`. → lists: pairs lost and their counts, and pairs
         found, their counts, their places."""
-        return (self.join_many if len(places) >= self.MANY else self.join_few)(*unpacked(pair), made, places)
+        return (self.join_many if len(places) >= self.MANY else self.join_few)(*unpack(pair), made, places)
 
     def join_few(self, left, right, made, places):
         ids, weight, following, preceding = self.views
@@ -707,7 +725,7 @@ class LinkedWords:
             before, after = preceding[place], following[place]
             if ids[before] >= 0:
                 found.setdefault(ids[before] << 32 | made, []).append(before)
-            if ids[after] >= 0 and ids[after] != made:  # of two made side by side the second finds the pair between them
+            if ids[after] >= 0 and ids[after] != made:  # of two made side by side the second finds their pair
                 found.setdefault(made << 32 | ids[after], []).append(place)
         counts = [sum([weight[place] for place in at]) for at in found.values()]
         return lost, lost_counts, list(found), counts, [array("i", at) for at in found.values()]
@@ -731,8 +749,8 @@ class LinkedWords:
         lost_left[:len(at)], lost_right[len(at):] = old[0], old[1][alone]
         found_left, found_right = np.full((2, len(places)), made, np.int32)
         found_left[:len(at)], found_right[len(at):] = ids[before], ids[after[alone]]
-        return *grouped(lost_left, lost_right, weights, places)[:2], *grouped(found_left, found_right, weights, places)
-
+        lost, lost_counts, _ = sum_by_pair(lost_left, lost_right, weights, places)
+        return lost, lost_counts, *sum_by_pair(found_left, found_right, weights, places)
 
 def train_merges(words, counts, tokens, num_merges):
     """Learn merges: join the pair with the highest count, of equals the greatest pair of byte strings, again and again.
@@ -747,7 +765,7 @@ def train_merges(words, counts, tokens, num_merges):
     keys = [sort_key(token) for token in tokens]
 
     def push(pair, count):
-        left, right = unpacked(pair)
+        left, right = unpack(pair)
         heapq.heappush(heap, (-count, keys[left], keys[right], pair))
 
     def add(pair, count, places):
@@ -764,7 +782,7 @@ def train_merges(words, counts, tokens, num_merges):
             if now > 0:
                 push(pair, now)
             continue
-        (left, right), made = unpacked(pair), len(tokens)
+        (left, right), made = unpack(pair), len(tokens)
         tokens.append(tokens[left] + tokens[right])
         keys.append(sort_key(tokens[made]))
         merges.append((left, right))
@@ -778,7 +796,6 @@ def train_merges(words, counts, tokens, num_merges):
         progress.update(len(merges))
     progress.close()
     return merges
-
 
 def train(paths, vocab_size, special_tokens=(END_OF_TEXT,), workers=None, errors="strict"):
     """Learn a tokenizer from text files, or spans (path, start, end) of them: the 256 bytes, special tokens, merges.
@@ -794,21 +811,20 @@ def train(paths, vocab_size, special_tokens=(END_OF_TEXT,), workers=None, errors
                          f"the 256 bytes and {len(special_tokens)} special token(s)")
     tokens = [bytes([b]) for b in range(256)] + [token.encode() for token in special_tokens]
     num_merges = vocab_size - len(tokens)
-    merges = train_merges(*count_corpus(paths, special_tokens, workers, errors), tokens, num_merges) if num_merges else []
-    first = 256 + len(special_tokens)
-    table = np.array([(*pair, first + i) for i, pair in enumerate(merges)], np.int64).reshape(-1, 3)
-    return Tokenizer(tokens, {token: 256 + i for i, token in enumerate(special_tokens)}, table)
-
+    merges = []
+    if num_merges:
+        merges = train_merges(*count_corpus(paths, special_tokens, workers, errors), tokens, num_merges)
+    first_made = 256 + len(special_tokens)
+    merges = np.array([(*pair, first_made + i) for i, pair in enumerate(merges)], np.int64).reshape(-1, 3)
+    return Tokenizer(tokens, {token: 256 + i for i, token in enumerate(special_tokens)}, merges)
 
 # ---- tokenizer.json, as Hugging Face's tokenizers has it ----
-
 
 def byte_alphabet():
     """GPT-2's printable character for each byte, in which tokenizer.json writes tokens. → 256 characters."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))
     return [chr(b) if b in printable else chr(next(others)) for b in range(256)]
-
 
 def save(tokenizer, path):
     """Write tokenizer.json."""
@@ -831,7 +847,6 @@ def save(tokenizer, path):
     }
     Path(path).write_text(json.dumps(description, ensure_ascii=False, indent=1), encoding="utf-8")
 
-
 def load(path):
     """Read a tokenizer.json of a byte-level BPE with our split pattern.
 
@@ -845,7 +860,6 @@ def load(path):
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         reason = error if type(error) is ValueError else f"{type(error).__name__}: {error}"
         raise InputError(f"{path} can't be used ({reason}); expected a byte-level BPE tokenizer.json") from None
-
 
 def from_description(description):
     """The tokenizer that a parsed tokenizer.json describes. Raises ValueError or the like where it can't be."""

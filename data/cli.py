@@ -1,61 +1,175 @@
-"""What the three commands share: strict flags and help around Fire, the user's mistakes, the progress line."""
+"""The command line: a table of settings gives flags, help and checks; a user's mistake in one line; the progress line."""
 
+import dataclasses
 import difflib
 import inspect
 import itertools
 import json
+import math
 import os
 import re
 import shutil
 import sys
 import textwrap
 import time
-
+from contextlib import contextmanager
 
 class InputError(ValueError):
     """A mistake in what was given: one line saying what was given, what was expected and what to do."""
 
-    exit_code = 2
+    exit_code = 2  # of a command that ends with it
 
+# ---- Settings: a dataclass whose fields are flags; a comment in it is a heading of --help ----
 
-def parse(name, annotation, text):
-    """The value of one flag, by its annotation (`int`, `float`, `bool` or `str`, each perhaps `| None`)."""
-    kind = str(annotation.__name__ if isinstance(annotation, type) else annotation).split(" | ")[0]
-    if kind == "str":
-        return text
-    if text == "None" and "None" in str(annotation):
+def flag(default, meaning, within=None, choices=None, stated=None, may_change=False):
+    """A setting, for a dataclass of them.
+
+    default: a value, a dict of one by kind of device, or a function of the settings that stand before it
+    within: the interval of a number, such as "[1, inf)" or "(0, 1]"; choices: the names that a text may be
+    stated: how --help says the default, where that is no plain value; may_change: whether a resumed run may change it
+    """
+    return dataclasses.field(default=None, metadata=dict(
+        default=default, meaning=meaning, within=within, choices=choices, stated=stated, may_change=may_change))
+
+def flags_of(table):
+    """{name: field} of a table of settings."""
+    return {field.name: field for field in dataclasses.fields(table)}
+
+def convert(name, kind, value):
+    """What was given for a flag, on the command line or from Python, as an int, float, bool or str.
+
+    Raises InputError where it is none. None, as a value or its name, means that nothing was given.
+    """
+    if value is None or value == "None" and kind is not str:
         return None
     try:
-        if kind == "bool":
-            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-        number = float(text.replace("_", ""))
-        if kind == "int" and number != int(number):
+        if kind is str:
+            return os.fspath(value) if isinstance(value, os.PathLike) else str(value)
+        if kind is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[str(value).lower()]
+        if isinstance(value, bool):
             raise ValueError
-        return int(number) if kind == "int" else number
-    except (ValueError, KeyError, OverflowError):
-        expected = {"int": "a whole number", "float": "a number", "bool": "True or False"}[kind]
-        raise InputError(f"--{name}={text}: expected {expected}") from None
+        number = float(value) if kind is float else int(value) if re.fullmatch(r"[+-]?[\d_]+", str(value)) else float(value)
+        if kind is int and number != int(number):
+            raise ValueError
+        return kind(number)
+    except (ValueError, KeyError, OverflowError, TypeError):
+        expected = {int: "a whole number", float: "a number", bool: "True or False"}[kind]
+        raise InputError(f"--{name}={value}: expected {expected}") from None
 
+def unknown(name, names):
+    """The error for a flag that is none of `names`."""
+    near = difflib.get_close_matches(name, names, 1, 0.5)
+    return InputError(f"unknown flag --{name}; " + (f"did you mean --{near[0]}?" if near else "--help lists the names"))
 
-def read_flags(parameters, arguments):
+def read(table, given):
+    """The flags that were given, {name: value of its type}. Raises InputError for one that the table has not."""
+    fields = flags_of(table)
+    for name in given:
+        if name not in fields:
+            raise unknown(name, fields)
+    values = {name: convert(name, fields[name].type, value) for name, value in given.items()}
+    return {name: value for name, value in values.items() if value is not None}
+
+def complete(table, given, device="cpu"):
+    """All settings: those given, and the defaults for the rest. Raises InputError for one out of its range."""
+    settings = table(**read(table, given))
+    for name, field in flags_of(table).items():
+        if getattr(settings, name) is None:
+            default = field.metadata["default"]
+            default = default[device.split(":")[0]] if isinstance(default, dict) else default
+            setattr(settings, name, default(settings) if callable(default) else default)
+        check(name, getattr(settings, name), **{key: field.metadata[key] for key in ("within", "choices")})
+    return settings
+
+def check(name, value, within, choices):
+    """Raise InputError where a setting is out of its interval, or none of its choices."""
+    if value is None:
+        return
+    if choices and value not in choices:
+        one_of = " or ".join(choices) if len(choices) == 2 else f"one of {', '.join(choices)}"
+        raise InputError(f"--{name}={value}: expected {one_of}")
+    if within:
+        low, high = map(float, within[1:-1].split(","))
+        above, below = within[0] == "(", within[-1] == ")"
+        if not (low < value or value == low and not above) or not (value < high or value == high and not below):
+            if high == math.inf:
+                expected = f"above {low:g}" if above else f"of {low:g} or more"
+            elif above and below:
+                expected = f"between {low:g} and {high:g}"
+            else:
+                expected = f"{'above' if above else 'from'} {low:g} {'to below' if below else 'up to'} {high:g}"
+            raise InputError(f"--{name}={value}: expected a number {expected}")
+
+def kept(settings):
+    """What a run keeps of its settings, for JSON."""
+    return {name: value for name, value in vars(settings).items() if value is not None}
+
+def may_change(table, name):
+    """Whether a resumed run may have another value of a setting."""
+    return flags_of(table)[name].metadata["may_change"]
+
+@contextmanager
+def as_input_error():
+    """A ValueError of a pure function, which knows nothing of users, becomes an InputError."""
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+def command(table):
+    """Make function(given) a function of the flags of a table, for Fire and for Python; `given` has those not None."""
+    def decorate(function):
+        def call(**flags):
+            return function(read(table, flags))
+
+        parameters = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=field.type | None)
+                      for name, field in flags_of(table).items()]
+        call.__name__, call.__qualname__, call.__module__ = function.__name__, function.__qualname__, function.__module__
+        call.__signature__ = inspect.Signature(parameters)
+        call.__doc__ = "\n".join([inspect.getdoc(function), *described(table)])
+        return call
+    return decorate
+
+def described(table):
+    """The lines of help that a table makes: 'heading:' and 'name: meaning [default]'."""
+    fields, lines = flags_of(table), []
+    for line in inspect.getsource(table).splitlines():
+        heading, name = re.fullmatch(r"    # (.*)", line), re.match(r"    (\w+):", line)
+        if heading:
+            lines += ["", f"{heading[1]}:"]
+        elif name and name[1] in fields:
+            lines.append(f"{name[1]}: {fields[name[1]].metadata['meaning']}{stated_default(fields[name[1]])}")
+    return lines
+
+def stated_default(field):
+    """A flag's default as --help says it, in brackets; nothing where it has none."""
+    default, stated = field.metadata["default"], field.metadata["stated"]
+    if stated is None and isinstance(default, dict):
+        stated = ", ".join(f"{device.upper()} {value}" for device, value in default.items())
+    if stated is None and default not in (None, "") and not callable(default):
+        stated = default
+    return "" if stated is None else f" [{stated}]"
+
+# ---- Arguments of a command ----
+
+def read_arguments(parameters, arguments):
     """Turn ['--a=1', '--b', '2', '--no-c'] into {'a': '1', 'b': '2', 'c': 'False'}, and refuse all that is no flag.
 
     Fire would run the function before it rejects an unknown flag, and shorten names; so nothing is left to it to judge.
     """
     flags, arguments = {}, list(arguments)
+    is_bool = lambda name: name in parameters and "bool" in str(parameters[name].annotation)
     while arguments:
         argument = arguments.pop(0)
         if not argument.startswith("--") or argument == "--":
             raise InputError(f"{argument!r} is not a flag; write --name=value (--help lists the names)")
         name, equals, value = argument[2:].partition("=")
         name = name.replace("-", "_")
-        is_bool = lambda name: name in parameters and "bool" in str(parameters[name].annotation)
-        if name not in parameters and not equals and re.sub("^no_?", "", name) in filter(is_bool, parameters):
+        if name not in parameters and not equals and is_bool(re.sub("^no_?", "", name)):
             name, equals, value = re.sub("^no_?", "", name), "=", "False"
         if name not in parameters:
-            near = difflib.get_close_matches(name, parameters, 1, 0.5)
-            advice = f"did you mean --{near[0]}?" if near else "--help lists the names"
-            raise InputError(f"unknown flag --{name}; {advice}")
+            raise unknown(name, parameters)
         if name in flags:
             raise InputError(f"--{name} is given twice; give it once")
         if not equals:
@@ -66,6 +180,9 @@ def read_flags(parameters, arguments):
         flags[name] = value
     return flags
 
+def kind_of(parameter):
+    """The type that a parameter's annotation names: `int`, or that of `int | None`."""
+    return getattr(parameter.annotation, "__args__", [parameter.annotation])[0]
 
 def help_text(function):
     """The function's docstring as help: each line 'name: meaning' gets the flag's default from the signature."""
@@ -84,7 +201,6 @@ def help_text(function):
         lines.append(line)
     return "\n".join(lines)
 
-
 def run(function, arguments=None):
     """Call `function` with the flags on the command line, or those given, through Fire. What stands before them are names,
     where the function takes any.
@@ -101,11 +217,11 @@ def run(function, arguments=None):
         parameters = {parameter.name: parameter for parameter in kinds if parameter.kind == parameter.KEYWORD_ONLY}
         takes_names = len(parameters) < len(kinds)
         names = list(itertools.takewhile(lambda argument: takes_names and not argument.startswith("-"), arguments))
-        flags = read_flags(parameters, arguments[len(names):])
+        flags = read_arguments(parameters, arguments[len(names):])
+        parsers = {name: (lambda text, name=name: convert(name, kind_of(parameters[name]), text)) for name in parameters}
         for name, text in flags.items():
-            parse(name, parameters[name].annotation, text)
+            parsers[name](text)
         import fire
-        parsers = {name: (lambda text, name=name: parse(name, parameters[name].annotation, text)) for name in parameters}
         fire.Fire(fire.decorators.SetParseFns(**parsers)(function),
                   command=names + [f"--{name}={text}" for name, text in flags.items()], name=program)
     except OSError as error:
@@ -121,12 +237,10 @@ def run(function, arguments=None):
             fail(f"{program}: {error}")
         sys.exit(error.exit_code)
 
-
 def fail(line):
     """Print one line on stderr; returns 2, the exit code of a user's mistake."""
     print(line, file=sys.stderr, flush=True)
     return 2
-
 
 def json_lines(path):
     """The objects in a file of one JSON object a line, without lines cut short; none where there is no such file."""
@@ -138,14 +252,12 @@ def json_lines(path):
             pass
     return objects
 
-
 def duration(seconds):
     """Seconds as people read them: 42s, 3m05s, 2h07m."""
     seconds = int(seconds)
     if seconds < 60:
         return f"{seconds}s"
     return f"{seconds // 60}m{seconds % 60:02d}s" if seconds < 3600 else f"{seconds // 3600}h{seconds // 60 % 60:02d}m"
-
 
 class Progress:
     """Progress of long work on stderr: one refreshing line on a terminal, plain lines now and then in a log.

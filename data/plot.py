@@ -9,7 +9,6 @@ from data.cli import InputError, json_lines
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, GAP = 840, 560, 70, 20, 30, 50  # pixels
 COLORS = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2"]
 
-
 def read_metrics(run):
     """The lines of a run's metrics.jsonl. Raises InputError where there are none."""
     path = Path(run) / "metrics.jsonl"
@@ -20,11 +19,9 @@ def read_metrics(run):
         raise InputError(f"{path} has no losses yet; wait for the first steps")
     return lines
 
-
 def series(lines, key):
     """The points (step, value) of one quantity."""
     return [(line["step"], line[key]) for line in lines if isinstance(line.get(key), (int, float)) and math.isfinite(line[key])]
-
 
 def ticks(low, high, count=5):
     """Round numbers between two bounds, about `count` of them."""
@@ -32,7 +29,6 @@ def ticks(low, high, count=5):
     size = 10 ** math.floor(math.log10(rough))
     size *= next(factor for factor in (1, 2, 5, 10) if factor * size >= rough)
     return [i * size for i in range(math.ceil(low / size), math.floor(high / size) + 1)]
-
 
 def panel(curves, top, height, title, steps):
     """One diagram over steps, as SVG elements. curves: [(color, dash, points)]."""
@@ -54,7 +50,6 @@ def panel(curves, top, height, title, steps):
         out.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="1.5" stroke-dasharray="{dash}"/>')
     return out
 
-
 def draw(runs):
     """The SVG of runs, {name: lines of metrics}: losses above, learning rates below."""
     steps = max(line["step"] for lines in runs.values() for line in lines)
@@ -70,7 +65,6 @@ def draw(runs):
     body += panel(rates, TOP + upper + GAP, HEIGHT - TOP - upper - 2 * GAP, "learning rate", steps)
     return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12">',
                       f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>', *body, *legend, "</svg>"])
-
 
 def plot(*runs, output: str = ""):
     """Draw the losses and learning rates of one or several runs into an SVG that a browser opens.

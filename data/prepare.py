@@ -9,6 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -17,7 +18,7 @@ if __name__ == "__main__":
 import numpy as np
 
 from data import bpe, cli, stories
-from data.cli import InputError
+from data.cli import InputError, flag
 
 DATA = Path(__file__).resolve().parent
 TINYSTORIES = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-"
@@ -28,9 +29,26 @@ DOWNLOADS = {"tinystories": [(TINYSTORIES + "train.txt", 2_227_753_162), (TINYST
 VOCAB_SIZES = {"stories": 2048, "tinystories": 10000, "shakespeare": 1024}
 NUM_STORIES = {"train.txt": 30_000, "val.txt": 1_000}
 
+@dataclass
+class Settings:
+    # Where the text comes from
+    dataset: str = flag(None, "stories (built in, no download; the default), tinystories (2.2 GB) or shakespeare "
+                        "(1 MB), downloaded once", choices=VOCAB_SIZES)
+    input: str = flag("", "a text file, or a folder of them, of your own instead; <|endoftext|> in it ends a document, "
+                      "as each file does")
+    val_input: str = flag("", "text to validate on")
+    val_fraction: float = flag(None, "or the part of the text to keep for validation, its end, between 0 and 1",
+                               "(0, 1)", stated="0.1")
+    errors: str = flag("strict", "strict, or replace to put U+FFFD where a file is not valid UTF-8",
+                       choices=("strict", "replace"))
+    # What is made of it
+    vocab_size: int = flag(None, "tokens in the vocabulary, from 257 (the 256 bytes and <|endoftext|>) on",
+                           "[257, inf)", stated="2048; tinystories 10000, shakespeare 1024")
+    tokenizer: str = flag("", "use this tokenizer.json, or the one in this folder, instead of learning one")
+    output: str = flag("", "the folder to write", stated="data/ and the name of the dataset or input")
+    workers: int = flag(None, "processes to use", "[1, inf)", stated="one a core")
 
 # ---- Where text comes from ----
-
 
 def download(url, path, size, attempts=8, pause=1):
     """Fetch a file of a known size into `path`, going on where an earlier try stopped; once there, it stays.
@@ -71,7 +89,6 @@ def download(url, path, size, attempts=8, pause=1):
     os.replace(partial, path)
     return path
 
-
 def receive(response, partial, begin, size, label):
     """Write what a response sends behind the first `begin` bytes of `partial`, no more than `size` bytes in all."""
     progress = cli.Progress(f"downloading {label}", size)
@@ -86,7 +103,6 @@ def receive(response, partial, begin, size, label):
         finally:
             progress.close()
 
-
 def write_stories(folder):
     """Write the built-in corpus into a folder; returns the paths for training and validation."""
     progress = cli.Progress("writing stories", sum(NUM_STORIES.values()), "stories", 1)
@@ -99,7 +115,6 @@ def write_stories(folder):
         first += count
     progress.close()
     return [folder / name for name in NUM_STORIES]
-
 
 def text_files(source):
     """The file, or all files below the folder in order of name (hidden ones left out), that a user named."""
@@ -114,14 +129,12 @@ def text_files(source):
         raise InputError(f"{source} has no files in it; expected a text file, or a folder of them")
     return files
 
-
 def whole_spans(paths):
     """Files as spans (path, start, end), without the empty ones. Raises InputError where no text is left."""
     spans = [(path, start, end) for path, start, end in map(bpe.as_span, paths) if end > start]
     if not spans:
         raise InputError(f"{', '.join(map(str, paths[:3]))}: no text in it; expected some")
     return spans
-
 
 def split_spans(spans, val_fraction):
     """Cut spans into those for training and those for validation, the last `val_fraction` of all bytes.
@@ -137,7 +150,6 @@ def split_spans(spans, val_fraction):
         val += [(path, cut, end)] if end > cut else []
     return train, val
 
-
 def cut_point(path, start, target, end):
     """The first good place from `target` on to cut a file in two."""
     with open(path, "rb") as file:
@@ -150,9 +162,7 @@ def cut_point(path, start, target, end):
         target, text = target + 1, text[1:]
     return target
 
-
 # ---- What is written ----
-
 
 def write_ids(tokenizer, spans, path, workers, errors):
     """Encode spans into a file of ids, each file's text ended by the end-of-text token; returns tokens and bytes."""
@@ -177,48 +187,25 @@ def write_ids(tokenizer, spans, path, workers, errors):
             write(end)
     return counts
 
-
-def prepare(*, dataset: str = "", input: str = "", val_input: str = "", val_fraction: float | None = None, output: str = "",
-            vocab_size: int | None = None, tokenizer: str = "", workers: int | None = None, errors: str = "strict"):
-    """Turn a corpus into tokens: a folder data/NAME/ that train.py trains on.
-
-    Where the text comes from:
-    dataset: stories (built in, no download; the default), tinystories (2.2 GB) or shakespeare (1 MB), downloaded once
-    input: a text file, or a folder of them, of your own instead; <|endoftext|> in it ends a document, as each file does
-    val_input: text to validate on
-    val_fraction: or the part of the text to keep for validation, its end, between 0 and 1 [0.1]
-    errors: strict, or replace to put U+FFFD where a file is not valid UTF-8
-
-    What is made of it:
-    vocab_size: tokens in the vocabulary, from 257 (bytes) on [2048; tinystories 10000, shakespeare 1024]
-    tokenizer: use this tokenizer.json, or the one in this folder, instead of learning one
-    output: the folder to write [data/ and the name of the dataset or input]
-    workers: processes to use [one a core]
-    """
-    if dataset and input:
-        raise InputError(f"--dataset={dataset} and --input={input}: give one of the two")
-    if val_input and (val_fraction is not None or not input):
+@cli.command(Settings)
+def prepare(given):
+    """Turn a corpus into tokens: a folder data/NAME/ that train.py trains on."""
+    settings = cli.complete(Settings, given)
+    dataset, source, val_input, errors = settings.dataset, settings.input, settings.val_input, settings.errors
+    if dataset and source:
+        raise InputError(f"--dataset={dataset} and --input={source}: give one of the two")
+    if val_input and (settings.val_fraction is not None or not source):
         raise InputError(f"--val_input={val_input} goes with --input, and without --val_fraction")
-    val_fraction = 0.1 if val_fraction is None else val_fraction
-    if not 0 < val_fraction < 1:
-        raise InputError(f"--val_fraction={val_fraction}: expected a number between 0 and 1")
-    if errors not in ("strict", "replace"):
-        raise InputError(f"--errors={errors}: expected strict or replace")
-    if workers is not None and workers < 1:
-        raise InputError(f"--workers={workers}: expected 1 or more")
-    if tokenizer and vocab_size:
-        raise InputError(f"--tokenizer={tokenizer} has its own vocabulary; leave out --vocab_size")
-    given = load_tokenizer(tokenizer) if tokenizer else None
-    dataset = dataset or ("" if input else "stories")
-    if dataset and dataset not in VOCAB_SIZES:
-        raise InputError(f"--dataset={dataset}: expected one of {', '.join(VOCAB_SIZES)}, or your own text with --input")
-    vocab_size = given.vocab_size if given else VOCAB_SIZES.get(dataset, 2048) if vocab_size is None else vocab_size
-    if vocab_size < 257:
-        raise InputError(f"--vocab_size={vocab_size}: expected 257 or more: the 256 bytes and {bpe.END_OF_TEXT}")
-    output = Path(output or DATA / (dataset or Path(input).resolve().stem))
+    if settings.tokenizer and settings.vocab_size:
+        raise InputError(f"--tokenizer={settings.tokenizer} has its own vocabulary; leave out --vocab_size")
+    val_fraction = settings.val_fraction or 0.1
+    tokenizer = load_tokenizer(settings.tokenizer) if settings.tokenizer else None
+    dataset = dataset or ("" if source else "stories")
+    vocab_size = tokenizer.vocab_size if tokenizer else settings.vocab_size or VOCAB_SIZES.get(dataset, 2048)
+    output = Path(settings.output or DATA / (dataset or Path(source).resolve().stem))
     if output.exists() and not (output / "meta.json").is_file() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"{output} is there and was not written by this command; choose another --output")
-    sources = [text_files(source) for source in (input, val_input) if source]
+    sources = [text_files(path) for path in (source, val_input) if path]
     for files in sources:
         whole_spans(files)
 
@@ -230,15 +217,16 @@ def prepare(*, dataset: str = "", input: str = "", val_input: str = "", val_frac
             sources = [[path] for path in write_stories(partial)]
         elif dataset:
             kept = DATA / "downloads"
-            sources = [[download(url, kept / f"{dataset}-{url.split('/')[-1]}", size)] for url, size in DOWNLOADS[dataset]]
+            sources = [[download(url, kept / f"{dataset}-{url.split('/')[-1]}", size)]
+                       for url, size in DOWNLOADS[dataset]]
         spans = [whole_spans(files) for files in sources]
         train, val = spans if len(spans) == 2 else split_spans(spans[0], val_fraction)
         if not train or not val:
-            raise InputError(f"{input or dataset}: too little text to keep {val_fraction} of it for validation; use "
+            raise InputError(f"{source or dataset}: too little text to keep {val_fraction} of it for validation; use "
                              "more text or another --val_fraction")
         check_room(partial, sum(end - start for _, start, end in train + val), vocab_size)
-        given = given or bpe.train(train, vocab_size, workers=workers, errors=errors)
-        write_data(partial, dataset or input, train, val, given, workers, errors)
+        tokenizer = tokenizer or bpe.train(train, vocab_size, workers=settings.workers, errors=errors)
+        write_data(partial, dataset or source, train, val, tokenizer, settings.workers, errors)
         shutil.rmtree(output, ignore_errors=True)
         os.replace(partial, output)
     except BaseException:
@@ -246,15 +234,25 @@ def prepare(*, dataset: str = "", input: str = "", val_input: str = "", val_frac
         raise
     report(output, vocab_size)
 
+def find_data(name):
+    """The data folder of this path, or of this name below data/. A known corpus that is missing is prepared first."""
+    folder = next((folder for folder in (Path(name), DATA / name) if (folder / "meta.json").is_file()), None)
+    if folder is None and name in VOCAB_SIZES:
+        prepare(dataset=name)
+        folder = DATA / name
+    if folder is None:
+        raise InputError(f"--data={name}: no such data folder; make one with data/prepare.py --input=YOUR_TEXT, or use "
+                         f"one of {', '.join(VOCAB_SIZES)}")
+    return folder
 
 def load_tokenizer(path):
     """The tokenizer in a file or folder. Raises InputError where it can't end a document."""
     path = Path(path)
     tokenizer = bpe.load(path / "tokenizer.json" if path.is_dir() else path)
     if bpe.END_OF_TEXT not in tokenizer.special_tokens:
-        raise InputError(f"{path} has no special token {bpe.END_OF_TEXT} to end documents with; use a tokenizer that has")
+        raise InputError(f"{path} has no special token {bpe.END_OF_TEXT} to end documents with; use a tokenizer that "
+                         "has")
     return tokenizer
-
 
 def write_data(folder, source, train, val, tokenizer, workers, errors):
     """Write tokenizer.json, train.bin, val.bin and, when all is there, meta.json."""
@@ -266,14 +264,12 @@ def write_data(folder, source, train, val, tokenizer, workers, errors):
         meta[split] = write_ids(tokenizer, spans, folder / f"{split}.bin", workers, errors)
     (folder / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
 
-
 def check_room(folder, num_bytes, vocab_size):
-    """Raise InputError where the disk can't hold the ids: two bytes each, for one byte of text or, merged, at least two."""
+    """Raise InputError where the disk can't hold the ids: two bytes each, for a byte of text or, merged, two or more."""
     needed, free = num_bytes * (2 if vocab_size < 512 else 1), shutil.disk_usage(folder).free
     if free < needed:
-        raise InputError(f"{folder.parent} has {free / 1e6:,.0f} MB free; the data may need {needed / 1e6:,.0f} MB; make "
-                         "room or choose another --output")
-
+        raise InputError(f"{folder.parent} has {free / 1e6:,.0f} MB free; the data may need {needed / 1e6:,.0f} MB; "
+                         "make room or choose another --output")
 
 def report(folder, asked):
     """Say what a data folder holds."""
@@ -285,9 +281,7 @@ def report(folder, asked):
         tokens, size = meta[split]["tokens"], meta[split]["bytes"]
         print(f"  {split}.bin: {tokens:,} tokens for {size:,} bytes, {size / tokens:.2f} bytes a token")
 
-
 # ---- Reading it back ----
-
 
 def open_data(folder):
     """Open a data folder → (meta, {"train": ids, "val": ids} as np.memmap). Checks all of it first.
@@ -304,32 +298,51 @@ def open_data(folder):
             raise InputError(f"{folder}/tokenizer.json is not the tokenizer that made train.bin and val.bin; {again}")
         ids = {}
         for split in ("train", "val"):
-            path, count, dtype = folder / f"{split}.bin", meta[split]["tokens"], np.dtype(meta["dtype"]).newbyteorder("<")
-            if path.stat().st_size != count * dtype.itemsize or not count:
-                raise InputError(f"{path} has {path.stat().st_size:,} bytes; expected {count * dtype.itemsize:,}; {again}")
+            path, count = folder / f"{split}.bin", meta[split]["tokens"]
+            dtype, size = np.dtype(meta["dtype"]).newbyteorder("<"), path.stat().st_size
+            if size != count * dtype.itemsize or not count:
+                raise InputError(f"{path} has {size:,} bytes; expected {count * dtype.itemsize:,}; {again}")
             ids[split] = np.memmap(path, dtype, "r")
             ids[split].stamp = stamp(path)
             highest = max(int(ids[split][i:i + (1 << 24)].max()) for i in range(0, count, 1 << 24))
             if highest >= meta["vocab_size"]:
-                raise InputError(f"{path} holds the id {highest}, beyond the vocabulary of {meta['vocab_size']}; {again}")
+                raise InputError(f"{path} holds the id {highest}, beyond the vocabulary of {meta['vocab_size']}; "
+                                 f"{again}")
     except FileNotFoundError as error:
         raise InputError(f"{error.filename} is missing; expected a folder that data/prepare.py wrote") from None
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise InputError(f"{folder}/meta.json is damaged ({type(error).__name__}: {error}); {again}") from None
     return meta, ids
 
+def ids_of(name, folder, split):
+    """Ids to evaluate the model in `folder` on, and the bytes of their text: a split of data, or a text file.
+
+    Raises InputError where there is no text, or it was prepared with another tokenizer than the model's.
+    """
+    tokenizer = load_tokenizer(folder)
+    if Path(name).is_file():
+        pieces = [ids for _, ids in bpe.encode_pieces(tokenizer, [Path(name)])]
+        ids = np.concatenate([[tokenizer.special_tokens[bpe.END_OF_TEXT]], *pieces]).astype(tokenizer.dtype)
+        num_bytes = Path(name).stat().st_size
+    else:
+        meta, splits = open_data(find_data(name))
+        if meta["tokenizer_sha256"] != hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest():
+            raise InputError(f"--data={name} was prepared with another tokenizer than the model's; give a text file, "
+                             "or prepare it with --tokenizer")
+        ids, num_bytes = splits[split], meta[split]["bytes"]
+    if len(ids) < 2:
+        raise InputError(f"--data={name} has no text to evaluate on")
+    return ids, num_bytes
 
 def stamp(path):
     """What tells a file from another one, or an older one, in its place."""
     status = os.stat(path)
     return status.st_ino, status.st_size, status.st_mtime_ns
 
-
 def check_unchanged(ids):
     """Raise InputError where the file behind these ids is no longer the one that was opened: reading on could crash."""
     if isinstance(ids, np.memmap) and (not os.path.exists(ids.filename) or stamp(ids.filename) != ids.stamp):
         raise InputError(f"{ids.filename} has changed while it was in use; prepare the data again and resume the run")
-
 
 if __name__ == "__main__":
     cli.run(prepare)

@@ -534,7 +534,6 @@ LISTS = {
 }
 LISTS = {slot: [word.replace("~", " ") for word in words] for slot, words in LISTS.items()}
 
-
 def compile_template(template):
     """Parse a template into a list of texts, slots (as 1-tuples) and choices (as lists of such lists)."""
     tokens = iter(re.findall(r"\{[^}]+\}|[\[\]|]|[^\[\]|{]+", template))
@@ -552,7 +551,6 @@ def compile_template(template):
 
     return sequence(False)[0]
 
-
 def expand(parts, cast, rng, out):
     """Append the text of a compiled template to `out`, drawing choices and filling slots from the cast."""
     for part in parts:
@@ -563,17 +561,14 @@ def expand(parts, cast, rng, out):
         else:
             out.append(cast[part[0]])
 
-
 def mentions(parts, slot):
     """Whether a compiled template holds a slot outside its choices."""
     return (slot,) in parts
-
 
 OPENINGS, CLOSINGS = [list(map(compile_template, templates)) for templates in (OPENINGS, CLOSINGS)]
 PLOTS = [tuple(map(compile_template, plot)) for plot in PLOTS]
 SLOTS_WITH_ARTICLE = ("size", "trait", "color", "color2", "toy", "treasure", "tool", "fruit", "critter", "material", "friendkind")
 PRONOUNS = {"he": ("he", "his", "him"), "she": ("she", "her", "her")}
-
 
 def draw_cast(rng):
     """Who and what a story is about: the text of every slot."""
@@ -605,7 +600,6 @@ def draw_cast(rng):
     for slot in SLOTS_WITH_ARTICLE:
         cast[f"a {slot}"] = f"{'an' if cast[slot][0] in 'aeiou' else 'a'} {cast[slot]}"
     return cast
-
 
 def story(seed, number):
     """The story with this number, the same for the same seed: paragraphs of text."""

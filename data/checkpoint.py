@@ -1,0 +1,313 @@
+"""A model ↔ the folder that any Llama tool opens: safetensors and JSON, no pickle; and the optimiser beside it."""
+
+import json
+import math
+import os
+import shutil
+import struct
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import tinylm
+from data.cli import InputError
+from tinylm import Config, tree_build, tree_leaves
+
+# ---- safetensors ----
+
+SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+                      "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8}
+
+def write_safetensors(path, tensors, contents=None):
+    """Write {name: tensor} in the safetensors layout: the header's length in 8 bytes, a JSON header, the raw bytes.
+
+    `contents` yields the tensors to write one by one, where `tensors` tell only their shapes and dtypes.
+    """
+    names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    header = json.dumps(header, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # so that the numbers are aligned
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        for tensor, _ in zip(tensors.values() if contents is None else contents, tensors, strict=True):
+            file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        flush(file)
+
+def read_safetensors(path):
+    """Read a safetensors file → {name: tensor}. Raises InputError where it is damaged; never runs code from it."""
+    path = Path(path)
+    size = path.stat().st_size
+
+    def unique(pairs):
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a name stands twice in the header")
+        return dict(pairs)
+
+    def entry(name, dtype, shape, data_offsets):
+        start, end = data_offsets
+        if not all(type(number) is int and 0 <= number <= size for number in (*shape, start, end)):
+            raise ValueError(f"{name}: sizes that can't be")
+        if math.prod(shape) * SAFETENSORS_DTYPES[dtype].itemsize != end - start:
+            raise ValueError(f"{name}: {end - start} bytes for shape {shape} of {dtype}")
+        return start, end, name, SAFETENSORS_DTYPES[dtype], shape
+
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > size - 8:
+                raise ValueError("its header is longer than the file")
+            header = json.loads(file.read(length), object_pairs_hook=unique)
+            header.pop("__metadata__", None)
+            entries = sorted((entry(name, **header[name]) for name in header), key=lambda e: e[:3])
+            tensors, position = {}, 0
+            for start, end, name, dtype, shape in entries:
+                if start != position:
+                    raise ValueError(f"{name}: its bytes overlap others or leave a gap")
+                data = np.fromfile(file, dtype=np.uint8, count=end - start)
+                tensor = torch.from_numpy(data).view(dtype) if len(data) else torch.empty(0, dtype=dtype)
+                tensors[name] = tensor.view(shape)
+                position = end
+            if position != size - 8 - length:
+                raise ValueError(f"it has {size - 8 - length} bytes of numbers, its header speaks of {position}")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, RuntimeError) as error:
+        raise InputError(f"{path} is damaged ({error}); take another checkpoint") from None
+    return {name: tensors[name] for name in header}
+
+# ---- Files that are there whole, or not ----
+
+def flush(file):
+    """Make sure a file's bytes are on the disk before anything is renamed over an older one."""
+    file.flush()
+    os.fsync(file.fileno())
+
+def flush_folder(folder):
+    """Make sure the names in a folder are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+def write_json(path, value):
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2)
+        flush(file)
+
+def read_json(path):
+    """Read a JSON file. Raises InputError where it is missing or damaged."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is damaged ({error})") from None
+
+# ---- Names and layout, ours ↔ Hugging Face's ----
+
+# Of a parameter, with its layer as {}.
+HF_NAMES = {
+    "embedding": "model.embed_tokens.weight", "final_norm": "model.norm.weight", "lm_head": "lm_head.weight",
+    "blocks.{}.attention_norm": "model.layers.{}.input_layernorm.weight",
+    "blocks.{}.attention.wq": "model.layers.{}.self_attn.q_proj.weight",
+    "blocks.{}.attention.wk": "model.layers.{}.self_attn.k_proj.weight",
+    "blocks.{}.attention.wv": "model.layers.{}.self_attn.v_proj.weight",
+    "blocks.{}.attention.wo": "model.layers.{}.self_attn.o_proj.weight",
+    "blocks.{}.mlp_norm": "model.layers.{}.post_attention_layernorm.weight",
+    "blocks.{}.mlp.w_gate": "model.layers.{}.mlp.gate_proj.weight",
+    "blocks.{}.mlp.w_up": "model.layers.{}.mlp.up_proj.weight",
+    "blocks.{}.mlp.w_down": "model.layers.{}.mlp.down_proj.weight",
+}
+# Of a field of Config.
+HF_SIZES = {
+    "vocab_size": "vocab_size", "context_length": "max_position_embeddings", "d_model": "hidden_size",
+    "num_layers": "num_hidden_layers", "num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads",
+    "d_ff": "intermediate_size", "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+}
+# What a Llama may ask for and this model has not, with the value that asks for nothing.
+HF_PLAIN = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rope_scaling": None,
+            "sliding_window": None, "quantization_config": None}
+
+def hf_name(path):
+    """Hugging Face's name of a parameter: blocks.0.attention.wq → model.layers.0.self_attn.q_proj.weight."""
+    parts = path.split(".")
+    layer = parts[1] if parts[0] == "blocks" else ""
+    general = ".".join(["blocks", "{}", *parts[2:]]) if layer else path
+    if general not in HF_NAMES:
+        raise InputError(f"the parameter {general} would be lost in a checkpoint; give it a name in HF_NAMES of "
+                         "data/checkpoint.py")
+    return HF_NAMES[general].format(layer)
+
+def pairs_to_halves(w, head_dim):
+    """Reorder the rows of each head from (2i, 2i+1) pairs to two halves, as Hugging Face's rotary layout has them."""
+    return w.view(-1, head_dim // 2, 2, w.shape[1]).transpose(1, 2).reshape(w.shape)
+
+def halves_to_pairs(w, head_dim):
+    """The inverse of `pairs_to_halves`."""
+    return w.view(-1, 2, head_dim // 2, w.shape[1]).transpose(1, 2).reshape(w.shape)
+
+def is_rotated(path):
+    """Whether a parameter makes what RoPE turns."""
+    return path.endswith((".wq", ".wk"))
+
+def from_hf(tensors, config, source):
+    """The tree of parameters, in float32, from Hugging Face's names and layout. `source` is named in errors."""
+    shapes = tree_leaves(tinylm.param_shapes(config))
+    expected = {hf_name(path) for path, _ in shapes}
+    # Old files carry the rotary frequencies, and a tied model's may carry the output matrix: both say nothing new.
+    extra = {name for name in tensors if not name.endswith("rotary_emb.inv_freq")} - expected
+    extra -= {"lm_head.weight"} if config.tie_embeddings else set()
+    for problem, names in (("lacks", expected - tensors.keys()), ("has unknown", extra)):
+        if names:
+            raise InputError(f"{source} {problem} {', '.join(sorted(names)[:3])}; expected the tensors that its "
+                             "config.json speaks of")
+    params = []
+    for path, shape in shapes:
+        tensor = tensors[hf_name(path)]
+        if tensor.shape != shape or not tensor.is_floating_point():
+            raise InputError(f"{source}: {hf_name(path)} is {tensor.dtype} {tuple(tensor.shape)}; "
+                             f"expected floating-point {shape}")
+        if not tensor.isfinite().all():
+            raise InputError(f"{source}: {hf_name(path)} has numbers that are not finite; take another checkpoint")
+        tensor = tensor.float()
+        params.append((path, halves_to_pairs(tensor, config.head_dim) if is_rotated(path) else tensor))
+    return tree_build(params)
+
+def config_to_hf(config, eos_token_id):
+    """config.json of a LlamaForCausalLM with these sizes. Raises InputError for a size that it can't say."""
+    hf = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "float32",
+          "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "head_dim": config.head_dim,
+          "bos_token_id": eos_token_id, "eos_token_id": eos_token_id}
+    hf |= {HF_SIZES[field.name]: getattr(config, field.name) for field in fields(Config) if field.name in HF_SIZES}
+    read_back = config_from_hf(hf, "config.json")
+    for field in fields(Config):
+        value = getattr(config, field.name)
+        if getattr(read_back, field.name) != value:
+            raise InputError(f"{field.name} {value!r} would be lost in a checkpoint; give {field.name} a name in HF_SIZES "
+                             f"of data/checkpoint.py, or leave it at {getattr(read_back, field.name)!r}")
+    return hf
+
+def check_can_be_saved(config):
+    """Raise InputError where a checkpoint can't hold all of a model, before any work goes into it."""
+    config_to_hf(config, 0)
+    for path, _ in tree_leaves(tinylm.param_shapes(config)):
+        hf_name(path)
+
+def config_from_hf(hf, source):
+    """The Config of a Llama config.json. Raises InputError that names an option which this model has not."""
+    if not isinstance(hf, dict) or hf.get("model_type") != "llama":
+        raise InputError(f"{source} is not the config of a Llama model (model_type is not 'llama')")
+    for option, value in HF_PLAIN.items():
+        if hf.get(option, value) not in (value, None):
+            raise InputError(f"{source} asks for {option} {hf[option]!r}, which this model has not")
+    try:
+        rope = hf.get("rope_parameters") or {}
+        if rope.get("rope_type", "default") != "default":
+            raise InputError(f"{source} asks for rope_type {rope['rope_type']!r}, which this model has not")
+        hf = {"num_key_value_heads": hf["num_attention_heads"]} | {
+            name: value for name, value in (hf | {"rope_theta": rope.get("rope_theta", hf.get("rope_theta"))}).items()
+            if value is not None}
+        hf["intermediate_size"], hf["rms_norm_eps"]  # in a Llama that lacks them they are not what Config has by default
+        config = Config(**{name: hf[hf_name] for name, hf_name in HF_SIZES.items() if hf_name in hf})
+    except InputError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{source} is damaged or incomplete ({error})") from None
+    if hf.get("head_dim", config.head_dim) != config.head_dim:
+        raise InputError(f"{source} asks for head_dim {hf['head_dim']}; this model's is d_model / num_heads, "
+                         f"{config.head_dim}")
+    return config
+
+# ---- Checkpoints ----
+
+def save_checkpoint(folder, params, config, tokenizer_file, end_token, optimizer=None, train_state=None):
+    """Write a checkpoint folder: beside its place, flushed to disk, then renamed, so that readers see all or nothing.
+
+    `tokenizer_file` is copied in; `end_token` is its (text, id) that ends a document. `optimizer` (a tree of tensors)
+    and `train_state` (JSON) are what a run needs to go on. Tensors that are split over ranks are gathered one by one,
+    for which the other ranks call `take_part_in_saving`.
+    """
+    folder = Path(folder)
+    beside = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    gathered = map(tinylm.all_gather, [leaf for _, leaf in tree_leaves(params) + tree_leaves(optimizer or {})])
+    try:
+        write_checkpoint(beside, params, config, tokenizer_file, end_token, optimizer, train_state, gathered)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(beside, folder)
+        flush_folder(folder.parent)
+    except OSError:  # as on a full disk, where the part that was written would be in the way
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    finally:
+        for _ in gathered:  # what was not written, as the other ranks take part in all
+            pass
+
+def take_part_in_saving(params, optimizer):
+    """What the other ranks do while the first one saves, or can't."""
+    for _, leaf in tree_leaves(params) + tree_leaves(optimizer):
+        tinylm.all_gather(leaf)
+
+def write_checkpoint(folder, params, config, tokenizer_file, end_token, optimizer, train_state, gathered):
+    """Write the files of a checkpoint into a new folder, and flush them. `gathered` yields its tensors, none split."""
+    folder.mkdir(parents=True)
+    text, end_id = end_token
+    leaves = tree_leaves(params)
+    write_safetensors(folder / "model.safetensors", {hf_name(path): w for path, w in leaves},
+                      (pairs_to_halves(w, config.head_dim) if is_rotated(path) else w
+                       for (path, _), w in zip(leaves, gathered)))
+    write_json(folder / "config.json", config_to_hf(config, end_id))
+    write_json(folder / "generation_config.json", {"bos_token_id": end_id, "eos_token_id": end_id})
+    write_json(folder / "tokenizer_config.json", {
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": text, "eos_token": text,
+        "model_max_length": config.context_length, "clean_up_tokenization_spaces": False})
+    with open(folder / "tokenizer.json", "wb") as file:
+        file.write(Path(tokenizer_file).read_bytes())
+        flush(file)
+    if optimizer is not None:
+        write_safetensors(folder / "optimizer.safetensors", dict(tree_leaves(optimizer)), gathered)
+    if train_state is not None:
+        write_json(folder / "train_state.json", train_state)
+    flush_folder(folder)
+
+def load_checkpoint(folder):
+    """Read (params in float32, config) from a Llama folder, of ours or of `transformers`, in one file or sharded.
+
+    Raises InputError where it is no such folder, is damaged, or asks for what this model has not.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        advice = f"give {folder}/latest" if (folder / "latest").is_dir() else "expected a Llama folder"
+        raise InputError(f"{folder} is not a checkpoint (no config.json in it); {advice}")
+    config = config_from_hf(read_json(folder / "config.json"), folder / "config.json")
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.is_file() and not (folder / names[0]).is_file():
+        try:
+            names = sorted(set(read_json(index)["weight_map"].values()))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{index} is damaged ({type(error).__name__}: {error})") from None
+    tensors = {}
+    for name in names:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise InputError(f"{folder} lacks {name}; take another checkpoint")
+        tensors |= read_safetensors(folder / name)
+    if config.num_layers > len(tensors):  # before anything is made for each layer
+        raise InputError(f"{folder}/config.json speaks of {config.num_layers} layers; its tensors are {len(tensors)}")
+    return from_hf(tensors, config, folder), config
+
+def load_optimizer(folder, like):
+    """Read the optimiser state from a checkpoint folder of ours. `like`: a fresh state, whose shapes it must have."""
+    path = Path(folder) / "optimizer.safetensors"
+    if not path.is_file():
+        raise InputError(f"{path} is missing; the model can be used, but its training can't go on from here")
+    tensors = read_safetensors(path)
+    expected = [(name, t.shape, t.dtype) for name, t in tree_leaves(like)]
+    if [(name, t.shape, t.dtype) for name, t in tensors.items()] != expected:
+        raise InputError(f"{path} does not belong to this model; take another checkpoint")
+    return tree_build(tensors.items())

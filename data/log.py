@@ -1,0 +1,173 @@
+"""What a run measured: on the terminal, in metrics.jsonl, and in Weights & Biases where asked."""
+
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import tinylm
+from data import cli, machine
+from data.cli import InputError
+
+PATIENCE = 5  # steps in a row whose numbers are not finite, before a run gives up
+
+class Diverged(RuntimeError):
+    """Training whose loss or gradients are no numbers any more."""
+
+    exit_code = 3
+
+def import_wandb():
+    try:
+        import wandb
+    except ImportError:
+        raise InputError("--use_wandb needs the package wandb; pip install wandb, or leave the flag out") from None
+    return wandb
+
+def describe(run):
+    """What a run is, for W&B: its flags, the model's size, the device, versions and the commit of this code."""
+    device = run.settings.device
+    git, here = shutil.which("git"), Path(__file__).parent  # without git, or outside a repository, the commit stays empty
+    commit = git and subprocess.run([git, "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True).stdout
+    return cli.kept(run.settings) | {
+        "num_params": tinylm.num_params(run.config), "num_ranks": run.num_ranks, "git_commit": (commit or "").strip(),
+        "device_name": torch.cuda.get_device_name(device) if device != "cpu" else platform.processor() or platform.machine(),
+        "python_version": platform.python_version(), "torch_version": torch.__version__}
+
+def flops_per_token(config):
+    """Floating-point operations to train on a token: 6 · parameters + 12 · layers · d_model · context."""
+    return 6 * tinylm.num_params(config) + 12 * config.num_layers * config.d_model * config.context_length
+
+def tokens_per_step(settings):
+    return settings.batch_size * settings.grad_accum_steps * settings.context_length
+
+def introduce(run):
+    """Say what is about to run."""
+    settings, config, ids = run.settings, run.config, run.ids
+    compiled = ", compiled" if settings.compile and not settings.shard else ""
+    ranks = f", {run.num_ranks} ranks{', sharded' if settings.shard else ''}" if torch.distributed.is_initialized() else ""
+    held_out = min(len(ids["val"]) - 1, settings.eval_tokens)
+    of_all = f"the first {held_out:,} of" if held_out < len(ids["val"]) - 1 else "all"
+    print(f"model       {tinylm.num_params(config):,} parameters: d_model {config.d_model}, {config.num_layers} layers, "
+          f"{config.num_heads} heads, d_ff {config.d_ff}, context {config.context_length}, vocabulary {config.vocab_size}")
+    print(f"device      {settings.device}, {settings.dtype}{compiled}{ranks}")
+    print(f"data        {run.data}: {len(ids['train']):,} tokens; validation on {of_all} {len(ids['val']) - 1:,}")
+    print(f"step        {tokens_per_step(settings):,} tokens; {run.step} of {settings.num_steps} steps done; "
+          f"learning rate {settings.lr_max:.2e} to {settings.lr_min:.2e}")
+    print(f"writes to   {run.folder}", flush=True)
+
+class Log:
+    """Where what was measured goes, until it is left; it says first what is about to run."""
+
+    def __init__(self, run):
+        introduce(run)
+        self.run, self.settings = run, run.settings
+        self.flops, peak = flops_per_token(run.config), machine.peak_flops(run.settings.device)
+        self.peak_flops = peak and peak * run.num_ranks
+        path = os.devnull if run.rank else run.folder / "metrics.jsonl"
+        self.samples = [[line["step"], line["sample"]] for line in cli.json_lines(path) if "sample" in line]
+        self.file = open(path, "a", buffering=1, encoding="utf-8")
+        self.screen = cli.Progress("training", stream=sys.stdout)
+        self.wandb = import_wandb() if run.settings.use_wandb else None
+        if self.wandb:
+            self.wandb_run = self.wandb.init(project=run.settings.wandb_project, name=run.folder.name, id=run.wandb_id,
+                                             resume="allow", dir=run.folder, config=describe(run))
+            run.wandb_id = self.wandb_run.id
+        self.bad_steps = 0  # in a row
+        self.begin = self.mark = time.perf_counter()
+        self.marked_step = run.step
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, error, *_):
+        self.screen.close()
+        self.file.close()
+        if self.wandb:
+            self.wandb_run.finish(exit_code=int(error is not None))
+
+    @property
+    def seconds(self):
+        """That all steps of the run took."""
+        return self.run.seconds + time.perf_counter() - self.begin
+
+    def pause(self, step):
+        """Leave out of tokens_per_second what happened since the last call of `training`."""
+        self.mark, self.marked_step = time.perf_counter(), step
+
+    def write(self, step, **measured):
+        """Keep measurements of a step."""
+        tokens = step * tokens_per_step(self.settings)
+        measured = {"step": step, "tokens": tokens, "seconds": round(self.seconds, 3)} | measured
+        self.file.write(json.dumps(measured) + "\n")
+        if self.wandb:
+            if "sample" in measured:
+                self.samples.append([step, measured.pop("sample")])
+                measured["samples"] = self.wandb.Table(["step", "text"], self.samples)
+            self.wandb_run.log(measured, step=step)
+
+    def training(self, step, loss, norm, lr):
+        """Keep and show the state of training."""
+        now, num_steps = time.perf_counter(), self.settings.num_steps
+        rate = (step - self.marked_step) * tokens_per_step(self.settings) / max(1e-9, now - self.mark)
+        self.mark, self.marked_step = now, step
+        left = (num_steps - step) * (now - self.begin) / (step - self.run.step)
+        share = {"flops_share": round(rate * self.flops / self.peak_flops, 4)} if self.peak_flops else {}
+        self.write(step, train_loss=loss, lr=lr, grad_norm=norm, tokens_per_second=round(rate, 1),
+                   peak_memory=machine.peak_memory(self.settings.device), **share)
+        self.screen.write(f"step {step}/{num_steps}  loss {loss:.4f}  lr {lr:.2e}  norm {norm:.2f}  "
+                          f"{rate:,.0f} tokens/s  {cli.duration(left)} left")
+
+    def evaluation(self, step, val_loss, sample):
+        """Keep and show the state of the model."""
+        bits_per_byte = val_loss / math.log(2) * self.run.meta["val"]["tokens"] / self.run.meta["val"]["bytes"]
+        self.write(step, val_loss=val_loss, val_perplexity=math.exp(min(val_loss, 700)), val_bits_per_byte=bits_per_byte,
+                   **{"sample": sample} if sample else {})
+        self.screen.close()
+        print(f"step {step}  validation loss {val_loss:.4f}  {bits_per_byte:.4f} bits per byte  "
+              f"after {cli.duration(self.seconds)}")
+        if sample:
+            print(f"  it writes: {' '.join(sample.split())}", flush=True)
+        self.pause(step)
+
+    def histograms(self, step, **trees):
+        """Where asked, send the distribution of each tensor to W&B, by tree and path; of a split one, this rank's rows."""
+        if self.wandb and self.settings.wandb_histograms:
+            local = lambda tensor: tensor.to_local() if tinylm.is_split(tensor) else tensor
+            self.wandb_run.log({f"{name}/{path}": self.wandb.Histogram(local(tensor).float().cpu().numpy())
+                                for name, tree in trees.items() for path, tensor in tinylm.tree_leaves(tree)}, step=step)
+
+    def checkpoint(self, step):
+        """Where asked, send the latest checkpoint to W&B."""
+        if self.wandb and self.settings.wandb_artifacts:
+            latest, best = (self.run.folder / "latest").resolve(), (self.run.folder / "best").resolve()
+            artifact = self.wandb.Artifact(f"{self.wandb_run.id}-checkpoint", "model", metadata={"step": step})
+            artifact.add_dir(str(latest))
+            self.wandb_run.log_artifact(artifact, aliases=["latest"] + ["best"] * (latest == best))
+        self.pause(step)
+
+    def applied(self, step, loss, norm, lr):
+        """Whether a step's numbers are finite, so that it can be applied; else they are kept and shown.
+
+        Raises Diverged after PATIENCE steps in a row that are not.
+        """
+        if math.isfinite(loss + norm):
+            self.bad_steps = 0
+            return True
+        self.bad_steps += 1
+        numbers = f"loss {loss}, gradient norm {norm}, learning rate {lr:.2e}"
+        self.write(step, skipped=numbers)
+        self.screen.close()
+        print(f"step {step} is not applied: {numbers}", flush=True)
+        if self.bad_steps == PATIENCE:
+            good = self.run.folder / "latest"
+            begin = f"go on from {good.resolve().name} with --resume={self.run.folder}, or " if good.exists() else ""
+            raise Diverged(f"{PATIENCE} steps in a row were not finite, the last at step {step}: {numbers}; {begin}"
+                           "start anew with a smaller --lr_max, a longer --warmup_steps or --dtype=float32")
+        return False

@@ -1,0 +1,166 @@
+"""The machine: its devices, what compiling needs, its memory, signals; and the ranks, the processes that torchrun starts."""
+
+import ctypes
+import datetime
+import json
+import os
+import resource
+import shutil
+import signal
+import sys
+import sysconfig
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from data.cli import InputError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# What data sheets promise in bfloat16 without sparsity: FLOP/s by a part of the device's name, the first that fits.
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "A10G": 70e12,
+              "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+
+# ---- Devices ----
+
+def choose_device(device):
+    """The device asked for, or the best there is: "cuda", "cuda:1", "cpu". Raises InputError where it isn't there."""
+    if not device:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = device.partition(":")
+    if kind == "cuda" and (not number or number.isdigit()):
+        if int(number or 0) >= torch.cuda.device_count():
+            raise InputError(f"--device={device}: this machine has {torch.cuda.device_count()} CUDA device(s); "
+                             "use --device=cpu, or leave the flag out")
+    elif device != "cpu":
+        raise InputError(f"--device={device}: expected cpu, cuda or cuda:NUMBER")
+    return device
+
+@contextmanager
+def numerics(device):
+    """Within it a CPU computes the same numbers from run to run, and CUDA float32 products in TF32."""
+    deterministic, fills = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    precision = torch.get_float32_matmul_precision()
+    # Compiled code would otherwise add up the gradients of the embedding in whatever order its threads come.
+    torch.use_deterministic_algorithms(device == "cpu")
+    torch.utils.deterministic.fill_uninitialized_memory = False  # no result here depends on it
+    torch.set_float32_matmul_precision("highest" if device == "cpu" else "high")
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+        torch.utils.deterministic.fill_uninitialized_memory = fills
+        torch.set_float32_matmul_precision(precision)
+
+def check_compiler(device):
+    """Raise InputError where what torch.compile needs beside torch, a compiler and Python's headers, is not there."""
+    if device == "cpu":
+        compilers = [os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")]
+    else:
+        compilers = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    for needed, is_there in ((" or ".join(compilers), any(map(shutil.which, compilers))), (header, header.is_file())):
+        if not is_there:
+            raise InputError(f"--compile needs {needed}, which is not there; install a C++ compiler and Python's headers "
+                             "(g++ and python3-dev on Debian), or give --compile=False")
+
+def keep_freed_memory():
+    """Ask glibc to keep memory that tensors free for the next ones.
+
+    By default it returns large blocks to the system, and each step waits for them to be mapped and zeroed again.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        for parameter, value in ((-3, 1 << 30), (-1, 2**31 - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+            mallopt(parameter, value)
+
+def peak_memory(device):
+    """The most memory this process had so far, in bytes: on the device, or on a CPU all of it."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+def peak_flops(device):
+    """What a device promises, in FLOP/s, or None where that is not known."""
+    name = torch.cuda.get_device_name(device) if device != "cpu" else ""
+    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+
+class Interrupt:
+    """Within it the first Ctrl-C or SIGTERM sets `asked`, so that a step ends and is saved; a second one ends all."""
+
+    def __init__(self):
+        self.asked, self.old = False, {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():  # others can't have signals
+            self.old = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+    def note(self, *_):
+        self.asked = True
+        self.__exit__()
+
+# ---- Ranks ----
+
+@contextmanager
+def ranks(device):
+    """Within it this process is with the other ranks, where torchrun started it. → device of this rank, number, how many."""
+    try:
+        yield join_ranks(device)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+def join_ranks(device):
+    """Join the other ranks, where there are some. → (device of this rank, its number, how many)."""
+    if not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        return device, 0, 1
+    kind = device.split(":")[0]
+    if kind == "cuda":
+        device = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
+        torch.cuda.set_device(device)
+    # The first rank may prepare data for hours before the others hear of it. One that dies is noticed by torchrun.
+    timeout = datetime.timedelta(hours=12)
+    store, rank, num_ranks = next(dist.rendezvous("env://", timeout=timeout))
+    # torchrun keeps its store when it starts ranks again; they must not find the addresses of those that died.
+    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend = "nccl" if kind == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=timeout)
+    if rank:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # only the first rank speaks
+    return device, rank, num_ranks
+
+def num_ranks():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+def mesh_of_ranks(device):
+    """All ranks in a row, for tensors to be split over."""
+    return dist.init_device_mesh(device.split(":")[0], (num_ranks(),))
+
+def from_first_rank(value, device):
+    """What the first rank has, as JSON can say it, on every rank."""
+    message = torch.frombuffer(bytearray(json.dumps(value, default=str).encode()), dtype=torch.uint8).to(device)
+    size = torch.tensor([len(message)], device=device)
+    dist.broadcast(size, 0)
+    message = message if dist.get_rank() == 0 else torch.empty(size.item(), dtype=torch.uint8, device=device)
+    dist.broadcast(message, 0)
+    return json.loads(bytes(message.cpu().tolist()))
+
+def sum_over_ranks(values, device):
+    """Sums over all ranks of a few numbers."""
+    if not dist.is_initialized():
+        return values
+    values = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(values)
+    return values.tolist()
+
+def agree(loss, asked, device):
+    """The mean loss of all ranks, and whether any was asked to stop, so that all do the same."""
+    loss, asked = sum_over_ranks([loss, asked], device)
+    return loss / num_ranks(), asked > 0

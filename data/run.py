@@ -1,0 +1,273 @@
+"""A run on disk: its folder, who holds it, its checkpoints, what is newest and best."""
+
+import fcntl
+import json
+import math
+import os
+import shutil
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import tinylm
+from data import bpe, checkpoint, cli, machine, prepare
+from data.cli import InputError
+
+@dataclass
+class Run:
+    """A run, as one rank has it."""
+
+    settings: Any
+    folder: Path
+    data: Path
+    source: str | None = None  # the checkpoint that its model comes from
+    step: int = 0  # steps done
+    seconds: float = 0.0  # that they took
+    best: float = math.inf  # the lowest validation loss
+    wandb_id: str | None = None
+    # What each rank has of its own.
+    rank: int = 0
+    num_ranks: int = 1
+    meta: Any = None
+    ids: Any = None
+    tokenizer: Any = None
+    config: Any = None
+    params: Any = None
+    optimizer: Any = None
+
+SHARED = ("folder", "data", "source", "step", "seconds", "best", "wandb_id")  # of a run, which the first rank tells
+
+class Finished(InputError):
+    """A run that a scheduler starts again though it has done all its steps."""
+
+    exit_code = 0
+
+# ---- Start and resume ----
+
+@contextmanager
+def open_run(resume, init_from, given, table):
+    """The run that the flags mean, on all ranks: the first one finds or starts it, the others hear of it.
+
+    `table` is the class of its settings. What a run claims, its folder and the ranks, it gives back in the end.
+    """
+    with ExitStack() as claims:
+        device, rank, num_ranks = claims.enter_context(machine.ranks(machine.choose_device(given.get("device"))))
+        run = find_run(resume, init_from, given, table, claims) if rank == 0 else None
+        if num_ranks > 1:
+            news = run and {name: getattr(run, name) for name in SHARED} | {"settings": cli.kept(run.settings)}
+            news = machine.from_first_rank(news, device)
+            own = {"device": device} | ({"use_wandb": False} if rank else {})
+            settings = table.complete(news.pop("settings") | own)
+            news |= {"folder": Path(news["folder"]), "data": Path(news["data"]), "rank": rank, "num_ranks": num_ranks}
+            run = run or Run(settings, **news)
+            run.settings, run.num_ranks = settings, num_ranks
+        if rank:
+            run.meta, run.ids = prepare.open_data(run.data)
+        run.tokenizer = bpe.load(run.data / "tokenizer.json")
+        load_state(run)
+        if rank == 0:
+            keep_metrics(run.folder / "metrics.jsonl", run.step)
+        yield run
+
+def find_run(resume, init_from, given, table, claims):
+    """A new run, one to go on with, or (--resume=auto) whichever there is."""
+    if resume and init_from:
+        raise InputError(f"--resume={resume} and --init_from={init_from}: give one of the two")
+    if resume == "auto":
+        folder = folder_named(table.complete(given))
+        if (folder / "latest").is_dir():
+            return resume_run(folder, given, table, claims, Finished)
+        return start_run(given, init_from, folder, table, claims)
+    if resume:
+        return resume_run(Path(resume), given, table, claims)
+    return start_run(given, init_from, None, table, claims)
+
+def folder_named(settings):
+    """The folder that the flags name: runs/NAME, NAME that of the data unless given."""
+    return Path(settings.output_dir or Path("runs") / (settings.run_name or Path(settings.data).name))
+
+def new_folder(settings):
+    """The folder of a new run: the one named, or runs/NAME with a number behind it where NAME is taken."""
+    folder = first = folder_named(settings)
+    number = 1
+    while not settings.output_dir and folder.exists():
+        number += 1
+        folder = first.with_name(f"{first.name}-{number}")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"--output_dir={folder} is not empty; go on with --resume={folder}, or choose another")
+    return folder
+
+def start_run(given, init_from, folder, table, claims):
+    """A new run: settings chosen, data and room checked, the folder claimed."""
+    settings = table.complete(given)
+    if init_from:
+        _, config = checkpoint.load_checkpoint(init_from)
+        sizes = {field.name: getattr(config, field.name) for field in fields(config) if hasattr(settings, field.name)}
+        for flag, value in sizes.items():
+            if given.get(flag, value) != value:
+                raise InputError(f"--{flag}={given[flag]}: the model of --init_from={init_from} has {flag} {value}; "
+                                 "leave the flag out")
+        settings = table.complete(given | sizes)
+    model_config(settings, 257)  # raises where sizes don't fit, before any work
+    folder = folder or new_folder(settings)
+    data = prepare.find_data(settings.data)
+    meta, ids = prepare.open_data(data)
+    config = model_config(settings, meta["vocab_size"])
+    checkpoint.check_can_be_saved(config)
+    with cli.as_input_error():
+        tinylm.get_batch(ids["train"], 1, config.context_length, 0, 0)  # raises where the text is too short
+    check_room(folder, checkpoint_bytes(config) * (settings.keep_checkpoints + 2), "the checkpoints of this run need")
+    folder.mkdir(parents=True, exist_ok=True)
+    claims.enter_context(lock(folder))
+    return Run(settings, folder, data, source=init_from, meta=meta, ids=ids)
+
+def resume_run(folder, given, table, claims, done=InputError):
+    """A run as its latest checkpoint has it. Raises InputError for flags that would make it another run, and `done`
+    where it has done all its steps."""
+    latest = folder / "latest"
+    if not latest.is_dir():
+        advice = f"give the run's folder, --resume={folder.parent}" if (folder / "train_state.json").is_file() else (
+            "expected a folder that train.py wrote")
+        raise InputError(f"--resume={folder}: no checkpoint there; {advice}")
+    claims.enter_context(lock(folder))
+    state = checkpoint.read_json(latest / "train_state.json")
+    try:
+        kept, step, seconds, tokenizer = (state[name] for name in ("settings", "step", "seconds", "tokenizer_sha256"))
+        for flag, value in given.items():
+            if not cli.may_change(table, flag) and value != kept.get(flag):
+                raise InputError(f"--{flag}={value}: the run has {flag} {kept.get(flag)}, which can't change on "
+                                 "resuming; start a new run for that")
+        for name in kept.keys() - cli.flags_of(table):
+            raise InputError(f"{latest}/train_state.json has a setting {name}, which this code has not; go on with the "
+                             "code that began the run")
+        settings = table.complete(kept | given)
+        best = math.inf if state["best"] is None else state["best"]
+        run = Run(settings, folder, prepare.find_data(settings.data), str(latest.resolve()), step, seconds, best,
+                  state["wandb_id"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{latest}/train_state.json is damaged ({type(error).__name__}: {error}); take another "
+                         "checkpoint") from None
+    if step >= settings.num_steps:
+        raise done(f"--resume={folder}: the run has done its {step} steps; give a larger --num_steps to extend it")
+    run.meta, run.ids = prepare.open_data(run.data)
+    if run.meta["tokenizer_sha256"] != tokenizer:
+        raise InputError(f"{run.data} has another tokenizer than the run began with; prepare the data as it was")
+    return run
+
+def model_config(settings, data_vocab_size):
+    """The model's Config. The vocabulary is that of the data, or a larger one."""
+    vocab_size = settings.vocab_size or data_vocab_size
+    if vocab_size < data_vocab_size:
+        raise InputError(f"--vocab_size={vocab_size}: the data has {data_vocab_size} tokens; expected that or more "
+                         "(data/prepare.py --vocab_size chooses it)")
+    names = [field.name for field in fields(tinylm.Config) if hasattr(settings, field.name)]
+    with cli.as_input_error():
+        return tinylm.Config(**{name: getattr(settings, name) for name in names} | {"vocab_size": vocab_size})
+
+def load_state(run):
+    """Add to a run its model: parameters and optimiser, drawn or loaded, on the device, split over ranks if asked."""
+    settings, config = run.settings, model_config(run.settings, run.meta["vocab_size"])
+    init_optimizer, _ = tinylm.OPTIMIZERS[settings.optimizer]
+    if run.source:
+        params, saved = checkpoint.load_checkpoint(run.source)
+        if saved != config:
+            raise InputError(f"{run.source} holds another model, {saved}, than the settings of the run say, {config}; go "
+                             "on with the code that began the run")
+    else:
+        params = tinylm.init_params(config, torch.Generator().manual_seed(settings.seed))
+    optimizer = init_optimizer(params)
+    if run.step:
+        optimizer = checkpoint.load_optimizer(run.source, optimizer)
+    move = lambda tree: tinylm.tree_map(lambda tensor: tensor.to(settings.device), tree)
+    split = lambda tree: tinylm.shard(tree, machine.mesh_of_ranks(settings.device)) if settings.shard else tree
+    run.config, run.params, run.optimizer = config, split(move(params)), split(move(optimizer))
+
+def keep_metrics(path, last_step):
+    """Drop from a run's metrics what it measured after `last_step`, a line cut short by its death included."""
+    kept = [f"{json.dumps(line)}\n" for line in cli.json_lines(path) if line["step"] <= last_step]
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    os.replace(partial, path)
+
+@contextmanager
+def lock(folder):
+    """Hold a run's folder for this process, until it leaves or ends in whatever way."""
+    with open(folder / "lock", "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise InputError(f"{folder} is in use by another run (process {file.read().strip()}); wait for it or stop "
+                             "it") from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        for left in folder.glob(".*.partial"):  # by a run that was killed
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+        yield
+
+# ---- Save ----
+
+def checkpoint_bytes(config):
+    """The size of a checkpoint: parameters and two moments, of 4 bytes each."""
+    return 3 * 4 * tinylm.num_params(config)
+
+def check_room(folder, needed, purpose):
+    """Raise InputError where the disk below `folder` has less than `needed` bytes free."""
+    parent = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise InputError(f"{parent} has {free / 1e6:,.0f} MB free; {purpose} {needed / 1e6:,.0f} MB; make room or "
+                         "choose another --output_dir")
+
+def save(run, step, seconds, val_loss):
+    """Write the checkpoint of a step and say which one is the latest and which the best; drop those not needed."""
+    folder, target = run.folder, run.folder / f"step-{step:07d}"
+    try:
+        check_room(folder, checkpoint_bytes(run.config), "a checkpoint needs")
+    except InputError:
+        checkpoint.take_part_in_saving(run.params, run.optimizer)
+        raise
+    best = min(run.best, val_loss)
+    state = {"step": step, "settings": cli.kept(run.settings), "seconds": seconds, "wandb_id": run.wandb_id,
+             "best": best if best < math.inf else None, "tokenizer_sha256": run.meta["tokenizer_sha256"]}
+    end_token = bpe.END_OF_TEXT, run.meta["end_of_text_id"]
+    tokenizer_file = run.data / "tokenizer.json"
+    checkpoint.save_checkpoint(target, run.params, run.config, tokenizer_file, end_token, run.optimizer, state)
+    for name in ["latest"] + ["best"] * (val_loss < run.best):
+        link = folder / f".{name}.partial"
+        link.unlink(missing_ok=True)
+        link.symlink_to(target.name)
+        os.replace(link, folder / name)
+    checkpoint.flush_folder(folder)
+    run.best = best
+    keep = {link.resolve().name for link in (folder / "latest", folder / "best")}
+    for old in sorted(folder.glob("step-*"))[:-run.settings.keep_checkpoints]:
+        if old.name not in keep:
+            shutil.rmtree(old)
+
+def try_to_save(run, step, seconds, val_loss):
+    """`save`, or say why not: a disk that is full now must not end a run that has room later. → whether it could."""
+    if run.rank:
+        checkpoint.take_part_in_saving(run.params, run.optimizer)
+        return True
+    try:
+        save(run, step, seconds, val_loss)
+        return True
+    except (OSError, InputError) as error:
+        good = (run.folder / "latest").resolve().name if (run.folder / "latest").exists() else "none"
+        cli.fail(f"the checkpoint of step {step} could not be saved ({error}); the last good one is {good}")
+        return False
+
+def conclude(run, step, saved):
+    """Say how to go on. Raises InputError where the last checkpoint could not be saved."""
+    if not saved:
+        raise InputError(f"{run.folder}: the run ended without its last checkpoint; make room and run it again with "
+                         "--resume")
+    if step < run.settings.num_steps:
+        print(f"stopped after step {step}; go on with: python train.py --resume={run.folder}")
+    else:
+        print(f"done; write with: python sample.py --checkpoint={run.folder}")
