@@ -911,11 +911,12 @@ def orthogonalize_on_cpu(g, steps=5):
 @faster(nucleus_floor, lambda probabilities, top_p: probabilities.is_cpu and is_eager())
 def nucleus_floor_on_cpu(probabilities, top_p):
     """Sorts few: all tokens below the least share have together less than half of the mass that may be left out."""
-    least = (1 - top_p) / (2 * probabilities.shape[-1])
-    rows = [row[row >= least] for row in probabilities.numpy()]
-    longest = max(map(len, rows))
-    few = torch.from_numpy(np.stack([np.pad(row, (0, longest - len(row))) for row in rows]))  # (B, N)
-    return nucleus_floor.definition(few, top_p)
+    least, floors = (1 - top_p) / (2 * probabilities.shape[-1]), []
+    for row in probabilities.numpy():
+        best_first = -np.sort(-row[row >= least])  # much faster than torch's sort
+        reached = best_first.cumsum(dtype=np.float64)
+        floors.append(best_first[min(np.searchsorted(reached, top_p), len(reached) - 1)])
+    return torch.from_numpy(np.array(floors))[:, None]
 
 # ---- CUDA: attention as Triton kernels of our own ----
 

@@ -188,8 +188,8 @@ def config_to_hf(config, eos_token_id):
     for field in fields(Config):
         value = getattr(config, field.name)
         if getattr(read_back, field.name) != value:
-            raise InputError(f"{field.name} {value!r} would be lost in a checkpoint; give {field.name} a name in HF_SIZES "
-                             f"of data/checkpoint.py, or leave it at {getattr(read_back, field.name)!r}")
+            raise InputError(f"{field.name} {value!r} would be lost in a checkpoint; give {field.name} a name in "
+                             f"HF_SIZES of data/checkpoint.py, or leave it at {getattr(read_back, field.name)!r}")
     return hf
 
 def check_can_be_saved(config):
@@ -212,7 +212,8 @@ def config_from_hf(hf, source):
         hf = {"num_key_value_heads": hf["num_attention_heads"]} | {
             name: value for name, value in (hf | {"rope_theta": rope.get("rope_theta", hf.get("rope_theta"))}).items()
             if value is not None}
-        hf["intermediate_size"], hf["rms_norm_eps"]  # in a Llama that lacks them they are not what Config has by default
+        # In a Llama that lacks them they are not what Config has by default.
+        hf["intermediate_size"], hf["rms_norm_eps"]
         config = Config(**{name: hf[hf_name] for name, hf_name in HF_SIZES.items() if hf_name in hf})
     except InputError:
         raise

@@ -1,4 +1,4 @@
-"""The command line: a table of settings gives flags, help and checks; a user's mistake in one line; the progress line."""
+"""The command line: a table of settings gives flags, help and checks; a user's mistake in one line; a progress line."""
 
 import dataclasses
 import difflib
@@ -49,7 +49,8 @@ def convert(name, kind, value):
             return {"true": True, "1": True, "false": False, "0": False}[str(value).lower()]
         if isinstance(value, bool):
             raise ValueError
-        number = float(value) if kind is float else int(value) if re.fullmatch(r"[+-]?[\d_]+", str(value)) else float(value)
+        is_whole = kind is not float and re.fullmatch(r"[+-]?[\d_]+", str(value))
+        number = int(value) if is_whole else float(value)
         if kind is int and number != int(number):
             raise ValueError
         return kind(number)
@@ -123,9 +124,11 @@ def command(table):
         def call(**flags):
             return function(read(table, flags))
 
-        parameters = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=field.type | None)
+        keyword_only = inspect.Parameter.KEYWORD_ONLY
+        parameters = [inspect.Parameter(name, keyword_only, default=None, annotation=field.type | None)
                       for name, field in flags_of(table).items()]
-        call.__name__, call.__qualname__, call.__module__ = function.__name__, function.__qualname__, function.__module__
+        call.__name__, call.__qualname__ = function.__name__, function.__qualname__
+        call.__module__ = function.__module__
         call.__signature__ = inspect.Signature(parameters)
         call.__doc__ = "\n".join([inspect.getdoc(function), *described(table)])
         return call
@@ -202,8 +205,8 @@ def help_text(function):
     return "\n".join(lines)
 
 def run(function, arguments=None):
-    """Call `function` with the flags on the command line, or those given, through Fire. What stands before them are names,
-    where the function takes any.
+    """Call `function` with the flags on the command line, or those given, through Fire. What stands before them are
+    names, where the function takes any.
 
     An error that has an `exit_code`, as a user's mistakes do, ends in one line and that code; what the file system
     refuses in one line and code 2.
@@ -218,7 +221,8 @@ def run(function, arguments=None):
         takes_names = len(parameters) < len(kinds)
         names = list(itertools.takewhile(lambda argument: takes_names and not argument.startswith("-"), arguments))
         flags = read_arguments(parameters, arguments[len(names):])
-        parsers = {name: (lambda text, name=name: convert(name, kind_of(parameters[name]), text)) for name in parameters}
+        parsers = {name: (lambda text, name=name: convert(name, kind_of(parameters[name]), text))
+                   for name in parameters}
         for name, text in flags.items():
             parsers[name](text)
         import fire

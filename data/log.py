@@ -33,12 +33,12 @@ def import_wandb():
 def describe(run):
     """What a run is, for W&B: its flags, the model's size, the device, versions and the commit of this code."""
     device = run.settings.device
-    git, here = shutil.which("git"), Path(__file__).parent  # without git, or outside a repository, the commit stays empty
+    git, here = shutil.which("git"), Path(__file__).parent  # without git or a repository the commit stays empty
     commit = git and subprocess.run([git, "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True).stdout
+    device_name = torch.cuda.get_device_name(device) if device != "cpu" else platform.processor() or platform.machine()
     return cli.kept(run.settings) | {
         "num_params": tinylm.num_params(run.config), "num_ranks": run.num_ranks, "git_commit": (commit or "").strip(),
-        "device_name": torch.cuda.get_device_name(device) if device != "cpu" else platform.processor() or platform.machine(),
-        "python_version": platform.python_version(), "torch_version": torch.__version__}
+        "device_name": device_name, "python_version": platform.python_version(), "torch_version": torch.__version__}
 
 def flops_per_token(config):
     """Floating-point operations to train on a token: 6 · parameters + 12 · layers · d_model · context."""
@@ -51,11 +51,13 @@ def introduce(run):
     """Say what is about to run."""
     settings, config, ids = run.settings, run.config, run.ids
     compiled = ", compiled" if settings.compile and not settings.shard else ""
-    ranks = f", {run.num_ranks} ranks{', sharded' if settings.shard else ''}" if torch.distributed.is_initialized() else ""
+    sharded = ", sharded" if settings.shard else ""
+    ranks = f", {run.num_ranks} ranks{sharded}" if torch.distributed.is_initialized() else ""
     held_out = min(len(ids["val"]) - 1, settings.eval_tokens)
     of_all = f"the first {held_out:,} of" if held_out < len(ids["val"]) - 1 else "all"
-    print(f"model       {tinylm.num_params(config):,} parameters: d_model {config.d_model}, {config.num_layers} layers, "
-          f"{config.num_heads} heads, d_ff {config.d_ff}, context {config.context_length}, vocabulary {config.vocab_size}")
+    print(f"model       {tinylm.num_params(config):,} parameters: d_model {config.d_model}, "
+          f"{config.num_layers} layers, {config.num_heads} heads, d_ff {config.d_ff}, "
+          f"context {config.context_length}, vocabulary {config.vocab_size}")
     print(f"device      {settings.device}, {settings.dtype}{compiled}{ranks}")
     print(f"data        {run.data}: {len(ids['train']):,} tokens; validation on {of_all} {len(ids['val']) - 1:,}")
     print(f"step        {tokens_per_step(settings):,} tokens; {run.step} of {settings.num_steps} steps done; "
@@ -127,8 +129,8 @@ class Log:
     def evaluation(self, step, val_loss, sample):
         """Keep and show the state of the model."""
         bits_per_byte = val_loss / math.log(2) * self.run.meta["val"]["tokens"] / self.run.meta["val"]["bytes"]
-        self.write(step, val_loss=val_loss, val_perplexity=math.exp(min(val_loss, 700)), val_bits_per_byte=bits_per_byte,
-                   **{"sample": sample} if sample else {})
+        self.write(step, val_loss=val_loss, val_perplexity=math.exp(min(val_loss, 700)),
+                   val_bits_per_byte=bits_per_byte, **{"sample": sample} if sample else {})
         self.screen.close()
         print(f"step {step}  validation loss {val_loss:.4f}  {bits_per_byte:.4f} bits per byte  "
               f"after {cli.duration(self.seconds)}")
@@ -137,11 +139,12 @@ class Log:
         self.pause(step)
 
     def histograms(self, step, **trees):
-        """Where asked, send the distribution of each tensor to W&B, by tree and path; of a split one, this rank's rows."""
+        """Where asked, send each tensor's distribution to W&B, by tree and path; of a split one, this rank's rows."""
         if self.wandb and self.settings.wandb_histograms:
             local = lambda tensor: tensor.to_local() if tinylm.is_split(tensor) else tensor
             self.wandb_run.log({f"{name}/{path}": self.wandb.Histogram(local(tensor).float().cpu().numpy())
-                                for name, tree in trees.items() for path, tensor in tinylm.tree_leaves(tree)}, step=step)
+                                for name, tree in trees.items()
+                                for path, tensor in tinylm.tree_leaves(tree)}, step=step)
 
     def checkpoint(self, step):
         """Where asked, send the latest checkpoint to W&B."""

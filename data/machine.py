@@ -1,4 +1,4 @@
-"""The machine: its devices, what compiling needs, its memory, signals; and the ranks, the processes that torchrun starts."""
+"""The machine: devices, what compiling needs, memory, signals; and the ranks, the processes that torchrun starts."""
 
 import ctypes
 import datetime
@@ -41,7 +41,8 @@ def choose_device(device):
 @contextmanager
 def numerics(device):
     """Within it a CPU computes the same numbers from run to run, and CUDA float32 products in TF32."""
-    deterministic, fills = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    fills = torch.utils.deterministic.fill_uninitialized_memory
     precision = torch.get_float32_matmul_precision()
     # Compiled code would otherwise add up the gradients of the embedding in whatever order its threads come.
     torch.use_deterministic_algorithms(device == "cpu")
@@ -63,8 +64,8 @@ def check_compiler(device):
     header = Path(sysconfig.get_path("include")) / "Python.h"
     for needed, is_there in ((" or ".join(compilers), any(map(shutil.which, compilers))), (header, header.is_file())):
         if not is_there:
-            raise InputError(f"--compile needs {needed}, which is not there; install a C++ compiler and Python's headers "
-                             "(g++ and python3-dev on Debian), or give --compile=False")
+            raise InputError(f"--compile needs {needed}, which is not there; install a C++ compiler and Python's "
+                             "headers (g++ and python3-dev on Debian), or give --compile=False")
 
 def keep_freed_memory():
     """Ask glibc to keep memory that tensors free for the next ones.
@@ -110,7 +111,7 @@ class Interrupt:
 
 @contextmanager
 def ranks(device):
-    """Within it this process is with the other ranks, where torchrun started it. → device of this rank, number, how many."""
+    """Within it this process is with the other ranks, where torchrun started it. → its device, its number, how many."""
     try:
         yield join_ranks(device)
     finally:

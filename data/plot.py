@@ -21,7 +21,8 @@ def read_metrics(run):
 
 def series(lines, key):
     """The points (step, value) of one quantity."""
-    return [(line["step"], line[key]) for line in lines if isinstance(line.get(key), (int, float)) and math.isfinite(line[key])]
+    is_finite = lambda value: isinstance(value, (int, float)) and math.isfinite(value)
+    return [(line["step"], line[key]) for line in lines if is_finite(line.get(key))]
 
 def ticks(low, high, count=5):
     """Round numbers between two bounds, about `count` of them."""
@@ -37,8 +38,9 @@ def panel(curves, top, height, title, steps):
     low, high = (low, high) if high > low else (low - 0.5 * abs(low or 1), high + 0.5 * abs(high or 1))
     x = lambda step: LEFT + (WIDTH - LEFT - RIGHT) * step / steps
     y = lambda value: top + height * (high - value) / (high - low)
+    middle = top + height / 2
     out = [f'<rect x="{LEFT}" y="{top}" width="{WIDTH - LEFT - RIGHT}" height="{height}" fill="none" stroke="#888"/>',
-           f'<text x="16" y="{top + height / 2}" transform="rotate(-90 16 {top + height / 2})" text-anchor="middle">{title}</text>',
+           f'<text x="16" y="{middle}" transform="rotate(-90 16 {middle})" text-anchor="middle">{title}</text>',
            f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{top + height + 34}" text-anchor="middle">step</text>']
     for value in ticks(low, high):
         out.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(value):.1f}" y2="{y(value):.1f}" stroke="#ddd"/>'
@@ -47,10 +49,11 @@ def panel(curves, top, height, title, steps):
         out.append(f'<text x="{x(step):.1f}" y="{top + height + 16}" text-anchor="middle">{step:g}</text>')
     for color, dash, points in curves:
         line = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in points)
-        out.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="1.5" stroke-dasharray="{dash}"/>')
+        out.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="1.5" '
+                   f'stroke-dasharray="{dash}"/>')
     return out
 
-def draw(runs):
+def svg_of(runs):
     """The SVG of runs, {name: lines of metrics}: losses above, learning rates below."""
     steps = max(line["step"] for lines in runs.values() for line in lines)
     losses, rates, legend = [], [], []
@@ -58,12 +61,13 @@ def draw(runs):
         color = COLORS[i % len(COLORS)]
         losses += [(color, "1 2", series(lines, "train_loss")), (color, "", series(lines, "val_loss"))]
         rates.append((color, "", series(lines, "lr")))
-        legend.append(f'<text x="{WIDTH - RIGHT - 10}" y="{TOP + 20 + 18 * i}" text-anchor="end" fill="{color}">{escape(name)}: '
-                      'validation (line), training (dots)</text>')
+        legend.append(f'<text x="{WIDTH - RIGHT - 10}" y="{TOP + 20 + 18 * i}" text-anchor="end" fill="{color}">'
+                      f'{escape(name)}: validation (line), training (dots)</text>')
     upper = round((HEIGHT - TOP - 2 * GAP) * 0.7)
     body = panel(losses, TOP, upper, "loss, nats per token", steps)
     body += panel(rates, TOP + upper + GAP, HEIGHT - TOP - upper - 2 * GAP, "learning rate", steps)
-    return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12">',
+    return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
+                      'font-family="sans-serif" font-size="12">',
                       f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>', *body, *legend, "</svg>"])
 
 def plot(*runs, output: str = ""):
@@ -75,6 +79,6 @@ def plot(*runs, output: str = ""):
         raise InputError("no run given; write python train.py plot runs/NAME")
     runs = [str(run) for run in runs]  # a name such as 2024 comes as a number
     path = Path(output) if output else Path(runs[0]) / "loss.svg"
-    svg = draw({run: read_metrics(run) for run in runs})
+    svg = svg_of({run: read_metrics(run) for run in runs})
     path.write_text(svg, encoding="utf-8")
     print(f"wrote {path}")

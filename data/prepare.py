@@ -265,7 +265,7 @@ def write_data(folder, source, train, val, tokenizer, workers, errors):
     (folder / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
 
 def check_room(folder, num_bytes, vocab_size):
-    """Raise InputError where the disk can't hold the ids: two bytes each, for a byte of text or, merged, two or more."""
+    """Raise InputError if the disk can't hold the ids: two bytes each, for a byte of text or, merged, two or more."""
     needed, free = num_bytes * (2 if vocab_size < 512 else 1), shutil.disk_usage(folder).free
     if free < needed:
         raise InputError(f"{folder.parent} has {free / 1e6:,.0f} MB free; the data may need {needed / 1e6:,.0f} MB; "

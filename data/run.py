@@ -174,8 +174,8 @@ def load_state(run):
     if run.source:
         params, saved = checkpoint.load_checkpoint(run.source)
         if saved != config:
-            raise InputError(f"{run.source} holds another model, {saved}, than the settings of the run say, {config}; go "
-                             "on with the code that began the run")
+            raise InputError(f"{run.source} holds another model, {saved}, than the settings of the run say, {config}; "
+                             "go on with the code that began the run")
     else:
         params = tinylm.init_params(config, torch.Generator().manual_seed(settings.seed))
     optimizer = init_optimizer(params)

@@ -9,83 +9,86 @@ import random
 import re
 
 NAMES = {
-    "she": "Lily Anna Mia Zoe Ella Rosa Nora Ivy Lucy Clara Ruby Emma Maya Tess Nina Alma Greta Hazel Iris June Kira Lola "
-           "Mabel Nelly Olive Penny Quinn Rita Stella Tilda Una Vera Wanda Yara Amy Bella Cora Daisy Edith Flora Gwen "
-           "Hanna Ida Jenny Kate Lena Molly Nell Opal Pia Sara Tina Willa Pearl".split(),
+    "she": "Lily Anna Mia Zoe Ella Rosa Nora Ivy Lucy Clara Ruby Emma Maya Tess Nina Alma Greta Hazel Iris June Kira "
+           "Lola Mabel Nelly Olive Penny Quinn Rita Stella Tilda Una Vera Wanda Yara Amy Bella Cora Daisy Edith Flora "
+           "Gwen Hanna Ida Jenny Kate Lena Molly Nell Opal Pia Sara Tina Willa Pearl".split(),
     "he": "Tom Ben Max Sam Leo Tim Jack Finn Hugo Otto Milo Noah Oscar Felix Theo Adam Billy Carl Danny Eli Fred Gus "
           "Henry Ivan Jake Kurt Luke Mark Ned Owen Paul Ray Simon Toby Victor Will Zack Alfie Bruno Casper Dennis Emil "
           "Frank George Harvey Isaac Jonas Karl Lars Martin Nick Oliver Peter Robin".split(),
 }
-ANIMALS = ("rabbit fox bear mouse duck frog squirrel hedgehog beaver badger otter kitten puppy lamb pony piglet calf owl "
-           "sparrow robin goose penguin turtle lizard monkey elephant lion tiger panda koala kangaroo giraffe zebra camel "
-           "raccoon mole hamster donkey goat rooster swan deer wolf seal parrot chipmunk walrus ferret pelican ostrich "
-           "crocodile leopard moose bison heron crow toad dolphin gazelle "
-           "armadillo buffalo cheetah ermine hippo iguana jackal lemur lynx meerkat newt").split()
+ANIMALS = ("rabbit fox bear mouse duck frog squirrel hedgehog beaver badger otter kitten puppy lamb pony piglet calf "
+           "owl sparrow robin goose penguin turtle lizard monkey elephant lion tiger panda koala kangaroo giraffe "
+           "zebra camel raccoon mole hamster donkey goat rooster swan deer wolf seal parrot chipmunk walrus ferret "
+           "pelican ostrich crocodile leopard moose bison heron crow toad dolphin gazelle armadillo buffalo cheetah "
+           "ermine hippo iguana jackal lemur lynx meerkat newt").split()
 CRITTERS = ("ladybug snail beetle butterfly caterpillar cricket bee ant spider worm moth firefly grasshopper dragonfly "
             "tadpole chick duckling baby~bird baby~mouse small~fish gosling little~bat").split()
 KIN = {"she": "Mom Grandma Aunt~May Aunt~Sue".split(), "he": "Dad Grandpa Uncle~Joe Uncle~Bob".split()}
 WORKERS = ("baker farmer teacher doctor gardener fisherman carpenter postman shopkeeper tailor painter sailor miller "
-           "librarian shepherd watchmaker cook beekeeper potter blacksmith mayor firefighter nurse plumber weaver mechanic "
-           "musician pilot captain cobbler florist butcher").split()
+           "librarian shepherd watchmaker cook beekeeper potter blacksmith mayor firefighter nurse plumber weaver "
+           "mechanic musician pilot captain cobbler florist butcher").split()
 TRAITS = ("kind brave curious shy clever cheerful quiet gentle lively careful stubborn playful patient proud friendly "
-          "dreamy helpful sleepy busy funny polite honest thoughtful noisy bold calm eager graceful grateful hopeful jolly "
-          "loyal lucky merry modest neat nimble serious silly smart sweet tidy wise witty adventurous daring dutiful earnest fearless "
-          "generous nervous peaceful talkative thankful tireless trusty unlucky watchful").split()
+          "dreamy helpful sleepy busy funny polite honest thoughtful noisy bold calm eager graceful grateful hopeful "
+          "jolly loyal lucky merry modest neat nimble serious silly smart sweet tidy wise witty adventurous daring "
+          "dutiful earnest fearless generous nervous peaceful talkative thankful tireless trusty unlucky "
+          "watchful").split()
 SIZES = "little small tiny young".split()
-COLORS = ("red blue green yellow orange purple pink white black brown silver golden gray striped spotted violet crimson "
-          "turquoise cream scarlet beige bronze copper coral emerald indigo ivory lavender maroon navy olive peach ruby "
-          "sapphire tan teal").split()
-TOYS = ("ball kite doll drum train truck puzzle boat top wagon robot whistle teddy~bear yo-yo balloon scooter puppet hoop "
-        "tambourine rocking~horse toy~car toy~plane toy~castle marble~box trumpet paper~plane jump~rope sled xylophone "
-        "music~box pinwheel slingshot toy~dinosaur toy~pirate toy~tractor rattle").split()
-WEARS = ("hat scarf coat mitten boot sock sweater ribbon cap shoe apron belt cape jacket slipper necklace bracelet raincoat "
-         "umbrella backpack").split()
-TREASURES = ("key button coin feather shell pebble ring bell acorn bead marble stamp medal crystal brooch compass locket "
-             "thimble lantern spoon pinecone magnet pocket~watch stone~heart seashell fossil amulet candle goblet hourglass medallion "
-             "nutcracker postcard statue telescope tile").split()
+COLORS = ("red blue green yellow orange purple pink white black brown silver golden gray striped spotted violet "
+          "crimson turquoise cream scarlet beige bronze copper coral emerald indigo ivory lavender maroon navy olive "
+          "peach ruby sapphire tan teal").split()
+TOYS = ("ball kite doll drum train truck puzzle boat top wagon robot whistle teddy~bear yo-yo balloon scooter puppet "
+        "hoop tambourine rocking~horse toy~car toy~plane toy~castle marble~box trumpet paper~plane jump~rope sled "
+        "xylophone music~box pinwheel slingshot toy~dinosaur toy~pirate toy~tractor rattle").split()
+WEARS = ("hat scarf coat mitten boot sock sweater ribbon cap shoe apron belt cape jacket slipper necklace bracelet "
+         "raincoat umbrella backpack").split()
+TREASURES = ("key button coin feather shell pebble ring bell acorn bead marble stamp medal crystal brooch compass "
+             "locket thimble lantern spoon pinecone magnet pocket~watch stone~heart seashell fossil amulet candle "
+             "goblet hourglass medallion nutcracker postcard statue telescope tile").split()
 TOOLS = ("hammer shovel bucket rope ladder broom brush basket rake saw lamp net needle spade wheelbarrow hose jar pot "
          "blanket pillow").split()
-FOODS = ("apple pie, carrot cake, honey bread, berry jam, pumpkin soup, cheese sandwiches, plum cake, nut cookies, pancakes, "
-         "peach tarts, corn muffins, vegetable stew, rice pudding, lemon buns, noodle soup, banana bread, cherry pie, "
-         "chocolate cookies, cinnamon rolls, potato pancakes, oatmeal, strawberry cake, ginger biscuits, mushroom "
-         "soup").split(", ")
+FOODS = ("apple pie, carrot cake, honey bread, berry jam, pumpkin soup, cheese sandwiches, plum cake, nut cookies, "
+         "pancakes, peach tarts, corn muffins, vegetable stew, rice pudding, lemon buns, noodle soup, banana bread, "
+         "cherry pie, chocolate cookies, cinnamon rolls, potato pancakes, oatmeal, strawberry cake, ginger biscuits, "
+         "mushroom soup").split(", ")
 FRUITS = ("apple pear plum peach cherry banana orange strawberry melon grape fig apricot blueberry raspberry lemon "
           "coconut").split()
 CROPS = "carrots beans tomatoes pumpkins sunflowers roses peas tulips radishes potatoes daisies onions cabbages".split()
-PLACES = ("park forest meadow garden beach village farm valley orchard market harbor hill playground river lake island field "
-          "pond library mill castle barn lighthouse bridge town~square schoolyard bakery cave desert mountain swamp museum "
-          "station greenhouse windmill vineyard canyon jungle fairground cottage waterfall stable zoo circus airport bay chapel "
-          "cornfield dairy fountain garage hotel inn kindergarten lagoon monastery observatory palace quarry reef temple "
-          "theater tower trail warehouse workshop").split()
-HIDING = ("under the bed, behind the couch, inside a boot, under a pile of leaves, behind the old oak, in the tall grass, on the "
-          "roof of the shed, between two rocks, in the laundry basket, under the porch, beside the stream, inside a hollow log, "
-          "on the top shelf, behind the curtain, under the kitchen table, in the pocket of an old coat, next to the well, in the "
-          "mud near the gate, below the stairs, in a bird's nest, among the flower pots, in the doghouse, at the bottom of the "
-          "toy box, behind the piano").split(", ")
+PLACES = ("park forest meadow garden beach village farm valley orchard market harbor hill playground river lake island "
+          "field pond library mill castle barn lighthouse bridge town~square schoolyard bakery cave desert mountain "
+          "swamp museum station greenhouse windmill vineyard canyon jungle fairground cottage waterfall stable zoo "
+          "circus airport bay chapel cornfield dairy fountain garage hotel inn kindergarten lagoon monastery "
+          "observatory palace quarry reef temple theater tower trail warehouse workshop").split()
+HIDING = ("under the bed, behind the couch, inside a boot, under a pile of leaves, behind the old oak, in the tall "
+          "grass, on the roof of the shed, between two rocks, in the laundry basket, under the porch, beside the "
+          "stream, inside a hollow log, on the top shelf, behind the curtain, under the kitchen table, in the pocket "
+          "of an old coat, next to the well, in the mud near the gate, below the stairs, in a bird's nest, among the "
+          "flower pots, in the doghouse, at the bottom of the toy box, behind the piano").split(", ")
 WEATHER = ("sunny cloudy windy warm cool bright foggy snowy rainy quiet frosty golden chilly breezy hot misty").split()
 TIMES = ("morning afternoon day evening").split()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-SONGS = ("a song about the moon, a song about the sea, a marching song, a lullaby, a song about rain, a dancing song, a song "
-         "about brave knights, a silly song about soup, a song about going home, a birthday song").split(", ")
-GAMES = ("hide and seek, tag, hopscotch, catch, chess, dominoes, leapfrog, cards, blind man's buff, follow the leader, tug of "
-         "war, marbles").split(", ")
-SKILLS = ("swim, ride a bike, whistle, skate, juggle, tie a bow, climb trees, paint, read, dance, bake, row a boat, play the "
-          "flute, jump rope, stand on one hand, fly a kite, play the drums, knit, ski, count to one hundred").split(", ")
-SHAPES = "a star, a cat, a heart, a ship, a crown, a fish, a dragon, a tree, a horse, a mushroom, a snowman, a whale".split(", ")
+SONGS = ("a song about the moon, a song about the sea, a marching song, a lullaby, a song about rain, a dancing song, "
+         "a song about brave knights, a silly song about soup, a song about going home, a birthday song").split(", ")
+GAMES = ("hide and seek, tag, hopscotch, catch, chess, dominoes, leapfrog, cards, blind man's buff, follow the leader, "
+         "tug of war, marbles").split(", ")
+SKILLS = ("swim, ride a bike, whistle, skate, juggle, tie a bow, climb trees, paint, read, dance, bake, row a boat, "
+          "play the flute, jump rope, stand on one hand, fly a kite, play the drums, knit, ski, count to one "
+          "hundred").split(", ")
+SHAPES = ("a star, a cat, a heart, a ship, a crown, a fish, a dragon, a tree, a horse, a mushroom, a snowman, a "
+          "whale").split(", ")
 NUMBERS = "three four five six seven eight nine ten eleven twelve".split()
 SMELLS = "sweet fresh warm spicy wonderful buttery".split()
 
 OPENINGS = [
     "[Once upon a time|Once|Long ago|One {weather} {time}|A long time ago], there was {a size} {kind} named {hero}. "
     "{hero} lived [near|close to|not far from|right beside] the {home} with {his} {family}.",
-    "[Once upon a time|One {weather} {time}|On a {weather} {day}], there was {a trait} {kind} [named|called] {hero}. {He} [lived|had a cozy "
-    "home] [by|near|next to] the {home}.",
+    "[Once upon a time|One {weather} {time}|On a {weather} {day}], there was {a trait} {kind} [named|called] {hero}. "
+    "{He} [lived|had a cozy home] [by|near|next to] the {home}.",
     "{hero} was {a trait} {size} {kind}. [Every {day}|Every {time}|On most days], {he} [went|walked|ran] to the {home} "
     "[to play {game}|to look for {a fruit}|with {his} {family}|to sing {song}].",
-    "There once was {a size} {kind} whose name was {hero}. {hero} was {trait}, and {he} loved [{food}|to play {game}|the "
-    "{home}] more than anything.",
-    "In a [small|quiet|pretty|busy|faraway] place near the {home} lived {a trait} {kind} named {hero}. {His} best friend "
-    "was {a friendkind} named {friend}.",
+    "There once was {a size} {kind} whose name was {hero}. {hero} was {trait}, and {he} loved [{food}|to play "
+    "{game}|the {home}] more than anything.",
+    "In a [small|quiet|pretty|busy|faraway] place near the {home} lived {a trait} {kind} named {hero}. {His} best "
+    "friend was {a friendkind} named {friend}.",
 ]
 CLOSINGS = [
     "", "", "", "[And they|They all] lived happily ever after.",
@@ -517,20 +520,20 @@ PLOTS = [
 INSTRUMENTS = "flute violin drum trumpet guitar harp piano banjo horn fiddle harmonica".split()
 DRINKS = "milk, tea, cocoa, soup, apple juice, honey milk".split(", ")
 WATERS = "river lake pond stream bay".split()
-PETNAMES = ("Biscuit Pepper Button Muffin Patch Cookie Pickle Sunny Shadow Waffle Bubbles Snowy Peanut Rusty Dot Fuzzy Speedy "
-            "Noodle Pebble Jelly").split()
+PETNAMES = ("Biscuit Pepper Button Muffin Patch Cookie Pickle Sunny Shadow Waffle Bubbles Snowy Peanut Rusty Dot Fuzzy "
+            "Speedy Noodle Pebble Jelly").split()
 MATERIALS = "old~door wooden~box big~barrel bathtub hollow~log large~basket".split()
 BOATNAMES = "Whale Star Arrow Duck Wave Wind Pirate Comet Swallow Pearl".split()
 NOISES = "tap scratch knock squeak bump creak rustle clink plop".split()
 FAMILIES = ("family, mom and dad, grandma, big sister, little brother, two brothers, mother, father, grandparents, "
             "three sisters, uncle, old aunt").split(", ")
 LISTS = {
-    "size": SIZES, "trait": TRAITS, "color": COLORS, "color2": COLORS, "toy": TOYS, "wear": WEARS, "treasure": TREASURES,
-    "tool": TOOLS, "food": FOODS, "fruit": FRUITS, "crops": CROPS, "place": PLACES, "home": PLACES, "hiding": HIDING,
-    "weather": WEATHER, "time": TIMES, "day": DAYS, "song": SONGS, "game": GAMES, "skill": SKILLS, "shape": SHAPES,
-    "number": NUMBERS, "number2": NUMBERS, "smell": SMELLS, "critter": CRITTERS, "worker": WORKERS, "drink": DRINKS,
-    "instrument": INSTRUMENTS, "water": WATERS, "petname": PETNAMES, "material": MATERIALS, "boatname": BOATNAMES,
-    "noise": NOISES, "family": FAMILIES,
+    "size": SIZES, "trait": TRAITS, "color": COLORS, "color2": COLORS, "toy": TOYS, "wear": WEARS,
+    "treasure": TREASURES, "tool": TOOLS, "food": FOODS, "fruit": FRUITS, "crops": CROPS, "place": PLACES,
+    "home": PLACES, "hiding": HIDING, "weather": WEATHER, "time": TIMES, "day": DAYS, "song": SONGS, "game": GAMES,
+    "skill": SKILLS, "shape": SHAPES, "number": NUMBERS, "number2": NUMBERS, "smell": SMELLS, "critter": CRITTERS,
+    "worker": WORKERS, "drink": DRINKS, "instrument": INSTRUMENTS, "water": WATERS, "petname": PETNAMES,
+    "material": MATERIALS, "boatname": BOATNAMES, "noise": NOISES, "family": FAMILIES,
 }
 LISTS = {slot: [word.replace("~", " ") for word in words] for slot, words in LISTS.items()}
 
@@ -567,14 +570,15 @@ def mentions(parts, slot):
 
 OPENINGS, CLOSINGS = [list(map(compile_template, templates)) for templates in (OPENINGS, CLOSINGS)]
 PLOTS = [tuple(map(compile_template, plot)) for plot in PLOTS]
-SLOTS_WITH_ARTICLE = ("size", "trait", "color", "color2", "toy", "treasure", "tool", "fruit", "critter", "material", "friendkind")
+SLOTS_WITH_ARTICLE = ("size", "trait", "color", "color2", "toy", "treasure", "tool", "fruit", "critter", "material",
+                      "friendkind")
 PRONOUNS = {"he": ("he", "his", "him"), "she": ("she", "her", "her")}
 
 def draw_cast(rng):
     """Who and what a story is about: the text of every slot."""
     # A few words are frequent and most are rare, as in natural text: the first of n is drawn with probability n^(-1/3).
     pick = lambda words: words[int(rng.random() ** 3 * len(words))]
-    pick_name = lambda names: names[int(rng.random() ** 5 * len(names))]  # more so: half of all children are Lily or Tom
+    pick_name = lambda names: names[int(rng.random() ** 5 * len(names))]  # more so: half the children are Lily or Tom
     cast = {slot: pick(words) for slot, words in LISTS.items()}
     while cast["color2"] == cast["color"]:
         cast["color2"] = pick(COLORS)
@@ -593,7 +597,8 @@ def draw_cast(rng):
     cast["ehe"] = rng.choice(("he", "she"))
     cast["elder"] = pick(KIN[cast["ehe"]]).replace("~", " ")
     fruit = cast["fruit"]
-    cast["fruits"] = fruit[:-1] + "ies" if fruit.endswith("y") else fruit + "es" if fruit.endswith("ch") else fruit + "s"
+    stem, ending = (fruit[:-1], "ies") if fruit.endswith("y") else (fruit, "es" if fruit.endswith("ch") else "s")
+    cast["fruits"] = stem + ending
     cast["animals"] = pick(ANIMALS) + "s"
     cast["some food"] = f"some {cast['food']}"
     cast["hidden"] = pick(("under the bed", "behind the door", "inside a shoe", "below the stove", "behind the books"))
