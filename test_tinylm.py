@@ -129,8 +129,10 @@ def test_tiles_of_attention_make_the_whole(lead, group, T, before, block, tile):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.01)])
 @pytest.mark.parametrize("lead", [(), (1, 1), (3, 2), (16, 1), (32,), (33,), (5, 50)])
 @pytest.mark.parametrize("d_out", [4096, 4099])
-def test_linear_of_few_vectors(lead, d_out, dtype, tolerance):
+@pytest.mark.parametrize("intel", [False, True])
+def test_linear_of_few_vectors(lead, d_out, intel, dtype, tolerance, monkeypatch):
     """As in decoding: for 1 to 32 vectors a large matrix is read in other ways, and packed ones are for any number."""
+    monkeypatch.setattr(tinylm, "IS_INTEL", intel)
     x, w = randn(*lead, 24).to(dtype), randn(d_out, 24, seed=1).to(dtype)
     expected = x.double() @ w.double().T
     packed = tinylm.pack(w)
@@ -143,8 +145,10 @@ def test_linear_of_few_vectors(lead, d_out, dtype, tolerance):
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("d_in, d_out", [(64, 4000), (4000, 64)])
-def test_linear_of_large_matrices(d_in, d_out, compiled):
+def test_linear_of_large_matrices(d_in, d_out, compiled, monkeypatch):
     """Values and gradients, the gradients the same bits each time; that of the result comes transposed."""
+    monkeypatch.setattr(tinylm, "IS_INTEL", False)
+    torch._dynamo.reset()
     x, w = (randn(*shape, seed=seed).float().requires_grad_() for seed, shape in enumerate(((3, 700, d_in), (d_out, d_in))))
     upstream = randn(d_out, 3, 700, seed=2).float().permute(1, 2, 0)
     function = torch.compile(tinylm.linear) if compiled else tinylm.linear
@@ -524,7 +528,6 @@ def adamw_example(step):
 EXAMPLES = {
     "linear": lambda dtype: [(randn(*lead, d_in).to(dtype), randn(d_out, d_in, seed=1).to(dtype)) for lead, d_in, d_out in (
         ((3, 5), 8, 6), ((1, 1), 64, 1100), ((2, 3), 64, 1100), ((40,), 64, 1100), ((2, 1100), 64, 4000))],
-    "linears": lambda dtype: [(randn(2, 5, 8).to(dtype), *tree_of((6, 8), (3, 8), (3, 8), dtype=dtype).values())],
     "embedding": lambda dtype: [(random_tokens(small_config(), *shape), randn(300, 8).to(dtype)) for shape in ((), (7,), (2, 9))],
     "rmsnorm": lambda dtype: [(randn(*shape).to(dtype), tinylm.at_least_float32(randn(shape[-1]).to(dtype)), 1e-5)
                               for shape in ((16,), (3, 16), (2, 5, 33))],
@@ -545,7 +548,7 @@ EXAMPLES = {
     "nucleus_floor": lambda dtype: [(F.softmax(randn(3, V).float() * 3, -1), top_p) for V in (5, 400) for top_p in (0.1, 0.95)],
     "weights_for_writing": lambda dtype: [(random_params(small_config()), dtype, num_texts) for num_texts in (1, 8)],
 }
-DIFFERENTIABLE = {"linear", "linears", "embedding", "rmsnorm", "rope", "attention", "gated_silu", "token_losses"}
+DIFFERENTIABLE = {"linear", "embedding", "rmsnorm", "rope", "attention", "gated_silu", "token_losses"}
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 0.03}  # of an error beside the norm
 
 def is_floating(x):
@@ -593,6 +596,7 @@ def test_every_form_computes_its_definition(name, monkeypatch, mesh_of_one):
     """Values and gradients, in every room: on a CPU, compiled, over ranks, and as on a GPU. No form is left out."""
     operation, differentiable, reached = tinylm.OPERATIONS[name], name in DIFFERENTIABLE, set()
     monkeypatch.setattr(tinylm, "has_kernels", lambda q: False)  # they have a test of their own
+    monkeypatch.setattr(tinylm, "IS_INTEL", False)  # where x @ w.T serves
     for dtype, room in [(dtype, "CPU") for dtype in TOLERANCES] + [(torch.float32, room) for room in ("compiled", "ranks", "GPU")]:
         for example in EXAMPLES[name](dtype):
             form, arguments = in_a_room(room, operation, example, monkeypatch, mesh_of_one)
@@ -1991,42 +1995,61 @@ def measure_ranks(*, num_ranks: int = 2, shard: bool = False):
         port = free.getsockname()[1]
     return in_new_processes(state_of_rank, *((config, shard, num_ranks, port, rank) for rank in range(num_ranks)))[0]
 
-# Arguments as large as the default run has them: where a form should be faster than its definition.
-LARGE_EXAMPLES = {
-    "linear": lambda: [(randn(*lead, 128).float(), randn(2048, 128).float()) for lead in ((1, 1), (8, 1))]
-    + [(randn(8, 256, 512).float(), randn(2048, 512).float())],
-    "linears": lambda: [(randn(4, 256, 128).float(), *(randn(128, 128, seed=i).float() for i in range(3)))],
-    "rmsnorm": lambda: [(randn(4, 256, 128).float(), torch.ones(128), 1e-5)],
-    "rope_angles": lambda: [(256, 32, 1e4, "cpu")],
-    "rope": lambda: [(randn(4, 256, 4, 32).float().transpose(1, 2), *tinylm.rope_angles.definition(256, 32, 1e4, "cpu"))],
-    "attention": lambda: [attention_example(torch.float32, (4,), 4, 1, T, S, 32) for T, S in ((256, 256), (1, 256), (64, 64))],
-    "gated_silu": lambda: [(randn(4, 256, 384).float(), randn(4, 256, 384, seed=1).float())],
-    "token_losses": lambda: [(randn(4, 256, 2048).float(), torch.randint(2048, (4, 256)))],
-    "clip_gradients": lambda: [(tree_of(*[(384, 128)] * 28), 1e9)],
-    "adamw_update": lambda: [(*(tree_of(*[(384, 128)] * 28, seed=seed) for seed in (0, 40)), tinylm.adamw_init(
-        tree_of(*[(384, 128)] * 28)), torch.tensor(1e-3))],
-    "orthogonalize": lambda: [(randn(3, 128, 384).float(),)],
-    "orthogonalize_all": lambda: [(tree_of(*[(128, 128)] * 4, (384, 128), (384, 128), (128, 384)),)],
-    "nucleus_floor": lambda: [(F.softmax(randn(rows, 2048).float() * 3, -1), 0.95) for rows in (1, 16)],
-}
+def sizes_of_forms():
+    """Of each operation that has forms: a label, whether gradients are taken, and arguments as the default run has."""
+    f32 = lambda *shape, seed=0: randn(*shape, seed=seed).float()
+    moments = lambda tree: {"step": torch.tensor(9), "m": tree, "v": tinylm.tree_map(torch.square, tree)}
+    block = tree_of(*[(128, 128)] * 4, (384, 128), (384, 128), (128, 384))
+    many = tree_of(*[(384, 128)] * 28)
+    table = tinylm.rope_angles.definition(256, 32, 1e4, "cpu")
+    yield "linear", "one vector", False, (f32(1, 1, 288), f32(2048, 288))
+    yield "linear", "8 vectors", False, (f32(8, 1, 288), f32(2048, 288))
+    yield "linear", "2,048 vectors", True, (f32(2048, 512), f32(2048, 512, seed=1))
+    yield "rmsnorm", "", True, (f32(4, 256, 128), torch.ones(128), 1e-5)
+    yield "rope_angles", "", False, (256, 32, 1e4, "cpu")
+    yield "rope", "", True, (f32(4, 256, 4, 32).transpose(1, 2), *table)
+    for T, S in ((256, 256), (64, 64), (1, 256)):
+        yield "attention", f"{T} queries, {S} keys", T > 1, attention_example(torch.float32, (4,), 4, 1, T, S, 32)
+    yield "gated_silu", "", True, (f32(4, 256, 384), f32(4, 256, 384, seed=1))
+    yield "token_losses", "", True, (f32(4, 256, 2048), torch.randint(2048, (4, 256)))
+    yield "clip_gradients", "", False, (many, 1e9)
+    yield "adamw_update", "", False, (many, many, moments(many), torch.tensor(1e-3))
+    yield "orthogonalize", "", False, (f32(3, 128, 384),)
+    yield "orthogonalize_all", "", False, (block,)
+    yield "nucleus_floor", "1 text", False, (F.softmax(f32(1, 2048) * 3, -1), 0.95)
+    yield "nucleus_floor", "16 texts", False, (F.softmax(f32(16, 2048) * 3, -1), 0.95)
+
+def forward_and_backward(function, arguments, trains):
+    """A call without arguments that computes a function and, where asked, its gradients."""
+    if not trains:
+        return torch.inference_mode()(lambda: function(*arguments))
+    arguments = [x.detach().requires_grad_() if is_floating(x) else x for x in arguments]
+    upstream = [torch.randn_like(x) for x in tensors_in(function(*arguments))]
+    inputs = [x for x in arguments[:2] if is_floating(x)]
+    return lambda: torch.autograd.grad(tensors_in(function(*arguments)), inputs, upstream, allow_unused=True)
 
 def measure_forms(*, seconds: float = 2.0, compile: bool = False):
-    """How many times as fast as its definition each form is, forward and backward, in turn, by median and quartiles.
+    """How many times as fast as its definition each form is, in turn: median and quartiles.
 
     seconds: how long to measure each
     compile: compile both with torch.compile
     """
     figures = {}
-    for name, examples in LARGE_EXAMPLES.items():
-        operation, differentiable = tinylm.OPERATIONS[name], name in DIFFERENTIABLE
-        for i, arguments in enumerate(examples()):
-            ways = [lambda *args: operation(*args), lambda *args: operation.definition(*args)]
-            ways = [torch.compile(way) for way in ways] if compile else ways
+    with machine.numerics("cpu"):
+        for name, label, trains, arguments in sizes_of_forms():
+            operation = tinylm.OPERATIONS[name]
+            ways = (lambda *args: operation(*args)), (lambda *args: operation.definition(*args))
+            if compile:
+                torch._dynamo.reset()
+                ways = [torch.compile(way) for way in ways]
+            ours, plain = (forward_and_backward(way, arguments, trains) for way in ways)
+            timed(plain), timed(ours)  # compiles, where asked
+            count = 1 + int(0.005 / timed(plain)[0])  # calls in a turn
+            many = lambda call: timed(lambda: [call() for _ in range(count)])[0]
             ratios, begin = [], time.perf_counter()
-            while len(ratios) < 4 or time.perf_counter() - begin < seconds:
-                ours, plain = (timed(results, way, arguments, differentiable)[0] for way in ways)
-                ratios.append(plain / ours)
-            figures[f"{name} {i + 1}"] = np.quantile(ratios[2:], (0.5, 0.25, 0.75))
+            while len(ratios) < 3 or time.perf_counter() - begin < seconds:
+                ratios.append(many(plain) / many(ours))
+            figures[f"{name} {label}".strip()] = np.quantile(ratios[1:], (0.5, 0.25, 0.75))
     return figures
 
 MEASUREMENTS = {"step": measure_step, "memory": measure_memory, "write": measure_write, "tokenizer": measure_tokenizer,
