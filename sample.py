@@ -12,6 +12,7 @@ import tinylm
 from data import bpe, cli, machine
 from data.checkpoint import load_checkpoint
 from data.cli import InputError, flag
+from data.run import newest
 
 def find_checkpoint(name):
     """The checkpoint folder that --checkpoint means: one itself, a run's latest, or that of the newest run in runs/."""
@@ -19,12 +20,12 @@ def find_checkpoint(name):
         folder = Path(name)
         if not folder.is_dir():
             raise InputError(f"--checkpoint={name} is not there; expected a run of train.py or a checkpoint folder")
-        return folder / "latest" if (folder / "latest").is_dir() else folder
-    latest = sorted(Path("runs").glob("*/latest/config.json"), key=lambda path: path.stat().st_mtime)
-    if not latest:
+        return newest(folder) or folder
+    written = sorted(Path("runs").glob("*/step-*/config.json"), key=lambda path: path.stat().st_mtime)
+    if not written:
         raise InputError("there is no checkpoint below runs/ yet; train a model with python train.py, or give "
                          "--checkpoint")
-    return latest[-1].parent
+    return newest(written[-1].parents[1])
 
 @dataclass
 class Settings:
@@ -32,7 +33,8 @@ class Settings:
     prompt: str = flag("", "the text to continue; empty begins a new document")
     max_new_tokens: int = flag(500, "tokens to write at most", "[1, inf)")
     num_samples: int = flag(1, "texts to write, all at once", "[1, inf)")
-    seed: int = flag(0, "chooses among the likely tokens; the same one writes the same text")
+    seed: int = flag(0, "chooses among the likely tokens; the same one writes the same text",
+                     "[-9223372036854775808, 9223372036854775807]")
     # How to choose each token
     temperature: float = flag(0.8, "above 1 bolder, below 1 safer, 0 always the likeliest", "[0, inf)")
     top_k: int = flag(0, "draw among this many likeliest tokens; 0 among all", "[0, inf)")
@@ -43,6 +45,13 @@ class Settings:
     device: str = flag("", "cpu, cuda or cuda:NUMBER", stated="cuda where there is one")
     dtype: str = flag("float32", "what to compute in, float32 or bfloat16", choices=machine.DTYPES)
 
+def check_prompt(prompt):
+    """Raise InputError where the bytes on the command line were no text, for which Python puts lone surrogates."""
+    wrong = next((i for i, character in enumerate(prompt) if "\ud800" <= character <= "\udfff"), None)
+    if wrong is not None:
+        raise InputError(f"--prompt: its byte {ord(prompt[wrong]) & 0xFF:#04x} at character {wrong} is no text in "
+                         f"{sys.getfilesystemencoding()}, the encoding of the command line; give it in that one")
+
 class Writer:
     """Prints a text token by token, whole characters only."""
 
@@ -52,8 +61,11 @@ class Writer:
         self.write(prompt)
 
     def write(self, text):
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        error = cli.put(text)
+        if isinstance(error, BrokenPipeError):
+            raise cli.ReaderGone
+        if error:
+            raise error
 
     def token(self, token):
         # A vocabulary padded beyond the tokenizer's has ids that stand for nothing.
@@ -78,6 +90,7 @@ def sample(given):
     stop = tokenizer.special_tokens.get(bpe.END_OF_TEXT)
     # In training every document but the first follows the end of another.
     start = [] if stop is None else [stop]
+    check_prompt(prompt)
     ids = start + bpe.encode(tokenizer, prompt).tolist()
     if not ids:
         raise InputError(f"this tokenizer has no {bpe.END_OF_TEXT} to begin from; give a --prompt")
@@ -97,14 +110,13 @@ def sample(given):
     texts = [list(column) for column in zip(*rows)]
     texts = [text[:text.index(stop) + 1] if stop in text else text for text in texts]
     for text in texts[1:]:
-        print("---")
-        writer = Writer(tokenizer, prompt)
+        writer = Writer(tokenizer, f"---\n{prompt}")
         for token in text:
             if token != stop:
                 writer.token(token)
         writer.end()
     count = sum(map(len, texts))
-    print(f"{count} tokens, {count / seconds:,.1f} tokens/s", file=sys.stderr)
+    cli.fail(f"{count} tokens, {count / seconds:,.1f} tokens/s")
 
 if __name__ == "__main__":
     cli.run(sample)

@@ -4,6 +4,7 @@ Run as a script it measures, beside the ready-made libraries: python test_tinylm
 """
 
 import concurrent.futures
+import contextlib
 import functools
 import glob
 import hashlib
@@ -44,7 +45,7 @@ from safetensors.torch import load_file, save_file
 import sample
 import tinylm
 import train
-from data import bpe, checkpoint, cli, log, machine, plot, prepare, run, stories
+from data import bpe, checkpoint, cli, files, log, machine, plot, prepare, run, stories
 
 ROOT = Path(__file__).resolve().parent
 END = bpe.END_OF_TEXT
@@ -68,7 +69,8 @@ def same_with_gradients(ours, theirs, *inputs, tolerance=1e-9):
     actual, expected = ours(*inputs), theirs(*inputs)
     same(actual, expected, tolerance)
     weights = randn(*expected.shape, seed=7)
-    for a, e in zip(torch.autograd.grad((actual * weights).sum(), inputs), torch.autograd.grad((expected * weights).sum(), inputs)):
+    gradients = (torch.autograd.grad((y * weights).sum(), inputs) for y in (actual, expected))
+    for a, e in zip(*gradients):
         same(a, e, tolerance)
 
 leading = st.lists(st.integers(1, 3), max_size=3).map(tuple)
@@ -82,12 +84,13 @@ def test_linear(lead, d_in, d_out):
 @given(leading, st.integers(1, 9), st.integers(1, 9))
 def test_embedding(lead, vocab_size, d_model):
     tokens = torch.randint(vocab_size, lead, generator=generator())
-    same_with_gradients(lambda w: tinylm.embedding(tokens, w), lambda w: F.embedding(tokens, w), leaf(vocab_size, d_model))
+    same_with_gradients(lambda w: tinylm.embedding(tokens, w), lambda w: F.embedding(tokens, w),
+                        leaf(vocab_size, d_model))
 
 @given(leading, st.integers(1, 33), st.sampled_from([1e-5, 1e-2]))
 def test_rmsnorm(lead, d, eps):
-    same_with_gradients(lambda x, g: tinylm.rmsnorm(x, g, eps), lambda x, g: F.rms_norm(x, (d,), g, eps), leaf(*lead, d),
-                        leaf(d, seed=1))
+    same_with_gradients(lambda x, g: tinylm.rmsnorm(x, g, eps), lambda x, g: F.rms_norm(x, (d,), g, eps),
+                        leaf(*lead, d), leaf(d, seed=1))
 
 def test_rmsnorm_takes_the_mean_in_float32():
     x = torch.full((4096,), 256.0, dtype=torch.bfloat16)
@@ -108,17 +111,20 @@ def test_silu(lead, n):
 
 @given(leading, st.integers(1, 9), st.integers(1, 9))
 def test_swiglu(lead, d, d_ff):
-    same_with_gradients(tinylm.swiglu, lambda x, gate, up, down: F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down),
-                        leaf(*lead, d), leaf(d_ff, d, seed=1), leaf(d_ff, d, seed=2), leaf(d, d_ff, seed=3))
+    theirs = lambda x, gate, up, down: F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+    same_with_gradients(tinylm.swiglu, theirs, leaf(*lead, d), leaf(d_ff, d, seed=1), leaf(d_ff, d, seed=2),
+                        leaf(d, d_ff, seed=3))
 
 @given(leading, st.integers(1, 3), st.integers(1, 3), st.integers(1, 9), st.integers(0, 5), st.integers(1, 5))
 def test_attention(lead, kv_heads, group, T, before, D):
-    q, k, v = leaf(*lead, kv_heads * group, T, D), leaf(*lead, kv_heads, before + T, D, seed=1), leaf(*lead, kv_heads, before + T, D, seed=2)
+    q, k, v = (leaf(*lead, kv_heads * group, T, D), leaf(*lead, kv_heads, before + T, D, seed=1),
+               leaf(*lead, kv_heads, before + T, D, seed=2))
     mask = torch.ones(T, before + T, dtype=torch.bool).tril(before)
     theirs = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
     same_with_gradients(tinylm.attention, theirs, q, k, v)
 
-@given(st.integers(1, 3), st.integers(1, 2), st.integers(2, 40), st.integers(0, 9), st.integers(1, 7), st.integers(1, 2000))
+@given(st.integers(1, 3), st.integers(1, 2), st.integers(2, 40), st.integers(0, 9), st.integers(1, 7),
+       st.integers(1, 2000))
 def test_tiles_of_attention_make_the_whole(lead, group, T, before, block, tile):
     q, k, v = leaf(lead, 2 * group, T, 4), leaf(lead, 2, before + T, 4, seed=1), leaf(lead, 2, before + T, 4, seed=2)
     with pytest.MonkeyPatch.context() as patch:
@@ -149,10 +155,12 @@ def test_linear_of_large_matrices(d_in, d_out, compiled, monkeypatch):
     """Values and gradients, the gradients the same bits each time; that of the result comes transposed."""
     monkeypatch.setattr(tinylm, "IS_INTEL", False)
     torch._dynamo.reset()
-    x, w = (randn(*shape, seed=seed).float().requires_grad_() for seed, shape in enumerate(((3, 700, d_in), (d_out, d_in))))
+    shapes = (3, 700, d_in), (d_out, d_in)
+    x, w = (randn(*shape, seed=seed).float().requires_grad_() for seed, shape in enumerate(shapes))
     upstream = randn(d_out, 3, 700, seed=2).float().permute(1, 2, 0)
     function = torch.compile(tinylm.linear) if compiled else tinylm.linear
-    actual, again = ((y := function(x, w)), *torch.autograd.grad(y, (x, w), upstream)), torch.autograd.grad(function(x, w), (x, w), upstream)
+    actual = (y := function(x, w)), *torch.autograd.grad(y, (x, w), upstream)
+    again = torch.autograd.grad(function(x, w), (x, w), upstream)
     assert compiled or not tinylm.HAS_ONEDNN or type(actual[0].grad_fn).__name__ == "LargeLinearBackward"
     y = F.linear(x.double(), w.double())
     for a, e in zip(actual, (y, *torch.autograd.grad(y, (x, w), upstream.double()))):
@@ -160,16 +168,19 @@ def test_linear_of_large_matrices(d_in, d_out, compiled, monkeypatch):
     assert all(map(torch.equal, actual[1:], again))
 
 def test_kernels_of_attention_compute_plain_attention():
-    """In Triton's interpreter, which has no bfloat16; values and gradients, eager and as operations of compiled code."""
+    """In Triton's interpreter, which has no bfloat16; values and gradients, eager and as operations of compiled
+    code."""
     pytest.importorskip("triton")
     program = """if True:
         import torch, tinylm, test_tinylm
         tinylm.has_kernels = lambda q: True
         for dtype, tolerance in ((torch.float32, 1e-5), (torch.float16, 3e-3)):
-            for kv_heads, group, T, S, D in ((1, 1, 64, 64, 16), (2, 1, 300, 300, 32), (2, 3, 70, 70, 24), (1, 2, 40, 133, 64),
-                                             (1, 4, 5, 9, 8), (1, 1, 130, 130, 128), (2, 1, 2, 200, 40)):
+            for kv_heads, group, T, S, D in ((1, 1, 64, 64, 16), (2, 1, 300, 300, 32), (2, 3, 70, 70, 24),
+                                             (1, 2, 40, 133, 64), (1, 4, 5, 9, 8), (1, 1, 130, 130, 128),
+                                             (2, 1, 2, 200, 40)):
                 shapes = (2, kv_heads * group, T, D), (2, kv_heads, S, D), (2, kv_heads, S, D)
-                q, k, v = (test_tinylm.randn(*shape, seed=i).to(dtype).requires_grad_() for i, shape in enumerate(shapes))
+                q, k, v = (test_tinylm.randn(*shape, seed=i).to(dtype).requires_grad_()
+                           for i, shape in enumerate(shapes))
                 weights = test_tinylm.randn(*q.shape, seed=7).to(dtype)
                 results = []
                 torch._dynamo.reset()  # it compiles a function only so often
@@ -194,17 +205,20 @@ def test_kernels_of_attention_compile_for_gpus(capability):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     available = {80: 163, 86: 99, 90: 227}[capability] << 10
-    types = {"log_sum": "*fp32", "row_sum": "*fp32", "scale": "fp32"} | dict.fromkeys(("R", "S", "before", "group"), "i32")
+    types = {"log_sum": "*fp32", "row_sum": "*fp32", "scale": "fp32"}
+    types |= dict.fromkeys(("R", "S", "before", "group"), "i32")
     for name, (rows, keys, num_warps) in tinylm.KERNEL_BLOCKS.items():
         kernel = tinylm.attention_kernels()[name]
         constants = {"D": 128, "WIDTH": 128, "ROWS": rows, "KEYS": keys}
         signature = {name: "constexpr" if name in constants else types.get(name, "*bf16") for name in kernel.arg_names}
-        source = ASTSource(kernel, signature, {(kernel.arg_names.index(name),): value for name, value in constants.items()})
+        source = ASTSource(kernel, signature,
+                           {(kernel.arg_names.index(name),): value for name, value in constants.items()})
         built = triton.compile(source, GPUTarget("cuda", capability, 32), {"num_warps": num_warps})
         assert built.asm["cubin"] and built.metadata.shared <= available
 
 def test_attention_gradcheck():
-    assert torch.autograd.gradcheck(tinylm.attention, (leaf(2, 4, 3, 2), leaf(2, 2, 5, 2, seed=1), leaf(2, 2, 5, 2, seed=2)))
+    inputs = leaf(2, 4, 3, 2), leaf(2, 2, 5, 2, seed=1), leaf(2, 2, 5, 2, seed=2)
+    assert torch.autograd.gradcheck(tinylm.attention, inputs)
 
 @given(leading, st.integers(1, 6), st.integers(1, 4), st.integers(0, 1000))
 def test_rope_is_a_rotation_by_the_position(lead, T, half, start):
@@ -285,7 +299,8 @@ def test_muon_is_that_of_torch():
     rest = [p for path, p in theirs.items() if not (path.startswith("blocks.") and p.ndim == 2)]
     muon = torch.optim.Muon(matrices, lr=0.01, weight_decay=0.2, momentum=0.95, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW([{"params": [p for p in rest if p.ndim == 2], "weight_decay": 0.2},
-                               {"params": [p for p in rest if p.ndim == 1], "weight_decay": 0.0}], lr=0.01, betas=(0.8, 0.95))
+                               {"params": [p for p in rest if p.ndim == 1], "weight_decay": 0.0}],
+                              lr=0.01, betas=(0.8, 0.95))
     state = tinylm.muon_init(params)
     for step in range(20):
         grads = tinylm.tree_map(lambda p: randn(*p.shape, seed=step, dtype=torch.float32), params)
@@ -301,8 +316,8 @@ def test_muon_is_that_of_torch():
 def test_remat_changes_nothing():
     config = small_config()
     params, tokens = tinylm.init_params(config, generator()), random_tokens(config, 2, 21)
-    results = [tinylm.value_and_grad(tinylm.loss_fn, params, tokens[:, :-1], tokens[:, 1:], config, torch.float32, remat)
-               for remat in (False, True)]
+    args = params, tokens[:, :-1], tokens[:, 1:], config, torch.float32
+    results = [tinylm.value_and_grad(tinylm.loss_fn, *args, remat) for remat in (False, True)]
     same(results[0], results[1], 0)
 
 @given(st.floats(1e-3, 100))
@@ -360,7 +375,8 @@ def test_eval_batches_cover_each_token_once(num_tokens, context_length, batch_si
 
 # ---- Model ----
 
-SIZES = [dict(), dict(tie_embeddings=True), dict(num_heads=4, num_kv_heads=2), dict(num_heads=4, num_kv_heads=1, d_ff=40)]
+SIZES = [dict(), dict(tie_embeddings=True), dict(num_heads=4, num_kv_heads=2),
+         dict(num_heads=4, num_kv_heads=1, d_ff=40)]
 
 def small_config(**changes):
     return tinylm.Config(**dict(vocab_size=300, context_length=32, d_model=32, num_layers=2, num_heads=4) | changes)
@@ -368,7 +384,8 @@ def small_config(**changes):
 def random_params(config, seed=0):
     """Parameters far enough from the start that every part of the model matters, gains included."""
     noise = generator(seed + 1)
-    return tinylm.tree_map(lambda p: p + 0.2 * torch.randn(p.shape, generator=noise), tinylm.init_params(config, generator(seed)))
+    initial = tinylm.init_params(config, generator(seed))
+    return tinylm.tree_map(lambda p: p + 0.2 * torch.randn(p.shape, generator=noise), initial)
 
 def random_tokens(config, *shape, seed=0):
     return torch.randint(config.vocab_size, shape, generator=generator(seed))
@@ -394,8 +411,8 @@ def test_model_is_transformers_llama(sizes, tmp_path, tokenizer_file, caplog):
     with torch.no_grad():
         same(tinylm.forward(params, tokens, config), model.eval()(tokens).logits, 1e-4)
     greedy = torch.stack(list(tinylm.generate(params, tokens[:, :5], config, 12, temperature=0)), 1)
-    theirs = model.generate(tokens[:, :5], attention_mask=torch.ones(3, 5), max_new_tokens=12, min_new_tokens=12, do_sample=False,
-                            eos_token_id=None, pad_token_id=0)
+    theirs = model.generate(tokens[:, :5], attention_mask=torch.ones(3, 5), max_new_tokens=12, min_new_tokens=12,
+                            do_sample=False, eos_token_id=None, pad_token_id=0)
     same(greedy, theirs[:, 5:])
     text = "Once upon a time, there was a naïve 🦊.<|endoftext|>"
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
@@ -407,7 +424,8 @@ def test_model_is_transformers_llama(sizes, tmp_path, tokenizer_file, caplog):
 def test_first_loss_is_that_of_a_uniform_guess(tied, d_model, vocab_size):
     config = tinylm.Config(vocab_size, 32, d_model, 2, d_model // 32, tie_embeddings=tied)
     params, tokens = tinylm.init_params(config, generator()), random_tokens(config, 4, 33)
-    assert tinylm.loss_fn(params, tokens[:, :-1], tokens[:, 1:], config).item() == pytest.approx(math.log(vocab_size), abs=0.1)
+    loss = tinylm.loss_fn(params, tokens[:, :-1], tokens[:, 1:], config).item()
+    assert loss == pytest.approx(math.log(vocab_size), abs=0.1)
     assert sum(p.numel() for _, p in tinylm.tree_leaves(params)) == tinylm.num_params(config)
 
 @pytest.mark.parametrize("sizes", SIZES)
@@ -455,11 +473,13 @@ def test_sample_token_draws_from_a_large_vocabulary():
     for row, p in zip(drawn, F.softmax(logits.double(), -1)):
         best = p.sort(descending=True)
         nucleus = best.indices[:1 + (best.values.cumsum(0) < 0.5).sum()]
-        assert torch.isin(row, nucleus).all() and (p[row].log().mean() - (p[nucleus] / p[nucleus].sum() * p[nucleus].log()).sum()).abs() < 0.3
+        expected = (p[nucleus] / p[nucleus].sum() * p[nucleus].log()).sum()
+        assert torch.isin(row, nucleus).all() and (p[row].log().mean() - expected).abs() < 0.3
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_generate_many_rows_is_generate_each(tied):
-    config = small_config(vocab_size=2048, d_model=64, tie_embeddings=tied)  # matrices large enough to be read in other ways for few rows
+    # Matrices large enough to be read in other ways for few rows.
+    config = small_config(vocab_size=2048, d_model=64, tie_embeddings=tied)
     params, prompt = random_params(config), random_tokens(config, 17, 5)
     together, alone = (torch.cat([torch.stack(list(tinylm.generate(params, part, config, 9, temperature=0)), 1)
                                   for part in prompt.split(size)]) for size in (17, 1))
@@ -494,7 +514,8 @@ def test_generate_slides_and_stops():
     """Beyond the context the older half goes: the next token is that of a fresh pass over the newer half."""
     config = small_config(context_length=8)
     params, prompt = random_params(config), random_tokens(config, 2, 5)
-    tokens = torch.cat([prompt] + [row[:, None] for row in tinylm.generate(params, prompt, config, 20, temperature=0)], 1)
+    written = [row[:, None] for row in tinylm.generate(params, prompt, config, 20, temperature=0)]
+    tokens = torch.cat([prompt] + written, 1)
     window = prompt
     for i in range(5, 25):
         if window.shape[1] > 8:
@@ -502,11 +523,13 @@ def test_generate_slides_and_stops():
         assert tinylm.forward(params, window, config)[:, -1].argmax(-1).equal(tokens[:, i])
         window = torch.cat((window, tokens[:, i:i + 1]), 1)
     stop = tokens[0, 8].item()
-    row = torch.stack(list(tinylm.generate(params, prompt[:1], config, 20, temperature=0, stop_token=stop)), 1)[0].tolist()
+    stopping = tinylm.generate(params, prompt[:1], config, 20, temperature=0, stop_token=stop)
+    row = torch.stack(list(stopping), 1)[0].tolist()
     assert row == tokens[0, 5:5 + len(row)].tolist() and row.index(stop) == len(row) - 1
 
 @pytest.mark.parametrize("changes", [dict(d_model=30), dict(d_model=12), dict(num_kv_heads=3), dict(vocab_size=0),
-                                     dict(num_layers=-1), dict(d_model=2.5), dict(rope_theta=0.0), dict(norm_eps=math.nan)])
+                                     dict(num_layers=-1), dict(d_model=2.5), dict(rope_theta=0.0),
+                                     dict(norm_eps=math.nan)])
 def test_config_refuses_what_cannot_be(changes):
     with pytest.raises(ValueError):
         small_config(**changes)
@@ -517,26 +540,33 @@ def tree_of(*shapes, dtype=torch.float32, seed=0):
     return {f"w{i}": randn(*shape, seed=seed + i).to(dtype) for i, shape in enumerate(shapes)}
 
 def attention_example(dtype, lead, kv_heads, group, T, S, D):
-    return randn(*lead, kv_heads * group, T, D).to(dtype), *(randn(*lead, kv_heads, S, D, seed=i).to(dtype) for i in (1, 2))
+    k, v = (randn(*lead, kv_heads, S, D, seed=i).to(dtype) for i in (1, 2))
+    return randn(*lead, kv_heads * group, T, D).to(dtype), k, v
 
 def adamw_example(step):
     v = tinylm.tree_map(torch.square, tree_of((3, 4), (5,), seed=7))
     state = {"step": torch.tensor(step), "m": tree_of((3, 4), (5,), seed=5), "v": v}
     return tree_of((3, 4), (5,)), tree_of((3, 4), (5,), seed=3), state, torch.tensor(0.01), 0.8, 0.95, 1e-6, 0.1
 
-# Of each operation that has forms: arguments of several shapes, made of a dtype. The sizes reach the ways inside a form.
+# Of each operation that has forms: arguments of several shapes, made of a dtype. The sizes reach the ways inside a
+# form.
 EXAMPLES = {
-    "linear": lambda dtype: [(randn(*lead, d_in).to(dtype), randn(d_out, d_in, seed=1).to(dtype)) for lead, d_in, d_out in (
-        ((3, 5), 8, 6), ((1, 1), 64, 1100), ((2, 3), 64, 1100), ((40,), 64, 1100), ((2, 1100), 64, 4000))],
-    "embedding": lambda dtype: [(random_tokens(small_config(), *shape), randn(300, 8).to(dtype)) for shape in ((), (7,), (2, 9))],
+    "linear": lambda dtype: [
+        (randn(*lead, d_in).to(dtype), randn(d_out, d_in, seed=1).to(dtype)) for lead, d_in, d_out in (
+            ((3, 5), 8, 6), ((1, 1), 64, 1100), ((2, 3), 64, 1100), ((40,), 64, 1100), ((2, 1100), 64, 4000))],
+    "embedding": lambda dtype: [(random_tokens(small_config(), *shape), randn(300, 8).to(dtype))
+                                for shape in ((), (7,), (2, 9))],
     "rmsnorm": lambda dtype: [(randn(*shape).to(dtype), tinylm.at_least_float32(randn(shape[-1]).to(dtype)), 1e-5)
                               for shape in ((16,), (3, 16), (2, 5, 33))],
     "rope_angles": lambda dtype: [(30, 16, 1e4, "cpu"), (7, 2, 100.0, "cpu")],
     "rope": lambda dtype: [(x.to(dtype), *tinylm.rope_angles.definition(9, 16, 1e4, "cpu"))
-                           for x in (randn(9, 16), randn(2, 3, 9, 16), randn(2, 9, 3, 16).transpose(1, 2), randn(2, 16, 9).mT)],
+                           for x in (randn(9, 16), randn(2, 3, 9, 16), randn(2, 9, 3, 16).transpose(1, 2),
+                                     randn(2, 16, 9).mT)],
     "attention": lambda dtype: [attention_example(dtype, *sizes) for sizes in (
-        ((2,), 2, 1, 9, 9, 8), ((), 1, 3, 5, 12, 4), ((2,), 2, 2, 1, 7, 8), ((1, 2), 2, 2, 200, 200, 16), ((3,), 1, 1, 130, 300, 6))],
-    "gated_silu": lambda dtype: [(randn(*shape).to(dtype), randn(*shape, seed=1).to(dtype)) for shape in ((7,), (2, 3, 5))],
+        ((2,), 2, 1, 9, 9, 8), ((), 1, 3, 5, 12, 4), ((2,), 2, 2, 1, 7, 8), ((1, 2), 2, 2, 200, 200, 16),
+        ((3,), 1, 1, 130, 300, 6))],
+    "gated_silu": lambda dtype: [(randn(*shape).to(dtype), randn(*shape, seed=1).to(dtype))
+                                 for shape in ((7,), (2, 3, 5))],
     "token_losses": lambda dtype: [((randn(*shape, V) * 5).to(dtype), torch.randint(V, shape, generator=generator()))
                                    for shape, V in (((), 3), ((5,), 300), ((2, 3), 50))],
     "init_cache": lambda dtype: [(small_config(), 2, 5, dtype, "cpu")],
@@ -545,7 +575,8 @@ EXAMPLES = {
     "adamw_update": lambda dtype: [adamw_example(step) for step in (0, 1000)],
     "orthogonalize": lambda dtype: [(randn(*shape).float(),) for shape in ((2, 8, 5), (1, 5, 8), (3, 6, 6))],
     "orthogonalize_all": lambda dtype: [(tree_of((8, 5), (5, 8), (8, 5)),)],
-    "nucleus_floor": lambda dtype: [(F.softmax(randn(3, V).float() * 3, -1), top_p) for V in (5, 400) for top_p in (0.1, 0.95)],
+    "nucleus_floor": lambda dtype: [(F.softmax(randn(3, V).float() * 3, -1), top_p)
+                                    for V in (5, 400) for top_p in (0.1, 0.95)],
     "weights_for_writing": lambda dtype: [(random_params(small_config()), dtype, num_texts) for num_texts in (1, 8)],
 }
 DIFFERENTIABLE = {"linear", "embedding", "rmsnorm", "rope", "attention", "gated_silu", "token_losses"}
@@ -581,7 +612,8 @@ def in_a_room(room, operation, arguments, monkeypatch, mesh):
             asked = arguments = [tinylm.shard(x, mesh) if isinstance(x, dict) or i == 1 and is_floating(x) else x
                                  for i, x in enumerate(arguments)]
         if room == "GPU":  # what conditions ask, as a tensor there would answer
-            asked = [types.SimpleNamespace(is_cuda=True, is_cpu=False, ndim=x.ndim) if is_floating(x) else x for x in arguments]
+            asked = [types.SimpleNamespace(is_cuda=True, is_cpu=False, ndim=x.ndim) if is_floating(x) else x
+                     for x in arguments]
         return next((form for fits, form in operation.forms if fits(*asked)), None), arguments
 
 @pytest.fixture
@@ -597,7 +629,8 @@ def test_every_form_computes_its_definition(name, monkeypatch, mesh_of_one):
     operation, differentiable, reached = tinylm.OPERATIONS[name], name in DIFFERENTIABLE, set()
     monkeypatch.setattr(tinylm, "has_kernels", lambda q: False)  # they have a test of their own
     monkeypatch.setattr(tinylm, "IS_INTEL", False)  # where x @ w.T serves
-    for dtype, room in [(dtype, "CPU") for dtype in TOLERANCES] + [(torch.float32, room) for room in ("compiled", "ranks", "GPU")]:
+    rooms = [(dtype, "CPU") for dtype in TOLERANCES] + [(torch.float32, room) for room in ("compiled", "ranks", "GPU")]
+    for dtype, room in rooms:
         for example in EXAMPLES[name](dtype):
             form, arguments = in_a_room(room, operation, example, monkeypatch, mesh_of_one)
             if form is None or room == "ranks" and not form.__name__.endswith("over_ranks"):
@@ -611,7 +644,8 @@ def test_every_form_computes_its_definition(name, monkeypatch, mesh_of_one):
                 tolerance = max(TOLERANCES[dtype], TOLERANCES.get(e.dtype, 0))
                 if form is tinylm.orthogonalize_on_cuda:  # it computes in bfloat16
                     tolerance = 0.1
-                assert (a.double() - e.double()).norm() <= tolerance * e.double().norm(), (form.__name__, room, dtype, e.shape)
+                error = (a.double() - e.double()).norm()
+                assert error <= tolerance * e.double().norm(), (form.__name__, room, dtype, e.shape)
     assert reached == {form for _, form in operation.forms}, "a form that no example reaches"
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -635,13 +669,15 @@ def test_the_model_with_forms_and_without(dtype, compiled):
         assert (g - plain).norm() <= tolerance * plain.norm(), path
 
 def test_part_one_is_a_whole_program():
-    """Executed alone it trains, to the losses of all three parts, and writes the same text; and it is short and plain."""
+    """Executed alone it trains, to the losses of all three parts, and writes the same text; and it is short and
+    plain."""
     source = (ROOT / "tinylm.py").read_text(encoding="utf-8")
     headings = ["# ==== I. The language model ====", "# ==== II. Faster ====", "# ==== III. Split over ranks ===="]
     assert re.findall(r"^# ====.*$", source, re.M) == headings
     part_one = source[:source.index(headings[1])]
     assert part_one.count("\n") <= 500
-    assert not re.search(r"is_cuda|is_cpu|device\.type|is_compiling|mkldnn|triton|DTensor|custom_op|autograd\.Function|backends", part_one)
+    assert not re.search(r"is_cuda|is_cpu|device\.type|is_compiling|mkldnn|triton|DTensor|custom_op|"
+                         r"autograd\.Function|backends", part_one)
     alone = types.ModuleType("alone")
     exec(part_one, vars(alone))
     assert not any(operation.forms for operation in alone.OPERATIONS.values())
@@ -667,8 +703,8 @@ def test_part_one_is_a_whole_program():
 def test_what_is_imported():
     """torch only where it computes, and DTensor and Triton only where they are used."""
     loaded = lambda code, names: subprocess.run(
-        [sys.executable, "-c", f"import sys; {code}; print([name for name in {names} if name in sys.modules])"], cwd=ROOT,
-        capture_output=True, text=True, check=True).stdout.strip()
+        [sys.executable, "-c", f"import sys; {code}; print([name for name in {names} if name in sys.modules])"],
+        cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     assert loaded("from data import bpe, cli, prepare, stories", ["torch", "fire", "wandb"]) == "[]"
     assert loaded("import tinylm", ["torch.distributed.tensor", "triton", "fire", "wandb", "data"]) == "[]"
     assert loaded("import sample", ["train", "fire", "wandb", "triton"]) == "[]"
@@ -676,14 +712,16 @@ def test_what_is_imported():
 # ---- Checkpoints ----
 
 @given(st.dictionaries(st.text(min_size=1, max_size=8).filter(lambda s: s != "__metadata__" and s.isprintable()),
-                       st.tuples(st.sampled_from(list(checkpoint.SAFETENSORS_DTYPES.values())), st.lists(st.integers(0, 4), max_size=3)),
+                       st.tuples(st.sampled_from(list(checkpoint.SAFETENSORS_DTYPES.values())),
+                                 st.lists(st.integers(0, 4), max_size=3)),
                        max_size=4))
 def test_safetensors_files_are_those_of_the_library(tmp_path_factory, kinds):
     folder = tmp_path_factory.mktemp("safetensors")
     tensors = {name: (randn(*shape) * 9).to(dtype) for name, (dtype, shape) in kinds.items()}
     checkpoint.write_safetensors(folder / "ours", tensors)
     save_file(tensors, folder / "theirs")
-    for read in (load_file(folder / "ours"), checkpoint.read_safetensors(folder / "theirs"), checkpoint.read_safetensors(folder / "ours")):
+    for read in (load_file(folder / "ours"), checkpoint.read_safetensors(folder / "theirs"),
+                 checkpoint.read_safetensors(folder / "ours")):
         assert read.keys() == tensors.keys()
         for name, tensor in tensors.items():
             assert read[name].dtype == tensor.dtype and torch.equal(read[name], tensor)
@@ -691,8 +729,9 @@ def test_safetensors_files_are_those_of_the_library(tmp_path_factory, kinds):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tied, shard", [(False, "1GB"), (True, "1GB"), (False, "40KB")])
 def test_llama_folders_of_transformers_open(tmp_path, dtype, tied, shard):
-    llama = transformers.LlamaConfig(vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                                     num_key_value_heads=2, tie_word_embeddings=tied, rope_theta=500.0)
+    llama = transformers.LlamaConfig(vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                                     num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied,
+                                     rope_theta=500.0)
     model = transformers.LlamaForCausalLM(llama).to(dtype)
     model.save_pretrained(tmp_path, max_shard_size=shard)
     assert (len(glob.glob(f"{tmp_path}/*.safetensors")) > 1) == (shard == "40KB")
@@ -703,19 +742,23 @@ def test_llama_folders_of_transformers_open(tmp_path, dtype, tied, shard):
 
 def test_old_and_new_ways_to_say_rope_theta(tmp_path, tokenizer_file):
     config = small_config()
-    checkpoint.save_checkpoint(tmp_path / "m", tinylm.init_params(config, generator()), config, tokenizer_file, (END, 256))
+    params = tinylm.init_params(config, generator())
+    checkpoint.save_checkpoint(tmp_path / "m", params, config, tokenizer_file, (END, 256))
     description = json.loads((tmp_path / "m/config.json").read_text())
     del description["rope_theta"]
-    for change, theta in (({"rope_theta": 500.0}, 500.0), ({"rope_parameters": {"rope_theta": 600.0, "rope_type": "default"}}, 600.0),
+    for change, theta in (({"rope_theta": 500.0}, 500.0),
+                          ({"rope_parameters": {"rope_theta": 600.0, "rope_type": "default"}}, 600.0),
                           ({}, 10000.0), ({"rope_theta": 500.0, "rope_scaling": None}, 500.0)):
         (tmp_path / "m/config.json").write_text(json.dumps(description | change))
         assert checkpoint.load_checkpoint(tmp_path / "m")[1].rope_theta == theta
 
-@pytest.mark.parametrize("change", [{"attention_bias": True}, {"hidden_act": "gelu"}, {"model_type": "gpt2"}, {"head_dim": 64},
-                                    {"rope_parameters": {"rope_type": "yarn"}}, {"rope_scaling": {"type": "linear"}}, {"hidden_size": "x"}])
+@pytest.mark.parametrize("change", [
+    {"attention_bias": True}, {"hidden_act": "gelu"}, {"model_type": "gpt2"}, {"head_dim": 64},
+    {"rope_parameters": {"rope_type": "yarn"}}, {"rope_scaling": {"type": "linear"}}, {"hidden_size": "x"}])
 def test_other_models_are_refused_by_name(tmp_path, tokenizer_file, change):
     config = small_config()
-    checkpoint.save_checkpoint(tmp_path / "m", tinylm.init_params(config, generator()), config, tokenizer_file, (END, 256))
+    params = tinylm.init_params(config, generator())
+    checkpoint.save_checkpoint(tmp_path / "m", params, config, tokenizer_file, (END, 256))
     description = json.loads((tmp_path / "m/config.json").read_text()) | change
     (tmp_path / "m/config.json").write_text(json.dumps(description))
     named = {"rope_parameters": "rope_type", "hidden_size": "d_model"}
@@ -738,7 +781,8 @@ def words_by_regex(text, special_tokens):
     import regex
     longest_first = sorted(special_tokens, reverse=True)
     parts = regex.split("(" + "|".join(map(regex.escape, longest_first)) + ")", text) if special_tokens else [text]
-    return [word for i, part in enumerate(parts) for word in ([part] if i % 2 else regex.findall(bpe.SPLIT_PATTERN, part))]
+    return [word for i, part in enumerate(parts)
+            for word in ([part] if i % 2 else regex.findall(bpe.SPLIT_PATTERN, part))]
 
 def spelled_merges(tokenizer):
     return [(tokenizer.tokens[left], tokenizer.tokens[right]) for left, right, _ in tokenizer.merges.tolist()]
@@ -748,12 +792,14 @@ def train_on(text, folder, vocab_size, special_tokens=(END,), **options):
     path.write_bytes(text.encode())
     return bpe.train([path], vocab_size, special_tokens, **options)
 
-# Characters that Python's Unicode tables don't know yet may be letters to newer tables, those of tiktoken and tokenizers.
+# Characters that Python's Unicode tables don't know yet may be letters to newer tables, those of tiktoken and
+# tokenizers.
 known = st.characters(exclude_categories=["Cs", "Cn"])
 nasty = st.lists(st.one_of(
     st.text(known, max_size=6), st.text("aab 'sltver\n", max_size=12), st.sampled_from(
-        ["'s", "'ll", "'re", "'", " '", "  ", "\r\n", "\t", "\u00a0", "\u3000", "\u2003 ", "\x1c", "\x85", "١٢", "½", "Ⅷ", "e\u0301",
-         "👩‍👩‍👧", "🇫🇷", "你好，", "Привет", "ß", "ﬁ", END, END[:5], "<|end" + END, "a" * 40, " " * 20, "ab" * 50, "\0", "\U0010fffd", "𝒳"])),
+        ["'s", "'ll", "'re", "'", " '", "  ", "\r\n", "\t", "\u00a0", "\u3000", "\u2003 ", "\x1c", "\x85",
+         "١٢", "½", "Ⅷ", "e\u0301", "👩‍👩‍👧", "🇫🇷", "你好，", "Привет", "ß", "ﬁ",
+         END, END[:5], "<|end" + END, "a" * 40, " " * 20, "ab" * 50, "\0", "\U0010fffd", "𝒳"])),
     max_size=12).map("".join)
 
 @pytest.mark.parametrize("special_tokens", [[], [END], [END, END + "x"]], ids=len)
@@ -786,7 +832,8 @@ def three_tokenizers(tmp_path_factory):
     tokenizer = train_on(text, folder, 900, [END, END + "x"])
     bpe.save(tokenizer, folder / "tokenizer.json")
     ranks = {token: i for i, token in enumerate(tokenizer.tokens) if i not in tokenizer.special_tokens.values()}
-    theirs = tiktoken.Encoding("same", pat_str=bpe.SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=tokenizer.special_tokens)
+    theirs = tiktoken.Encoding("same", pat_str=bpe.SPLIT_PATTERN, mergeable_ranks=ranks,
+                               special_tokens=tokenizer.special_tokens)
     return bpe.load(folder / "tokenizer.json"), tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), theirs
 
 @given(nasty, nasty)
@@ -812,8 +859,8 @@ def test_ids_are_those_of_tokenizers_and_tiktoken(three_tokenizers, text):
 def test_ids_of_long_texts_in_pieces_and_processes(three_tokenizers, tmp_path, monkeypatch):
     """Pieces, processes and what is remembered don't change ids, nor does a file differ from its text."""
     ours, _, tik = three_tokenizers
-    text = ("".join(stories.story(5, i) + random.Random(i).choice([END, "\n", "", "é ", "'"]) for i in range(300)) + "x" * 3000 +
-            "ab " * 100 + "".join(map(chr, random.Random(0).choices(range(0x20, 0x2000), k=20000))))
+    text = ("".join(stories.story(5, i) + random.Random(i).choice([END, "\n", "", "é ", "'"]) for i in range(300)) +
+            "x" * 3000 + "ab " * 100 + "".join(map(chr, random.Random(0).choices(range(0x20, 0x2000), k=20000))))
     expected = tik.encode(text, allowed_special="all")
     monkeypatch.setattr(bpe, "CHUNK_BYTES", 10_000)
     monkeypatch.setattr(bpe, "PIECE_BYTES", 3_000)
@@ -827,7 +874,8 @@ def test_ids_of_long_texts_in_pieces_and_processes(three_tokenizers, tmp_path, m
     monkeypatch.setattr(bpe, "multiprocessing", multiprocessing.get_context("spawn"))
     assert np.concatenate([ids for _, ids in bpe.encode_pieces(ours, [path], workers=2)]).tolist() == expected
     again = [bpe.train([path], 500, workers=workers) for workers in (1, 2)]
-    assert spelled_merges(again[0]) == spelled_merges(again[1]) == spelled_merges(train_on(text, tmp_path, 500, workers=1))
+    other = train_on(text, tmp_path, 500, workers=1)
+    assert spelled_merges(again[0]) == spelled_merges(again[1]) == spelled_merges(other)
 
 def test_decoding_replaces_what_is_not_utf8(three_tokenizers):
     ours = three_tokenizers[0]
@@ -876,10 +924,12 @@ def test_prepare_keeps_every_byte(tmp_path):
 
 def test_prepare_a_folder_with_its_own_validation(tmp_path):
     (tmp_path / "in/sub").mkdir(parents=True)
-    for name, text in (("b.txt", "second"), ("a.txt", "first"), ("sub/c.txt", "third"), (".hidden", "no"), ("empty", "")):
+    for name, text in (("b.txt", "second"), ("a.txt", "first"), ("sub/c.txt", "third"), (".hidden", "no"),
+                       ("empty", "")):
         (tmp_path / "in" / name).write_text(text)
     (tmp_path / "val.txt").write_text("validation")
-    prepare.prepare(input=str(tmp_path / "in"), val_input=str(tmp_path / "val.txt"), output=str(tmp_path / "out"), vocab_size=257)
+    prepare.prepare(input=str(tmp_path / "in"), val_input=str(tmp_path / "val.txt"), output=str(tmp_path / "out"),
+                    vocab_size=257)
     meta, ids = prepare.open_data(tmp_path / "out")
     tokenizer = bpe.load(tmp_path / "out/tokenizer.json")
     assert bpe.decode(tokenizer, ids["train"]) == f"first{END}second{END}third{END}"
@@ -935,7 +985,8 @@ def test_download_from_a_server_without_ranges(server, tmp_path):
     handler, url = server
     handler.content, handler.ranges = bytes(range(256)) * 400, False
     (tmp_path / "file.part").write_bytes(b"x" * 5000)
-    assert prepare.download(f"{url}/file", tmp_path / "file", len(handler.content), pause=0).read_bytes() == handler.content
+    path = prepare.download(f"{url}/file", tmp_path / "file", len(handler.content), pause=0)
+    assert path.read_bytes() == handler.content
 
 def test_download_says_how_far_it_came(server, tmp_path):
     handler, url = server
@@ -960,17 +1011,20 @@ def test_known_corpora_download_and_prepare(server, tmp_path, monkeypatch, name)
 
 # ---- Training and sampling ----
 
-TINY = dict(d_model=32, num_layers=1, num_heads=2, context_length=32, batch_size=4, num_steps=6, log_interval=1, eval_interval=3, device="cpu")
+TINY = dict(d_model=32, num_layers=1, num_heads=2, context_length=32, batch_size=4, num_steps=6, log_interval=1,
+            eval_interval=3, device="cpu")
 
 def metrics(folder):
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
 def without_time(lines):
-    return [{key: value for key, value in line.items() if key not in ("seconds", "tokens_per_second", "peak_memory")} for line in lines]
+    return [{key: value for key, value in line.items() if key not in ("seconds", "tokens_per_second", "peak_memory")}
+            for line in lines]
 
 def test_thirty_steps_lower_the_loss(tmp_path, capsys):
     data = prepared(tmp_path)
-    train.train(data=str(data), output_dir=str(tmp_path / "run"), **TINY | dict(num_steps=30, d_model=64, eval_interval=15))
+    train.train(data=str(data), output_dir=str(tmp_path / "run"),
+                **TINY | dict(num_steps=30, d_model=64, eval_interval=15))
     lines = metrics(tmp_path / "run")
     losses = [line["train_loss"] for line in lines if "train_loss" in line]
     assert len(losses) == 30 and losses[0] == pytest.approx(math.log(400), abs=0.1) and losses[-1] < losses[0] - 0.8
@@ -979,7 +1033,8 @@ def test_thirty_steps_lower_the_loss(tmp_path, capsys):
     meta = json.loads((data / "meta.json").read_text())["val"]
     assert last["val_bits_per_byte"] == pytest.approx(last["val_loss"] / math.log(2) * meta["tokens"] / meta["bytes"])
     out = capsys.readouterr().out
-    for word in ("parameters", "cpu, float32", "128 tokens", str(tmp_path / "run"), "tokens/s", "left", "bits per byte"):
+    for word in ("parameters", "cpu, float32", "128 tokens", str(tmp_path / "run"), "tokens/s", "left",
+                 "bits per byte"):
         assert word in out
 
 def test_evaluation_is_the_mean_over_the_whole_split(tmp_path):
@@ -991,13 +1046,15 @@ def test_evaluation_is_the_mean_over_the_whole_split(tmp_path):
     with torch.no_grad():
         for i in range(0, len(val) - 1, 32):
             targets = val[i + 1:i + 33]
-            total += F.cross_entropy(model(val[i:i + 32][None, :len(targets)]).logits[0], targets, reduction="sum").item()
+            logits = model(val[i:i + 32][None, :len(targets)]).logits[0]
+            total += F.cross_entropy(logits, targets, reduction="sum").item()
     assert metrics(tmp_path / "run")[-1]["val_loss"] == pytest.approx(total / (len(val) - 1), abs=1e-4)
 
 def test_gradient_accumulation_is_one_large_batch(tmp_path):
     data = prepared(tmp_path)
     for name, batch_size, count in (("whole", 8, 1), ("parts", 2, 4)):
-        train.train(data=str(data), output_dir=str(tmp_path / name), **TINY | dict(batch_size=batch_size, grad_accum_steps=count))
+        train.train(data=str(data), output_dir=str(tmp_path / name),
+                    **TINY | dict(batch_size=batch_size, grad_accum_steps=count))
     for a, b in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "parts")):
         assert a.get("train_loss", 0) == pytest.approx(b.get("train_loss", 0), abs=1e-4)
 
@@ -1012,7 +1069,8 @@ def stop_after(step, monkeypatch):
 
     monkeypatch.setattr(run, "save", save)
 
-@pytest.mark.parametrize("flags", [{}, {"grad_accum_steps": 3}, {"compile": True}, {"optimizer": "muon", "remat": True}],
+@pytest.mark.parametrize("flags", [{}, {"grad_accum_steps": 3}, {"compile": True},
+                                   {"optimizer": "muon", "remat": True}],
                          ids=["plain", "accumulating", "compiled", "muon"])
 def test_resuming_gives_the_uninterrupted_run(tmp_path, flags):
     data = prepared(tmp_path)
@@ -1024,13 +1082,16 @@ def test_resuming_gives_the_uninterrupted_run(tmp_path, flags):
     train.train(resume=str(tmp_path / "parts"))
     assert without_time(metrics(tmp_path / "whole")) == without_time(metrics(tmp_path / "parts"))
     for name in ("model.safetensors", "optimizer.safetensors"):
-        digests = {hashlib.sha256((tmp_path / run / "latest" / name).read_bytes()).hexdigest() for run in ("whole", "parts")}
+        digests = {hashlib.sha256((tmp_path / run / "latest" / name).read_bytes()).hexdigest()
+                   for run in ("whole", "parts")}
         assert len(digests) == 1
 
 def test_resuming_refuses_what_would_make_another_run(tmp_path):
     train.train(data=str(prepared(tmp_path)), output_dir=str(tmp_path / "run"), **TINY)
-    for flags, message in ((dict(resume="run"), "larger --num_steps"), (dict(resume="run", lr_max=0.5), "--lr_max=0.5.*start a new run"),
-                           (dict(resume="run/latest"), "--resume=.*/run$"), (dict(resume="data"), "folder that train.py wrote")):
+    for flags, message in ((dict(resume="run"), "larger --num_steps"),
+                           (dict(resume="run", lr_max=0.5), "--lr_max=0.5.*start a new run"),
+                           (dict(resume="run/latest"), "--resume=.*/run$"),
+                           (dict(resume="data"), "folder that train.py wrote")):
         with pytest.raises(cli.InputError, match=message):
             train.train(**flags | dict(resume=str(tmp_path / flags["resume"])))
 
@@ -1046,22 +1107,26 @@ def test_compiled_training_is_the_same(tmp_path, monkeypatch, tile):
 
 def read_wandb(path):
     """The history rows and the config in a .wandb file: records in LevelDB's log format, of W&B's own protobufs."""
+    from google.protobuf.message import DecodeError
     from wandb.proto import wandb_internal_pb2
-    content, position, whole = Path(path).read_bytes(), 7, b""
-    rows, config = [], {}
-    while position + 7 <= len(content):
-        if -position % 32768 < 7:  # a header is never split between blocks
-            position += -position % 32768
-        length, kind = int.from_bytes(content[position + 4:position + 6], "little"), content[position + 6]
-        whole += content[position + 7:position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # the whole record, or its last part
-            record = wandb_internal_pb2.Record.FromString(whole)
-            whole = b""
-            if record.WhichOneof("record_type") == "history":
-                rows.append({item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item})
-            config |= {update.key: json.loads(update.value_json) for update in record.run.config.update}
-    return rows, config
+    deadline, records = time.monotonic() + 60, []
+    # W&B's own process may still be writing when the run has ended.
+    while not any(record.WhichOneof("record_type") == "exit" for record in records) and time.monotonic() < deadline:
+        time.sleep(0.05)
+        content, position, whole, records = Path(path).read_bytes(), 7, b"", []
+        while position + 7 <= len(content):
+            if -position % 32768 < 7:  # a header is never split between blocks
+                position += -position % 32768
+            length, kind = int.from_bytes(content[position + 4:position + 6], "little"), content[position + 6]
+            whole += content[position + 7:position + 7 + length]
+            position += 7 + length
+            if kind in (1, 4):  # the whole record, or its last part
+                with contextlib.suppress(DecodeError):  # a part of it only
+                    records.append(wandb_internal_pb2.Record.FromString(whole))
+                whole = b""
+    row = lambda history: {item.key or item.nested_key[0]: json.loads(item.value_json) for item in history.item}
+    rows = [row(record.history) for record in records if record.WhichOneof("record_type") == "history"]
+    return rows, {update.key: json.loads(update.value_json) for record in records for update in record.run.config.update}
 
 def test_wandb_offline_has_what_was_measured(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -1073,11 +1138,12 @@ def test_wandb_offline_has_what_was_measured(tmp_path, monkeypatch):
     assert config["d_model"] == 32 and config["lr_max"] > 0 and config["torch_version"] == torch.__version__
     assert config["num_params"] == sum(t.numel() for t in load_file(tmp_path / "run/latest/model.safetensors").values())
     assert config.keys() >= {"git_commit", "device_name", "python_version", "num_ranks"}
-    assert len(glob.glob(f"{tmp_path}/run/wandb/offline-run-*/files/media/table/samples*")) == 2, "a table at each evaluation"
-    expected = metrics(tmp_path / "run")
-    assert [row["train_loss"] for row in rows if "train_loss" in row] == [line["train_loss"] for line in expected if "train_loss" in line]
-    for key in ("lr", "grad_norm", "tokens_per_second", "tokens", "peak_memory", "val_loss", "val_perplexity", "val_bits_per_byte",
-                "seconds", "samples", "params/blocks.0.mlp.w_up", "grads/embedding"):
+    tables = glob.glob(f"{tmp_path}/run/wandb/offline-run-*/files/media/table/samples*")
+    assert len(tables) == 2, "a table at each evaluation"
+    losses = lambda lines: [line["train_loss"] for line in lines if "train_loss" in line]
+    assert losses(rows) == losses(metrics(tmp_path / "run"))
+    for key in ("lr", "grad_norm", "tokens_per_second", "tokens", "peak_memory", "val_loss", "val_perplexity",
+                "val_bits_per_byte", "seconds", "samples", "params/blocks.0.mlp.w_up", "grads/embedding"):
         assert any(key in row for row in rows), key
     train.train(resume=str(tmp_path / "run"), num_steps=9)
     files = [Path(file) for file in glob.glob(f"{tmp_path}/run/wandb/offline-run-*/*.wandb")]
@@ -1091,19 +1157,24 @@ def test_wandb_gets_checkpoints_by_their_aliases(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     import wandb
-    monkeypatch.setattr(wandb.Run, "log_artifact", lambda self, artifact, aliases=(): logged.append((artifact, aliases)))
+    monkeypatch.setattr(wandb.Run, "log_artifact",
+                        lambda self, artifact, aliases=(): logged.append((artifact, aliases)))
     losses = iter([5.0, 6.0])
     monkeypatch.setattr(train, "evaluate", lambda *args: next(losses))
-    train.train(data=str(prepared(tmp_path)), output_dir=str(tmp_path / "run"), use_wandb=True, wandb_artifacts=True, **TINY)
-    logged = [(artifact, aliases) for artifact, aliases in logged if artifact.type == "model"]  # W&B keeps tables as others
+    train.train(data=str(prepared(tmp_path)), output_dir=str(tmp_path / "run"), use_wandb=True, wandb_artifacts=True,
+                **TINY)
+    # W&B keeps tables as other artifacts.
+    logged = [(artifact, aliases) for artifact, aliases in logged if artifact.type == "model"]
     assert [aliases for _, aliases in logged] == [["latest", "best"], ["latest"]]
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= logged[0][0].manifest.entries.keys()
 
 def test_share_of_peak_flops(monkeypatch, tmp_path):
     """6 · parameters + 12 · layers · d_model · context a token, over what the device promises."""
     config = small_config()
-    assert log.flops_per_token(config) == 6 * tinylm.num_params(config) + 12 * config.num_layers * config.d_model * config.context_length
-    for name, peak in (("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA L4", 121e12), ("NVIDIA L40S", 362e12)):
+    attention = 12 * config.num_layers * config.d_model * config.context_length
+    assert log.flops_per_token(config) == 6 * tinylm.num_params(config) + attention
+    for name, peak in (("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA L4", 121e12),
+                       ("NVIDIA L40S", 362e12)):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
         assert machine.peak_flops("cuda:0") == peak
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU of tomorrow")
@@ -1117,7 +1188,8 @@ def test_samples_show_the_model_learning(tmp_path, capsys):
     assert len(samples) == 2 and samples[0] != samples[1] and " ".join(samples[1].split()) in capsys.readouterr().out
     params, config = checkpoint.load_checkpoint(tmp_path / "run/latest")
     tokenizer = bpe.load(data / "tokenizer.json")
-    tokens = [t.item() for t in tinylm.generate(params, torch.tensor([[256]]), config, 64, 0.8, 0, 0.95, 256, generator(0))]
+    written = tinylm.generate(params, torch.tensor([[256]]), config, 64, 0.8, 0, 0.95, 256, generator(0))
+    tokens = [t.item() for t in written]
     assert samples[1] == bpe.decode(tokenizer, [t for t in tokens if t != 256])
 
 @pytest.mark.parametrize("split", ["val", "train"])
@@ -1127,11 +1199,12 @@ def test_eval_only_gives_the_loss_of_transformers(trained, split, capsys):
     ids = torch.from_numpy(prepare.open_data(trained / "data")[1][split][:501].astype(np.int64))
     model = hf_model(trained / "runs/tiny/latest")
     with torch.no_grad():
-        losses = [F.cross_entropy(model(ids[None, i:i + 32][:, :500 - i]).logits[0], ids[i + 1:i + 33], reduction="sum").item()
-                  for i in range(0, 500, 32)]
+        losses = [F.cross_entropy(model(ids[None, i:i + 32][:, :500 - i]).logits[0], ids[i + 1:i + 33],
+                                  reduction="sum").item() for i in range(0, 500, 32)]
     loss = float(re.search(r"loss ([\d.]+) nats", out)[1])
     assert loss == pytest.approx(sum(losses) / 500, abs=1e-4)
-    assert float(re.search(r"perplexity ([\d.]+)", out)[1]) == pytest.approx(math.exp(loss), rel=1e-3) and " 500 tokens" in out
+    assert float(re.search(r"perplexity ([\d.]+)", out)[1]) == pytest.approx(math.exp(loss), rel=1e-3)
+    assert " 500 tokens" in out
 
 def test_eval_only_of_a_text(trained, tmp_path, capsys):
     """A text file is encoded with the model's tokenizer; bits per byte count its bytes."""
@@ -1178,7 +1251,8 @@ def test_sample_is_repeatable_and_whole(trained, capsys, monkeypatch):
     assert first.out.startswith("Once upon") and first.out == write(prompt="Once upon").out
     assert first.out != write(prompt="Once upon", seed=1).out
     assert re.search(r"\d+ tokens, [\d.,]+ tokens/s", first.err)
-    assert write(prompt="123, 456", temperature=0).out == write(prompt="123, 456", temperature=0, seed=3, checkpoint="runs/tiny").out
+    greedy = write(prompt="123, 456", temperature=0).out
+    assert greedy == write(prompt="123, 456", temperature=0, seed=3, checkpoint="runs/tiny").out
     assert write(num_samples=3).out.count("---\n") == 2
     counts = [int(write(max_new_tokens=100, seed=seed).err.split()[0]) for seed in range(5)]
     assert max(counts) > 32, "beyond the context"
@@ -1242,7 +1316,8 @@ def test_wrong_flags_of_train(trained, monkeypatch, capsys, arguments, message):
     assert code == 2 and message in error and error.count("\n") == 1, error
     assert sorted(Path(".").rglob("*")) == before
 
-@pytest.mark.parametrize("compiler, headers, message", [("no-such-g++", None, "needs no-such-g++"), ("python3", "/nowhere", "Python.h")])
+@pytest.mark.parametrize("compiler, headers, message", [("no-such-g++", None, "needs no-such-g++"),
+                                                        ("python3", "/nowhere", "Python.h")])
 def test_nothing_to_compile_with(trained, monkeypatch, capsys, compiler, headers, message):
     monkeypatch.chdir(trained)
     monkeypatch.setenv("CXX", compiler)
@@ -1310,7 +1385,7 @@ WRONG_SAMPLE = [
     (["--checkpoint=nowhere"], "is not there"),
     (["--checkpoint=data"], "not a checkpoint"),
     (["--device=cuda:99"], "CUDA device"),
-    (["--prompt=\udcff"], "half a surrogate"),
+    (["--prompt=\udcff"], "0xff at character 0 is no text in utf-8"),
 ]
 
 @pytest.mark.parametrize("arguments, message", WRONG_SAMPLE, ids=lambda value: ascii(value)[:40])
@@ -1330,7 +1405,8 @@ def test_values_are_read_by_type():
     flags = cli.read_arguments(parameters, ["--prompt", "[1, 2]", "--top-k=5"])
     assert flags == {"prompt": "[1, 2]", "top_k": "5"}
     parameters = inspect.signature(train.train).parameters
-    assert cli.read_arguments(parameters, ["--compile", "--nouse_wandb", "--seed", "-3"]) == {"compile": "True", "use_wandb": "False", "seed": "-3"}
+    flags = cli.read_arguments(parameters, ["--compile", "--nouse_wandb", "--seed", "-3"])
+    assert flags == {"compile": "True", "use_wandb": "False", "seed": "-3"}
     assert cli.convert("num_steps", int, "1e3") == 1000
 
 @pytest.mark.parametrize("function", [train.train, sample.sample, prepare.prepare])
@@ -1355,7 +1431,8 @@ def test_help_tells_the_real_defaults(command, table):
 
 def test_the_commands_run(trained, tmp_path):
     """The three scripts, as a user starts them; text of any kind as a prompt through Fire."""
-    run = lambda *command: subprocess.run([sys.executable, *command], cwd=trained, capture_output=True, text=True, timeout=120)
+    run = lambda *command: subprocess.run([sys.executable, *command], cwd=trained, capture_output=True, text=True,
+                                          timeout=120)
     result = run(ROOT / "data/prepare.py", "--input=corpus.txt", f"--output={tmp_path}/data", "--vocab_size=300")
     assert result.returncode == 0 and "val.bin" in result.stdout, result.stderr
     result = run(ROOT / "sample.py", "--prompt", "[1, 2]", "--max_new_tokens=5")
@@ -1402,7 +1479,8 @@ def test_checkpoints_kept_are_the_newest_and_the_best(tmp_path, monkeypatch):
     train.train(data=str(data), output_dir=str(tmp_path / "run"), **TINY | dict(eval_interval=1))
     kept = sorted(path.name for path in (tmp_path / "run").glob("step-*"))
     assert kept == ["step-0000002", "step-0000005", "step-0000006"]
-    assert (tmp_path / "run/best").resolve().name == "step-0000002" and (tmp_path / "run/latest").resolve().name == "step-0000006"
+    assert (tmp_path / "run/best").resolve().name == "step-0000002"
+    assert (tmp_path / "run/latest").resolve().name == "step-0000006"
 
 def test_a_checkpoint_that_cannot_be_saved(tmp_path, monkeypatch, capsys):
     """A disk that is full for a while costs nothing but that checkpoint; at the end it is an error."""
@@ -1441,7 +1519,7 @@ def test_a_disk_that_fills_while_saving(tmp_path, monkeypatch, capsys):
 def test_one_folder_one_run(tmp_path):
     data = prepared(tmp_path)
     train.train(data=str(data), output_dir=str(tmp_path / "run"), **TINY)
-    with run.lock(tmp_path / "run"):
+    with run.hold(tmp_path / "run"):
         with pytest.raises(cli.InputError, match=f"in use by another run .process {os.getpid()}."):
             train.train(resume=str(tmp_path / "run"), num_steps=9)
     (tmp_path / "run/.step-0000009.partial").mkdir()
@@ -1452,7 +1530,8 @@ def start(data, folder, **flags):
     """Training in a process of its own, forked from one that has imported all it needs but computed nothing."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train"])
-    flags = TINY | dict(checkpoint_interval=3, eval_interval=50, resume="auto", data=str(data), output_dir=str(folder)) | flags
+    flags = TINY | dict(checkpoint_interval=3, eval_interval=50, resume="auto", data=str(data),
+                        output_dir=str(folder)) | flags
     process = context.Process(target=train.train, kwargs=flags)
     process.start()
     return process
@@ -1514,7 +1593,8 @@ def start_ranks(count, **flags):
     flags = TINY | dict(batch_size=8, vocab_size=401, sample_tokens=2) | flags
     processes = []
     for rank in range(count):
-        env = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        env = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1",
+                   MASTER_PORT=str(port))
         processes.append(context.Process(target=exec, args=(code, {"env": env, "flags": flags})))
         processes[-1].start()
     return processes
@@ -1534,10 +1614,11 @@ def same_run(a, b, tolerance=1e-5):
     for name in ("model.safetensors", "optimizer.safetensors"):
         same(load_file(a / "latest" / name), load_file(b / "latest" / name), tolerance)
 
-@pytest.mark.parametrize("flags", [{}, {"optimizer": "muon", "grad_accum_steps": 2, "batch_size": 4, "num_steps": 20}], ids=["adamw", "muon"])
+@pytest.mark.parametrize("flags", [{}, {"optimizer": "muon", "grad_accum_steps": 2, "batch_size": 4, "num_steps": 20}],
+                         ids=["adamw", "muon"])
 def test_ranks_do_what_one_process_does(tmp_path, flags):
-    """2 and 4 ranks, data parallel and sharded: losses, norms, parameters and moments of one process, over 50 steps with
-    AdamW. The vocabulary has a prime number of rows, so that they can't be split evenly."""
+    """2 and 4 ranks, data parallel and sharded: losses, norms, parameters and moments of one process, over 50 steps
+    with AdamW. The vocabulary has a prime number of rows, so that they can't be split evenly."""
     flags = dict(data=str(prepared(tmp_path)), num_steps=50, eval_interval=25, log_interval=5, lr_max=1e-3) | flags
     train_on_ranks(1, output_dir=str(tmp_path / "one"), **flags)
     for count in (2, 4):
@@ -1558,7 +1639,8 @@ def test_a_run_resumes_on_other_ranks(tmp_path):
     same_run(tmp_path / "one", tmp_path / "many")
 
 def test_a_signal_to_one_rank_ends_all_after_the_same_step(tmp_path):
-    processes = start_ranks(2, data=str(prepared(tmp_path)), output_dir=str(tmp_path / "run"), num_steps=100_000, eval_interval=100_000)
+    processes = start_ranks(2, data=str(prepared(tmp_path)), output_dir=str(tmp_path / "run"), num_steps=100_000,
+                            eval_interval=100_000)
     wait_for_step(tmp_path / "run", 5, processes[0])
     os.kill(processes[1].pid, signal.SIGTERM)
     for process in processes:
@@ -1573,9 +1655,10 @@ def pid_of_rank(rank, parent):
             return int(pid)
 
 def torchrun(data, folder, *options, **flags):
-    flags = TINY | dict(batch_size=8, num_steps=200, checkpoint_interval=5, eval_interval=200, data=data, output_dir=folder) | flags
-    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *options,
-                             "train.py", *(f"--{name}={value}" for name, value in flags.items())],
+    flags = TINY | dict(batch_size=8, num_steps=200, checkpoint_interval=5, eval_interval=200, data=data,
+                        output_dir=folder) | flags
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                             *options, "train.py", *(f"--{name}={value}" for name, value in flags.items())],
                             cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 def test_a_rank_that_dies_is_shown_and_the_job_goes_on(tmp_path):
@@ -1594,6 +1677,146 @@ def test_flags_that_ranks_cannot_have(tmp_path):
     with pytest.raises(cli.InputError, match="--shard splits .*torchrun"):
         train.train(data=str(prepared(tmp_path)), shard=True, **TINY)
 
+# ---- Nothing is lost, whatever the place ----
+
+def command(folder, *arguments, **environment):
+    """A command of the project in a process of its own, as a user starts it in some folder."""
+    return subprocess.Popen([sys.executable, ROOT / arguments[0], *map(str, arguments[1:])], cwd=folder, text=True,
+                            env=os.environ | environment, errors="replace", stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE)
+
+def tiny_flags(**changes):
+    return [f"--{name}={value}" for name, value in (TINY | changes).items()]
+
+def test_two_processes_prepare_one_corpus_once(tmp_path):
+    """Both end well, with all of the corpus: one prepares it, the other waits."""
+    program = f"""if True:
+        from data import prepare
+        from pathlib import Path
+        prepare.DATA, prepare.NUM_STORIES = Path({str(tmp_path)!r}), {{"train.txt": 3000, "val.txt": 100}}
+        meta, ids = prepare.open_data(prepare.find_data("stories"))
+        print(len(ids["train"]))
+        """
+    both = [subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in "ab"]
+    outs = [process.communicate(timeout=120)[0].splitlines() for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert outs[0][-1] == outs[1][-1] == str(len(prepare.open_data(tmp_path / "stories")[1]["train"]))
+    assert sum("waiting for it" in line for out in outs for line in out) <= 1
+
+def test_a_data_folder_that_is_being_prepared_is_waited_for(tmp_path, capsys):
+    data = prepared(tmp_path)
+    released = []
+
+    def hold():
+        with files.lock(data / ".lock"):
+            held.set()
+            time.sleep(0.5)
+            released.append(time.monotonic())
+
+    held = threading.Event()
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    prepared(tmp_path)
+    assert released and time.monotonic() >= released[0]
+    assert f"is being prepared by process {os.getpid()}; waiting for it" in capsys.readouterr().out
+    thread.join()
+
+@pytest.mark.parametrize("without", ["fcntl", "working locks"])
+def test_locks_where_there_are_none(tmp_path, monkeypatch, without):
+    """By a file that names host and process: it keeps others out, and a dead process's is no obstacle."""
+    if without == "fcntl":
+        monkeypatch.setitem(sys.modules, "fcntl", None)
+    else:
+        def refuse(*_):
+            raise OSError(37, "No locks available")
+        monkeypatch.setattr("fcntl.flock", refuse)
+    with files.lock(tmp_path / "lock"):
+        with pytest.raises(files.Held, match=f"process {os.getpid()} on .*remove .*lock.held"), files.lock(tmp_path / "lock"):
+            raise AssertionError
+    assert not (tmp_path / "lock.held").exists()
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True).stdout
+    (tmp_path / "lock.held").write_text(f"{dead.strip()} on {socket.gethostname()}")
+    with files.lock(tmp_path / "lock"):
+        pass
+
+def test_prepare_writes_into_the_folder_that_is_there(tmp_path):
+    """It may be a mount point or a link; the folder itself is never moved or replaced."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "data").symlink_to(tmp_path / "disk")
+    for vocab_size in (300, 350):
+        data = prepared(tmp_path, vocab_size=vocab_size)
+        assert data.is_symlink() and prepare.open_data(tmp_path / "disk")[0]["vocab_size"] == vocab_size
+        inode = os.stat(tmp_path / "disk").st_ino if vocab_size == 300 else inode
+    assert os.stat(tmp_path / "disk").st_ino == inode
+    assert not list((tmp_path / "disk").glob(".partial"))
+
+def test_a_run_without_links(tmp_path, monkeypatch, capsys):
+    """What is newest and best does not depend on links: saved, pruned, resumed and sampled without a word."""
+    def refuse(*_):
+        raise OSError("links are not supported here")
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    losses = iter([5.0, 3.0, 4.0, 6.0, 7.0, 8.0, 9.0])
+    monkeypatch.setattr(train, "evaluate", lambda *args: next(losses))
+    train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", **TINY | dict(eval_interval=1))
+    assert capsys.readouterr().err == ""
+    assert sorted(run.checkpoints(tmp_path / "run")) == [2, 5, 6] and not (tmp_path / "run/latest").exists()
+    train.train(resume=tmp_path / "run", num_steps=7)
+    assert sorted(run.checkpoints(tmp_path / "run")) == [2, 6, 7]
+    sample.sample(checkpoint=tmp_path / "run", max_new_tokens=2)
+
+def test_a_run_whose_links_were_followed_by_a_copy(tmp_path):
+    train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", **TINY)
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    assert (tmp_path / "copy/latest").is_dir() and not (tmp_path / "copy/latest").is_symlink()
+    train.train(resume=tmp_path / "copy", num_steps=9)
+    assert run.newest(tmp_path / "copy").name == "step-0000009" == (tmp_path / "copy/latest").resolve().name
+    shutil.copytree(tmp_path / "run/latest", tmp_path / "alone/latest")
+    train.train(resume=tmp_path / "alone", num_steps=8)
+    assert run.newest(tmp_path / "alone").name == "step-0000008"
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no device that is always full")
+def test_metrics_on_a_full_disk(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(log, "open", lambda path, mode, buffering: open("/dev/full", mode, buffering=buffering), raising=False)
+    train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", **TINY)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "metrics.jsonl could not be written" in error and "No space left" in error
+    assert run.newest(tmp_path / "run").name == "step-0000006"
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_terminal_that_is_not_utf8(trained, tmp_path, encoding):
+    """What it can't show is replaced, and nothing ends for it."""
+    (tmp_path / "naïve 🦊.txt").write_text("some text 🦊, and more\n" * 50, encoding="utf-8")
+    for arguments, shown in ((["train.py", "--data=data", f"--output_dir={tmp_path}/run", *tiny_flags()], "it writes:"),
+                             (["sample.py", "--prompt=naïve 🦊", "--max_new_tokens=3"], "na"), (["train.py", "--help"], "4e-3"),
+                             (["data/prepare.py", f"--input={tmp_path}/naïve 🦊.txt", f"--output={tmp_path}/é🦊"], "val.bin")):
+        process = command(trained, *arguments, PYTHONIOENCODING=encoding)
+        out, error = process.communicate(timeout=60)
+        assert process.returncode == 0 and shown in out and "Traceback" not in error, error
+    assert run.newest(tmp_path / "run").name == "step-0000006"
+
+@pytest.mark.parametrize("arguments", [["train.py", "--data=data", *tiny_flags(num_steps=40, eval_interval=20)],
+                                       ["sample.py", "--max_new_tokens=300", "--top_p=1"], ["train.py", "--help"]],
+                         ids=["train", "sample", "help"])
+def test_a_reader_that_is_gone(trained, tmp_path, arguments):
+    """As behind `| head -1`: a run goes on to its end and saves, a writer stops, and nobody complains."""
+    output = [f"--output_dir={tmp_path}/run"] if "--data=data" in arguments else []
+    process = command(trained, *arguments, *output)
+    process.stdout.read(1)
+    process.stdout.close()
+    error = process.stderr.read()
+    assert process.wait(60) == 0 and "Traceback" not in error and "Broken pipe" not in error, error
+    assert not output or run.newest(tmp_path / "run").name == "step-0000040"
+
+def test_files_that_are_locked_are_no_data(tmp_path):
+    """A folder whose preparing was killed, at any moment, is no data and no obstacle."""
+    data = prepared(tmp_path)
+    (data / "meta.json").unlink()
+    (data / ".partial").mkdir()
+    with pytest.raises(cli.InputError, match="no such data folder"):
+        train.train(data=data, output_dir=tmp_path / "run", **TINY)
+
 # ---- Forks: what a researcher adds is kept, or refused before the work ----
 
 FORK = {
@@ -1601,20 +1824,25 @@ FORK = {
         ("    tie_embeddings: bool = False\n", "    tie_embeddings: bool = False\n    window: int = 0\n"),
         ('    block = {"attention_norm": (d,),', '    block = {"query_gain": (d,), "attention_norm": (d,),'),
         ("    x = x + multi_head_attention(", "    x = x * query_gain\n    x = x + multi_head_attention("),
-        ("cache, config, attention_norm, attention, mlp_norm, mlp):", "cache, config, query_gain, attention_norm, attention, mlp_norm, mlp):"),
-        ("# An optimiser is its first state", "def lion_init(params):\n    return {\"m\": tree_map(torch.zeros_like, params)}\n\n"
+        ("cache, config, attention_norm, attention, mlp_norm, mlp):",
+         "cache, config, query_gain, attention_norm, attention, mlp_norm, mlp):"),
+        ("# An optimiser is its first state",
+         "def lion_init(params):\n    return {\"m\": tree_map(torch.zeros_like, params)}\n\n"
          "def lion_update(params, grads, state, lr, beta1=0.9, beta2=0.99, weight_decay=0.3, sharpness=1.0):\n"
          "    assert (beta1, beta2, weight_decay, sharpness) == (0.9, 0.98, 0.3, 2.0)\n"
          "    move = lambda p, g, m: p - lr * (torch.sign(torch.lerp(g, m, beta1)) + weight_decay * p)\n"
-         "    return tree_map(move, params, grads, state[\"m\"]), {\"m\": tree_map(lambda m, g: torch.lerp(g, m, beta2), state[\"m\"], grads)}\n\n"
+         "    return tree_map(move, params, grads, state[\"m\"]), "
+         "{\"m\": tree_map(lambda m, g: torch.lerp(g, m, beta2), state[\"m\"], grads)}\n\n"
          "# An optimiser is its first state"),
         ('"muon": (muon_init, muon_update)}', '"muon": (muon_init, muon_update), "lion": (lion_init, lion_update)}'),
-        ('SCHEDULES = {"cosine": cosine_lr}', "def warmup_stable_decay(step, lr_max, warmup_steps, num_steps, decay_steps):\n"
+        ('SCHEDULES = {"cosine": cosine_lr}',
+         "def warmup_stable_decay(step, lr_max, warmup_steps, num_steps, decay_steps):\n"
          "    return lr_max * min((step + 1) / max(1, warmup_steps), 1, (num_steps - step) / decay_steps)\n\n"
          'SCHEDULES = {"cosine": cosine_lr, "wsd": warmup_stable_decay}'),
     ],
     "train.py": [
-        ("    rope_theta: float = flag(", '    window: int = flag(0, "keys a query sees")\n    rope_theta: float = flag('),
+        ("    rope_theta: float = flag(",
+         '    window: int = flag(0, "keys a query sees")\n    rope_theta: float = flag('),
         ("    clip_grad: float = flag(", '    sharpness: float = own_flag("sharpness", "of Lion", "[0, inf)")\n'
          '    decay_steps: int = flag(2, "steps of decay", "[1, inf)")\n    clip_grad: float = flag('),
     ],
@@ -1629,12 +1857,13 @@ def test_a_fork_loses_nothing(tmp_path):
             assert text.count(old) == 1, old
             text = text.replace(old, new)
         (tmp_path / name).write_text(text, encoding="utf-8")
-    shutil.copytree(ROOT / "data", tmp_path / "code", ignore=lambda folder, names: [n for n in names if not n.endswith(".py")])
+    shutil.copytree(ROOT / "data", tmp_path / "code",
+                    ignore=lambda folder, names: [n for n in names if not n.endswith(".py")])
     (tmp_path / "prepared").mkdir()
     (tmp_path / "data").rename(tmp_path / "prepared/text")
     (tmp_path / "code").rename(tmp_path / "data")
-    flags = TINY | dict(data=str(tmp_path / "prepared/text"), output_dir="run", optimizer="lion", schedule="wsd", window=8,
-                        beta2=0.98, sharpness=2.0)
+    flags = TINY | dict(data=str(tmp_path / "prepared/text"), output_dir="run", optimizer="lion", schedule="wsd",
+                        window=8, beta2=0.98, sharpness=2.0)
     program = f"""if True:
         import json, os, tinylm, train
         from data import checkpoint
@@ -1684,17 +1913,21 @@ def test_a_fork_loses_nothing(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
 
 @pytest.mark.parametrize("flags", [
-    {"num_steps": np.int64(2), "lr_max": np.float32(0.01), "batch_size": "4", "log_interval": 1e0, "compile": np.bool_(False)},
-    {"num_steps": 2.0, "lr_max": "1e-2", "batch_size": 4, "eval_interval": "1_0", "compile": "False", "seed": "9007199254740993"}])
+    {"num_steps": np.int64(2), "lr_max": np.float32(0.01), "batch_size": "4", "log_interval": 1e0,
+     "compile": np.bool_(False)},
+    {"num_steps": 2.0, "lr_max": "1e-2", "batch_size": 4, "eval_interval": "1_0", "compile": "False",
+     "seed": "9007199254740993"}])
 def test_values_from_python(tmp_path, flags):
     """Paths, NumPy's numbers and texts that are numbers are what they mean; a name that is none gets the nearest."""
     data = prepared(tmp_path)
     train.train(data=data, output_dir=tmp_path / "run", **TINY | flags)
     state = json.loads((tmp_path / "run/latest/train_state.json").read_text())["settings"]
-    assert state["data"] == str(data) and state["num_steps"] == 2 and state["batch_size"] == 4 and state["compile"] is False
+    assert state["data"] == str(data) and state["num_steps"] == 2
+    assert state["batch_size"] == 4 and state["compile"] is False
     assert state["lr_max"] == pytest.approx(0.01) and state["seed"] == int(flags.get("seed", 0))
     for wrong, message in ((dict(d_modle=3), "did you mean --d_model"), (dict(num_steps=2.5), "whole number"),
-                           (dict(num_steps=True), "whole number"), (dict(lr_max=math.nan), "of 0 or more"), (dict(beta1=1), "below 1")):
+                           (dict(num_steps=True), "whole number"), (dict(lr_max=math.nan), "of 0 or more"),
+                           (dict(beta1=1), "below 1")):
         with pytest.raises(cli.InputError, match=message):
             train.train(data=data, output_dir=tmp_path / "other", **TINY | wrong)
     assert not (tmp_path / "other").exists()
@@ -1714,8 +1947,8 @@ def test_settings_are_given_back(tmp_path):
 def test_init_from_goes_on_with_the_model(tmp_path):
     """A model of transformers is trained on, with its own sizes, on data in its own vocabulary."""
     data = prepared(tmp_path)
-    llama = transformers.LlamaConfig(vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                                     num_key_value_heads=2, max_position_embeddings=64)
+    llama = transformers.LlamaConfig(vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                                     num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
     transformers.LlamaForCausalLM(llama).to(torch.bfloat16).save_pretrained(tmp_path / "llama")
     flags = dict(num_steps=2, log_interval=1, lr_max=0.0, device="cpu", data=str(data))
     train.train(init_from=str(tmp_path / "llama"), output_dir=str(tmp_path / "run"), **flags)
@@ -1725,9 +1958,10 @@ def test_init_from_goes_on_with_the_model(tmp_path):
     same(after, before, 0)
     with pytest.raises(cli.InputError, match="--d_model=64.*has d_model 32"):
         train.train(init_from=str(tmp_path / "llama"), d_model=64, **flags)
-    with pytest.raises(cli.InputError, match="run is not a checkpoint .*; give .*/run/latest$"):
+    with pytest.raises(cli.InputError, match="run is not a checkpoint .*; give .*/run/step-"):
         train.train(init_from=str(tmp_path / "run"), **flags)
-    prepare.prepare(input=str(tmp_path / "corpus.txt"), output=str(tmp_path / "again"), tokenizer=str(tmp_path / "run/latest"))
+    prepare.prepare(input=str(tmp_path / "corpus.txt"), output=str(tmp_path / "again"),
+                    tokenizer=str(tmp_path / "run/latest"))
     assert (tmp_path / "again/train.bin").read_bytes() == (data / "train.bin").read_bytes()
 
 # ---- Files that are damaged or hostile ----
@@ -1755,7 +1989,8 @@ def mutate(content, rng):
         numbers = list(re.finditer(rb"\d+", content[:20_000]))
         number = rng.choice(numbers) if numbers else None
         if number:
-            content[number.start():number.end()] = rng.choice([b"-1", b"0", b"99999999999999999999", b"1e99", b"null", b"[]", b"{}", b"7"])
+            content[number.start():number.end()] = rng.choice(
+                [b"-1", b"0", b"99999999999999999999", b"1e99", b"null", b"[]", b"{}", b"7"])
     elif kind == 5:  # a piece twice
         content[at:at] = content[at:at + 200]
     else:
@@ -1764,7 +1999,8 @@ def mutate(content, rng):
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
 def test_damaged_files_are_refused_or_load_whole(valid_checkpoint, tmp_path, name):
-    """700 mutations of each: refused by our own error or a sound model, within a second and ten times the file in memory."""
+    """700 mutations of each: refused by our own error or a sound model, within a second and ten times the file in
+    memory."""
     shutil.copytree(valid_checkpoint, tmp_path / "model")
     bpe.class_of_code_points()  # made once, whatever the file
     original, rng, refused = (valid_checkpoint / name).read_bytes(), random.Random(name), 0
@@ -1779,7 +2015,8 @@ def test_damaged_files_are_refused_or_load_whole(valid_checkpoint, tmp_path, nam
                 assert ids.max() < tokenizer.vocab_size and bpe.decode(tokenizer, ids) == "Once upon a time é"
             else:
                 params, config = checkpoint.load_checkpoint(tmp_path / "model")
-                assert [(path, p.shape) for path, p in tinylm.tree_leaves(params)] == tinylm.tree_leaves(tinylm.param_shapes(config))
+                shapes = [(path, p.shape) for path, p in tinylm.tree_leaves(params)]
+                assert shapes == tinylm.tree_leaves(tinylm.param_shapes(config))
         except cli.InputError as error:
             assert name in str(error) or str(tmp_path) in str(error)
             refused += 1
@@ -1790,15 +2027,19 @@ def test_damaged_files_are_refused_or_load_whole(valid_checkpoint, tmp_path, nam
     assert refused > 200
 
 @pytest.mark.parametrize("change, message", [
-    ({"model": {"type": "WordPiece", "vocab": {}}}, "its model is WordPiece"), ({"pre_tokenizer": {"type": "Metaspace"}}, "split pattern"),
-    ({"pre_tokenizer": None}, "split pattern"), ({"normalizer": {"type": "NFC"}}, "asks for normalizer"),
-    ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Split"}, {"type": "ByteLevel"}]}}, "split pattern")])
+    ({"model": {"type": "WordPiece", "vocab": {}}}, "its model is WordPiece"),
+    ({"pre_tokenizer": {"type": "Metaspace"}}, "split pattern"),
+    ({"pre_tokenizer": None}, "split pattern"),
+    ({"normalizer": {"type": "NFC"}}, "asks for normalizer"),
+    ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Split"}, {"type": "ByteLevel"}]}},
+     "split pattern")])
 def test_other_tokenizers_are_refused_by_name(tokenizer_file, tmp_path, change, message):
     (tmp_path / "tokenizer.json").write_text(json.dumps(json.loads(Path(tokenizer_file).read_text()) | change))
     with pytest.raises(cli.InputError, match=message):
         bpe.load(tmp_path / "tokenizer.json")
 
-@pytest.mark.parametrize("option, value", [("num_hidden_layers", 10**18), ("hidden_size", 10**18), ("vocab_size", 10**18)])
+@pytest.mark.parametrize("option, value", [("num_hidden_layers", 10**18), ("hidden_size", 10**18),
+                                           ("vocab_size", 10**18)])
 def test_absurd_sizes_are_refused(valid_checkpoint, tmp_path, option, value):
     shutil.copytree(valid_checkpoint, tmp_path / "model")
     config = json.loads((tmp_path / "model/config.json").read_text()) | {option: value}

@@ -18,14 +18,17 @@ from torch.utils.checkpoint import checkpoint
 
 # ==== I. The language model ====
 
-OPERATIONS = {}  # name → an operation, with its definition and its faster forms: pairs (condition, function)
+OPERATIONS = {}  # name → operation
 
 def operation(definition):
-    """Let forms of a function be attached to it: a call takes the last one added that fits, else the definition."""
+    """Make a function one that may also have forms: functions that compute the same in less time.
+
+    Part II fills `forms`, pairs (fits, form). A call runs the first that fits the arguments, and else the definition.
+    """
     @wraps(definition)
     def call(*args, **options):
         for fits, form in call.forms:
-            if fits(*args):
+            if fits(*args, **options):
                 return form(*args, **options)
         return definition(*args, **options)
 
@@ -72,7 +75,7 @@ def rope(x, cos, sin):
 def softmax(x, dim=-1):
     """exp(x) over its sum along `dim`, in float32 at least; the maximum is subtracted so that exp can't overflow."""
     x = at_least_float32(x)
-    weights = torch.exp(x - x.detach().amax(dim, keepdim=True))
+    weights = torch.exp(x - x.detach().amax(dim, keepdim=True))  # it cancels, so it needs no gradient
     return weights / weights.sum(dim, keepdim=True)
 
 @operation
@@ -85,7 +88,7 @@ def attention(q, k, v):
     T, S, D, group = q.shape[-2], k.shape[-2], q.shape[-1], q.shape[-3] // k.shape[-3]
     k, v = (x.to(q.dtype).unsqueeze(-3) for x in (k, v))  # (..., H_kv, 1, S, D)
     scores = at_least_float32((q.unflatten(-3, (-1, group)) * D**-0.5) @ k.mT)  # (..., H_kv, group, T, S)
-    future = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)  # a key in a query's future
+    future = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)  # keys in a query's future
     return (softmax(scores.masked_fill(future, -math.inf)).to(v.dtype) @ v).flatten(-4, -3)  # (..., H, T, D)
 
 def silu(x):
@@ -136,12 +139,14 @@ class Config:
     def __post_init__(self):
         # A frozen dataclass is filled in through object.__setattr__.
         object.__setattr__(self, "num_kv_heads", self.num_kv_heads or self.num_heads)
-        object.__setattr__(self, "d_ff", self.d_ff or -(-8 * self.d_model // (3 * 64)) * 64)
+        object.__setattr__(self, "d_ff", self.d_ff or 64 * math.ceil(8 * self.d_model / (3 * 64)))
         for field in fields(self):
-            value, kinds = getattr(self, field.name), {int: int, float: (int, float)}.get(field.type)
-            fits = not kinds or isinstance(value, kinds) and not isinstance(value, bool) and 0 < value < math.inf
-            if not fits and value != field.default:
-                raise ValueError(f"{field.name} is {value!r}; expected a {'whole ' * (kinds is int)}number above 0")
+            value = getattr(self, field.name)
+            if field.type not in (int, float) or value == field.default:  # a default such as 0 may mean "none"
+                continue
+            if not isinstance(value, (int, field.type)) or isinstance(value, bool) or not 0 < value < math.inf:
+                kind = "whole number" if field.type is int else "number"
+                raise ValueError(f"{field.name} is {value!r}; expected a {kind} above 0")
         heads = f"d_model {self.d_model} over num_heads {self.num_heads}"
         if self.d_model % self.num_heads:
             raise ValueError(f"{heads} leaves a remainder; choose num_heads to divide d_model")
@@ -163,7 +168,7 @@ def multi_head_attention(x, cos, sin, cache, config, wq, wk, wv, wo):
     """Project to heads, rotate queries and keys, attend, and join the heads (Vaswani et al. 2017, §3.2.2).
 
     x (B, T, d_model), cos and sin (T, D/2), wq and wo (d_model, d_model), wk and wv (H_kv·D, d_model) → like x.
-    `cache`, one layer's or None, takes in these keys and values behind those it has.
+    `cache`, one layer's or None, is donated: the new keys and values are written behind those it has.
     """
     heads = (linear(x, w).unflatten(-1, (-1, config.head_dim)).transpose(1, 2) for w in (wq, wk, wv))
     q, k, v = heads  # (B, H, T, D), (B, H_kv, T, D) twice
@@ -182,19 +187,21 @@ def transformer_block(x, cos, sin, cache, config, attention_norm, attention, mlp
 def hidden_states(params, tokens, config, dtype=torch.float32, cache=None, remat=False):
     """What the output matrix reads, computed in `dtype`. tokens (B, T) of int64 → (B, T, d_model) and the new cache.
 
-    A cache has the positions before `tokens`, and is donated, as a copy would cost more than to read the weights. With
-    `remat` a block keeps only its input, and the backward pass computes the rest again (Chen et al. 2016).
+    `cache` has keys and values of the positions before `tokens`; it is donated, as to copy it for each token is slow.
+    With `remat` a block keeps only its input, and the backward pass computes the rest again (Chen et al. 2016).
     """
     start = cache["filled"] if cache else 0
     end = start + tokens.shape[1]
+    if end > config.context_length:
+        raise ValueError(f"{end} positions, {start} of them cached; expected {config.context_length} at most")
     table = rope_angles(config.context_length, config.head_dim, config.rope_theta, tokens.device)
     cos, sin = (angles[start:end] for angles in table)  # (T, D/2) each
     x = embedding(tokens, params["embedding"]).to(dtype)  # (B, T, d_model)
     for layer, block in params["blocks"].items():
-        layer_cache = cache and cache | {"k": cache["k"][int(layer)], "v": cache["v"][int(layer)]}
-        run = partial(transformer_block, cos=cos, sin=sin, cache=layer_cache, config=config, **block)
-        x = checkpoint(run, x, use_reentrant=False) if remat else run(x)
-    return rmsnorm(x, params["final_norm"], config.norm_eps), cache and cache | {"filled": end}
+        layer_cache = {"k": cache["k"][int(layer)], "v": cache["v"][int(layer)], "filled": start} if cache else None
+        block_fn = partial(transformer_block, cos=cos, sin=sin, cache=layer_cache, config=config, **block)
+        x = checkpoint(block_fn, x, use_reentrant=False) if remat else block_fn(x)
+    return rmsnorm(x, params["final_norm"], config.norm_eps), cache | {"filled": end} if cache else None
 
 def to_logits(params, x):
     """Scores of every token of the vocabulary. x (..., d_model) → (..., V) in x's dtype."""
@@ -203,7 +210,7 @@ def to_logits(params, x):
 def forward(params, tokens, config, dtype=torch.float32, cache=None, remat=False):
     """Scores of the token that follows each position. tokens (B, T) of int64 → (B, T, V); with a cache (logits, cache).
 
-    T may be at most context_length, the cached positions included, for the model has learned no others.
+    Raises ValueError beyond context_length positions, the cached ones included: the model has learned no others.
     """
     x, cache = hidden_states(params, tokens, config, dtype, cache, remat)
     return (to_logits(params, x), cache) if cache else to_logits(params, x)
@@ -249,10 +256,10 @@ def num_params(config):
 def init_params(config, generator):
     """Random parameters in float32, drawn in the order of `param_shapes`, on the generator's device.
 
-    Matrices have variance 1/d_in, so that activations keep their size. The two that write to the residual stream are
-    divided by √(2·num_layers), so that it does not grow with depth (Radford et al. 2019, §2.3). The output matrix has a
-    third of others' deviation: the first loss is near ln(vocab_size), and learning faster than from near nothing. Tied,
-    it is the embedding too: 2/d_model keeps both ends sound, as a token's logit for itself starts at 2.
+    A matrix has deviation 1/√d_in, so that activations keep their size. wo and w_down, divided by √(2·num_layers), keep
+    the residual stream from growing with depth (Radford et al. 2019, §2.3). The embedding has 1. The output matrix has
+    1/(3√d_model): the first loss is near ln(vocab_size), and learning faster than from less. Tied, both have 2/d_model,
+    so that a token's logit for itself starts near 2.
     """
     into_stream = lambda d_in: (2 * config.num_layers * d_in) ** -0.5
     deviations = {"embedding": 2 / config.d_model if config.tie_embeddings else 1.0, "wo": into_stream(config.d_model),
@@ -294,7 +301,7 @@ def clip_gradients(grads, max_norm):
 
 def adamw_init(params):
     """The state AdamW starts from: zero moments m and v like `params`, in float32, and the count of steps."""
-    zeros = lambda: tree_map(lambda p: torch.zeros_like(p, dtype=torch.float32), params)
+    zeros = lambda: tree_map(partial(torch.zeros_like, dtype=torch.float32), params)
     device = tree_leaves(params)[0][1].device
     return {"step": torch.zeros((), dtype=torch.int64, device=device), "m": zeros(), "v": zeros()}
 
@@ -303,7 +310,7 @@ def adamw_update(params, grads, state, lr, beta1=0.8, beta2=0.95, eps=1e-8, weig
     """One step of AdamW with bias correction (Loshchilov and Hutter 2019, alg. 2); returns (params, state), both new.
 
     Decay applies to matrices only, for a norm's gain has no reason to be near 0. lr is a number or a scalar tensor. The
-    corrections are taken in float64, as 1 - beta2 ** step is a small difference of near numbers.
+    corrections are taken in float64, as 1 - beta2 ** step subtracts nearly equal numbers.
     """
     step = state["step"] + 1
     m = tree_map(lambda m, g: beta1 * m + (1 - beta1) * g, state["m"], grads)
@@ -344,8 +351,7 @@ def muon_split(tree):
 def muon_init(params):
     """The state Muon starts from: the momentum of the matrices of the blocks, zero, and AdamW's state of the rest."""
     matrices, rest = muon_split(params)
-    zeros = tree_map(lambda p: torch.zeros_like(p, dtype=torch.float32), matrices)
-    return {"momentum": zeros, "adamw": adamw_init(rest)}
+    return {"momentum": tree_map(partial(torch.zeros_like, dtype=torch.float32), matrices), "adamw": adamw_init(rest)}
 
 def muon_update(params, grads, state, lr, beta1=0.8, beta2=0.95, eps=1e-8, weight_decay=0.1, momentum=0.95):
     """One step of Muon (Jordan et al. 2024) for matrices of the blocks and of AdamW for the rest; → (params, state).
@@ -357,7 +363,7 @@ def muon_update(params, grads, state, lr, beta1=0.8, beta2=0.95, eps=1e-8, weigh
     rest, adamw = adamw_update(rest, rest_grads, state["adamw"], lr, beta1, beta2, eps, weight_decay)
     averages = tree_map(lambda m, g: torch.lerp(m, g, 1 - momentum), state["momentum"], matrix_grads)
 
-    def update_block(p, m, g):
+    def update_block(p, m, g):  # a block at a time, so that what is stacked stays small
         directions = orthogonalize_all(tree_map(lambda m, g: torch.lerp(g, m, momentum), m, g))
         return tree_map(lambda p, d: p * (1 - lr * weight_decay) - lr * (0.2 * max(p.shape) ** 0.5 * d), p, directions)
 
@@ -370,7 +376,7 @@ def muon_update(params, grads, state, lr, beta1=0.8, beta2=0.95, eps=1e-8, weigh
 OPTIMIZERS = {"adamw": (adamw_init, adamw_update), "muon": (muon_init, muon_update)}
 
 def cosine_lr(step, lr_max, lr_min, warmup_steps, num_steps):
-    """Learning rate of a step: linear warm-up, then half a cosine (Loshchilov and Hutter 2017, eq. 5), then lr_min."""
+    """Learning rate of a step from 0 on: warm-up, half a cosine (Loshchilov and Hutter 2017, eq. 5), then lr_min."""
     if step < warmup_steps:
         return lr_max * (step + 1) / warmup_steps
     progress = min(1.0, (step - warmup_steps) / max(1, num_steps - warmup_steps))
@@ -389,8 +395,8 @@ def splitmix64(x):
 def shuffled_index(index, length, key):
     """Where `index` lands in a permutation of range(length) that `key` chooses; nothing of that length is stored.
 
-    A Feistel network permutes the next power of four (Luby and Rackoff 1988); what falls outside goes through it again,
-    until it falls inside. index (...) of int64 below length → (...) of int64.
+    A Feistel network permutes a power of four (Luby and Rackoff 1988); what falls outside goes through it again, until
+    it falls inside. index (...) of int64 below length → (...) of int64.
     """
     half = np.uint64(max(1, ((length - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
@@ -409,7 +415,7 @@ def get_batch(tokens, batch_size, context_length, seed, step, rank=0, num_ranks=
     """The batch of a step: a function of its arguments alone, so that any step's can be had at any time.
 
     An epoch cuts the tokens into windows of context_length, from a start of its own, and visits each once, in an order
-    of its own. Of the step's num_ranks · batch_size windows, rank r gets the r-th part.
+    of its own. Of the step's num_ranks · batch_size windows, rank r, counted from 0, gets the r-th part.
     tokens (N) → inputs, and targets one token on, (batch_size, context_length) of int64. Raises ValueError for small N.
     """
     if len(tokens) <= context_length:
@@ -425,24 +431,23 @@ def get_batch(tokens, batch_size, context_length, seed, step, rank=0, num_ranks=
         key = int(splitmix64(np.array([seed % 2**64], dtype=np.uint64))[0]) + epoch
         offset = int(splitmix64(np.array([key % 2**64], dtype=np.uint64))[0]) % room
         starts[here] = offset + context_length * shuffled_index(numbers[here] % num_windows, num_windows, key)
-    windows = np.stack([tokens[start:start + context_length + 1] for start in starts])  # (B, T + 1)
-    windows = torch.from_numpy(windows.astype(np.int64))
-    return windows[:, :-1], windows[:, 1:]
+    windows = np.stack([tokens[start:start + context_length + 1] for start in starts]).astype(np.int64)  # (B, T + 1)
+    return torch.from_numpy(windows[:, :-1]), torch.from_numpy(windows[:, 1:])
 
 # ---- Generation ----
 
 @operation
 def nucleus_floor(probabilities, top_p):
-    """The least probability in a nucleus, the fewest tokens that reach top_p (Holtzman et al. 2020, eq. 2) → (B, 1)."""
+    """The least share in a nucleus, the fewest that reach top_p (Holtzman et al. 2020, eq. 2). (B, V) → (B, 1)."""
     best_first = probabilities.sort(-1, descending=True).values  # (B, V)
     before = best_first.cumsum(-1) - best_first  # the mass of all better tokens
     return best_first.masked_fill(before >= top_p, math.inf).amin(-1, keepdim=True).minimum(best_first[:, :1])
 
-def sample_from(probabilities, generator):
-    """The index at which the running sum of a row's weights reaches a random share of their total. (B, N) → (B)."""
-    reached = probabilities.double().cumsum(-1)
+def sample_from(weights, generator):
+    """Draw an index of each row with probability in proportion to its weight. (B, N) → (B) of int64."""
+    reached = weights.double().cumsum(-1)
     share = torch.rand(len(reached), 1, dtype=torch.float64, device=reached.device, generator=generator)
-    return torch.searchsorted(reached, (1 - share) * reached[:, -1:]).squeeze(-1)  # the share is in (0, 1]
+    return torch.searchsorted(reached, (1 - share) * reached[:, -1:]).squeeze(-1)  # not 0: share is below 1
 
 def sample_token(logits, temperature, top_k, top_p, generator):
     """Draw the next token: softmax at a temperature over the top_k best, then the nucleus of mass top_p among them.
@@ -461,7 +466,7 @@ def sample_token(logits, temperature, top_k, top_p, generator):
 
 @operation
 def weights_for_writing(params, dtype, num_texts):
-    """`params` with matrices in the dtype to compute in, cast once for all the tokens of `num_texts` texts."""
+    """`params` with matrices cast to dtype once for all the tokens of `num_texts` texts, by which forms may choose."""
     return tree_map(lambda w: w.to(dtype) if w.ndim == 2 else w, params)
 
 @torch.inference_mode()
@@ -500,37 +505,44 @@ from contextlib import contextmanager
 from functools import lru_cache
 from types import FunctionType
 
-def faster(operation, fits):
-    """Attach the function that follows to an operation, for arguments of which fits(*args) is true."""
+# Three functions here remember what they computed (lru_cache); it depends on their arguments alone.
+
+def faster(target, fits):
+    """Attach the function below to an operation, as its form for arguments that fit, asked before earlier ones."""
     def attach(form):
-        operation.forms.insert(0, (fits, form))
+        target.forms.insert(0, (fits, form))
         return form
     return attach
 
 @contextmanager
 def definitions_alone():
     """Switch all forms off: within it each operation is computed as it is defined."""
-    forms = {name: operation.forms[:] for name, operation in OPERATIONS.items()}
-    for operation in OPERATIONS.values():
-        operation.forms.clear()
+    forms = {name: target.forms[:] for name, target in OPERATIONS.items()}
+    for target in OPERATIONS.values():
+        target.forms.clear()
     try:
         yield
     finally:
-        for name, operation in OPERATIONS.items():
-            operation.forms[:] = forms[name]
+        for name, target in OPERATIONS.items():
+            target.forms[:] = forms[name]
 
-def is_compiled(*_):
+def always(*_, **__):
+    return True
+
+def is_compiled(*_, **__):
     """Whether torch.compile is at work, which fuses passes over memory by itself."""
     return torch.compiler.is_compiling()
 
-def is_eager(*_):
+def is_eager(*_, **__):
+    """Whether it is not."""
     return not torch.compiler.is_compiling()
 
-def is_trained(*_):
-    """Whether eager code takes gradients: where it does not, to call an autograd function takes longer than it saves."""
+def is_trained(*_, **__):
+    """Whether eager code computes gradients. Without gradients an autograd function costs more than it saves."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 def first_leaf(tree):
+    """The first tensor of a tree, which tells where all of them are."""
     return first_leaf(next(iter(tree.values()))) if isinstance(tree, dict) else tree
 
 # ---- Eager code, on any device: hand-written backward passes, and fewer passes over memory ----
@@ -568,7 +580,7 @@ def rope_table(length, head_dim, theta, device):
     with torch.inference_mode(False):  # so that what generation has computed can serve training too
         return rope_angles.definition(length, head_dim, theta, device)
 
-@faster(rope_angles, lambda *_: True)
+@faster(rope_angles, always)
 def rope_angles_once(length, head_dim, theta, device):
     return rope_table(length, head_dim, theta, device)
 
@@ -646,7 +658,7 @@ def bias_corrections(step: torch.Tensor, lr: torch.Tensor, beta1: float, beta2: 
 def _(step, lr, beta1, beta2, eps):
     return tuple(step.new_empty((), dtype=torch.float32) for _ in range(2))
 
-@faster(adamw_update, lambda *_: True)
+@faster(adamw_update, always)
 def adamw_update_in_few_passes(params, grads, state, lr, beta1=0.8, beta2=0.95, eps=1e-8, weight_decay=0.1):
     """lr · m̂ / (√v̂ + eps) with the corrections and lr moved to where they cost one pass over memory."""
     step = state["step"] + 1
@@ -663,16 +675,18 @@ def adamw_update_in_few_passes(params, grads, state, lr, beta1=0.8, beta2=0.95, 
     params, m, v = (tree_map(lambda _, new: new[i], params, updated) for i in range(3))
     return params, {"step": step, "m": m, "v": v}
 
-def newton_schulz(x, steps):
-    """`orthogonalize` of wide matrices (N, m, n) whose products also add and scale."""
+def newton_schulz(g, steps):
+    """`orthogonalize` of stacked matrices (N, m, n), by products that also add and scale."""
     a, b, c = 3.4445, -4.7750, 2.0315
+    tall = g.shape[1] > g.shape[2]
+    x = g.mT if tall else g
     x = x / (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
         A = torch.bmm(x, x.mT)  # (N, m, m)
         x = torch.baddbmm(x, torch.baddbmm(A, A, A, beta=b, alpha=c), x, beta=a)
-    return x
+    return x.mT if tall else x
 
-@faster(orthogonalize_all, lambda *_: True)
+@faster(orthogonalize_all, always)
 def orthogonalize_by_shape(matrices):
     """Those of one shape go together, as fewer and larger products."""
     groups = {}
@@ -699,9 +713,9 @@ HAS_ONEDNN, IS_INTEL = torch.backends.mkldnn.is_available(), is_intel()
 def linear_on_cpu(x, w):
     """In the way that is fastest for the sizes. w may also come from `pack`.
 
-    MKL gets less out of other CPUs than Intel's. On an AMD EPYC a product of one vector is faster in pieces, one of 2 to
-    32 transposed. On an Intel Xeon pieces take 2.0 to 2.2 times as long as x @ w.T and 2 to 8 vectors transposed 1.2 to
-    2 times, 16 and more are alike or faster (w from 128 × 128 to 32,000 × 288; both CPUs with AVX-512, two cores).
+    MKL gets less out of other CPUs than Intel's. On an AMD EPYC a product of one vector is faster in pieces, one of 2
+    to 32 transposed. On an Intel Xeon pieces take 2.0 to 2.5 times as long as x @ w.T, 2 to 8 vectors transposed 1.0 to
+    2.1 times, 16 and more are mostly faster (w from 128 × 128 to 32,000 × 288; both CPUs with AVX-512, two cores).
     """
     w = w.to(x.dtype)
     rows = x.numel() // x.shape[-1]
@@ -714,7 +728,7 @@ def linear_on_cpu(x, w):
     if rows == 1 and x.dtype in (torch.float32, torch.bfloat16):
         return linear_of_one(x, w)
     if rows <= 32 and x.dtype == torch.float32:
-        return (w @ x.reshape(rows, -1).T).T.view(*x.shape[:-1], -1)  # MKL copies the second matrix: not w, then
+        return (w @ x.reshape(rows, -1).T).T.view(*x.shape[:-1], -1)  # MKL copies its second matrix: let that be x
     return x @ w.T
 
 def is_large_product(rows, x, w):
@@ -779,9 +793,11 @@ def pack(w):
         return torch.ops.mkldnn._reorder_linear_weight(w, 16)  # the layout for any number of vectors but 1
     return w
 
-@faster(weights_for_writing, lambda params, *_: first_leaf(params).is_cpu and is_eager())
+@faster(weights_for_writing, lambda params, *_, **__: first_leaf(params).is_cpu and is_eager())
 def weights_for_writing_on_cpu(params, dtype, num_texts):
-    """Laid out by `pack`, all but the embedding, which is looked up. Fewer texts in float32 are faster without."""
+    """All but the embedding, which is looked up, laid out by `pack`: each matrix of a block is taken to be one that
+    `linear` alone uses. Fewer texts in float32 are faster without.
+    """
     params = weights_for_writing.definition(params, dtype, num_texts)
     if num_texts < (8 if dtype == torch.float32 else 2):
         return params
@@ -797,7 +813,10 @@ TILE_QUERIES = 128  # in a tile; fewer skip more of the future, more need fewer 
 TILE_SCORES = {"cpu": 1 << 20, "cuda": 1 << 27}  # in a tile; on a CPU they stay in its cache
 
 def tiles(q, k):
-    """Of each tile of attention its slice of N, that of the queries, and that of the keys they see."""
+    """The tiles of attention: of each a slice of N, one of the queries, one of the keys they see.
+
+    q (N, T, group, D), k (N, S, D) → list of (slice, slice, slice).
+    """
     (N, T, group, _), S = q.shape, k.shape[1]
     block = min(T, TILE_QUERIES)
     rows = max(1, TILE_SCORES[q.device.type] // (group * block * S))
@@ -852,13 +871,11 @@ def attention_in_tiles_backward(d_out, q, k, v, log_sum, row_sum, *kept):
         add_product(dv[n, seen], p.to(v.dtype).mT, d_rows)
     return dq, dk, dv
 
-def forms_of_tiled_attention(q):
-    """The functions that compute attention and its gradients: operations of their own to compiled code, else kernels
-    where there are some, else tiles."""
-    if torch.compiler.is_compiling():
-        return attention_forward, attention_backward
-    return (attention_in_kernels, attention_in_kernels_backward) if has_kernels(q) else (
-        attention_in_tiles, attention_in_tiles_backward)
+def attention_parts(q):
+    """The forward and the backward pass of tiled attention: Triton kernels where they run, else tiles."""
+    if has_kernels(q):
+        return attention_in_kernels, attention_in_kernels_backward
+    return attention_in_tiles, attention_in_tiles_backward
 
 class TiledAttention(torch.autograd.Function):
     """Attention in tiles, whose scores stay in fast memory, with its own backward pass.
@@ -873,7 +890,8 @@ class TiledAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v):
-        out, log_sum, *kept = forms_of_tiled_attention(q)[0](q, k, v)
+        forward = attention_forward if is_compiled() else attention_parts(q)[0]
+        out, log_sum, *kept = forward(q, k, v)
         ctx.save_for_backward(q, k, v, out, log_sum, *kept)
         return out
 
@@ -881,7 +899,8 @@ class TiledAttention(torch.autograd.Function):
     def backward(ctx, d_out):
         q, k, v, out, log_sum, *kept = ctx.saved_tensors
         row_sum = at_least_float32(d_out * out).sum(-1, keepdim=True)  # (N, T, group, 1)
-        return forms_of_tiled_attention(q)[1](d_out, q, k, v, log_sum, row_sum, *kept)
+        backward = attention_backward if is_compiled() else attention_parts(q)[1]
+        return backward(d_out, q, k, v, log_sum, row_sum, *kept)
 
 def tiled_attention(q, k, v):
     """`attention` by TiledAttention, whose queries stand together by the key head that they read."""
@@ -902,8 +921,8 @@ def attention_of_one(q, k, v):
     out = (weights.to(v.dtype).mT @ v) / weights.sum(1, keepdim=True).mT  # (N, group, D)
     return out.to(q.dtype).view(q.shape)
 
-@faster(attention, lambda q, k, v: q.is_cpu)
-def attention_on_cpu(q, k, v):
+@faster(attention, lambda q, k, v: q.is_cpu or q.is_cuda)
+def attention_eager(q, k, v):
     return attention_of_one(q, k, v) if q.shape[-2] == 1 else tiled_attention(q, k, v)
 
 @faster(clip_gradients, lambda grads, max_norm: first_leaf(grads).is_cpu and is_eager())
@@ -912,10 +931,9 @@ def clip_gradients_on_cpu(grads, max_norm):
     norm = global_norm(grads)
     return (grads, norm) if norm <= max_norm else clip_gradients.definition(grads, max_norm)
 
-@faster(orthogonalize, lambda g, *_: g.ndim == 3 and g.is_cpu)
+@faster(orthogonalize, lambda g, *_, **__: g.ndim == 3 and g.is_cpu)
 def orthogonalize_on_cpu(g, steps=5):
-    """Of stacked matrices (N, m, n)."""
-    return newton_schulz(g.mT, steps).mT if g.shape[1] > g.shape[2] else newton_schulz(g, steps)
+    return newton_schulz(g, steps)
 
 @faster(nucleus_floor, lambda probabilities, top_p: probabilities.is_cpu and is_eager())
 def nucleus_floor_on_cpu(probabilities, top_p):
@@ -1083,14 +1101,10 @@ def attention_in_kernels_backward(d_out, q, k, v, log_sum, row_sum):
     launch("queries_backward_kernel", False, q, k, v, d_out, log_sum, row_sum, dq)
     return dq, dk, dv
 
-@faster(attention, lambda q, k, v: q.is_cuda)
-def attention_on_cuda(q, k, v):
-    return attention_of_one(q, k, v) if q.shape[-2] == 1 else tiled_attention(q, k, v)
-
-@faster(orthogonalize, lambda g, *_: g.ndim == 3 and g.is_cuda)
+@faster(orthogonalize, lambda g, *_, **__: g.ndim == 3 and g.is_cuda)
 def orthogonalize_on_cuda(g, steps=5):
     """In bfloat16, which is faster and enough."""
-    return orthogonalize_on_cpu(g.bfloat16(), steps).to(g.dtype)
+    return newton_schulz(g.bfloat16(), steps).to(g.dtype)
 
 # ---- The compiler: what it should not take apart, and what it should join ----
 
@@ -1112,14 +1126,13 @@ def attention_compiled(q, k, v):
 @torch.library.custom_op("tinylm::attention_forward", mutates_args=())
 def attention_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`TiledAttention`'s forward pass → out (N, T, group, D), base-2 logarithm of each row's sum (N, T, group, 1)."""
-    return (attention_in_kernels if has_kernels(q) else attention_in_tiles)(q, k, v)[:2]
+    return attention_parts(q)[0](q, k, v)[:2]
 
 @torch.library.custom_op("tinylm::attention_backward", mutates_args=())
 def attention_backward(d_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_sum: torch.Tensor,
                        row_sum: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`TiledAttention`'s backward pass; row_sum (N, T, group, 1) is that of d out ⊙ out → d q, d k, d v."""
-    form = attention_in_kernels_backward if has_kernels(q) else attention_in_tiles_backward
-    return form(d_out, q, k, v, log_sum, row_sum)
+    return attention_parts(q)[1](d_out, q, k, v, log_sum, row_sum)
 
 @attention_forward.register_fake
 def _(q, k, v):
@@ -1134,7 +1147,8 @@ def _(d_out, q, k, v, log_sum, row_sum):
 # A rank is a process with a device of its own. Split tensors are DTensors, of which each rank has some rows; the class
 # takes a second to import, so what is here imports it where a model is split.
 
-def is_split(w, *_):
+def is_split(w):
+    """Whether a tensor is a DTensor."""
     return hasattr(w, "device_mesh")
 
 def shard(tree, mesh):
@@ -1249,7 +1263,7 @@ class GradientAverager:
         return result
 
 def watched(function, on_gradient):
-    """`function`(params, …), of which on_gradient(path, gradient) hears each leaf's gradient as soon as it is there."""
+    """`function`, which also calls on_gradient(path, gradient) for each leaf as soon as its gradient is there."""
     def call(params, *args):
         for path, leaf in tree_leaves(params):
             leaf.register_hook(partial(on_gradient, path))

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 
 import tinylm
-from data import bpe, checkpoint, cli, machine, plot, prepare
+from data import bpe, checkpoint, cli, files, machine, plot, prepare
 from data.cli import InputError, flag
 from data.log import Log
 from data.machine import DTYPES
-from data.run import conclude, open_run, try_to_save
+from data.run import conclude, newest, open_run, try_to_save
 
 # ---- Settings ----
 
@@ -27,12 +27,13 @@ def default_num_heads(settings):
 
 def default_lr_max(settings):
     """Wider models need smaller steps; 1/√d_model is a safe middle between constant and the 1/d_model of theory."""
-    return 4e-3 * (128 / max(1, settings.d_model)) ** 0.5
+    return 4e-3 * (128 / settings.d_model) ** 0.5
 
 def hyperparameters(optimizer):
     """{name: default} of an optimiser's own hyperparameters."""
     _, update = tinylm.OPTIMIZERS[optimizer]
-    return {name: parameter.default for name, parameter in list(inspect.signature(update).parameters.items())[4:]}
+    own = list(inspect.signature(update).parameters.values())[4:]  # behind params, grads, state, lr
+    return {parameter.name: parameter.default for parameter in own}
 
 def own_flag(name, meaning, within):
     """A hyperparameter, whose default is the optimiser's own."""
@@ -54,7 +55,7 @@ class Settings:
     num_heads: int = flag(default_num_heads, "attention heads", stated="of 32 features or more; 64 from d_model 768 on")
     num_kv_heads: int = flag(0, "heads of keys and values, shared by groups of the others", stated="num_heads")
     d_ff: int = flag(0, "features inside the feed-forward layers", stated="8/3 d_model, rounded up to a multiple of 64")
-    vocab_size: int = flag(0, "tokens, if more than the data has", stated="the data's")
+    vocab_size: int = flag(0, "tokens, if more than the data has", "[0, inf)", stated="the data's")
     tie_embeddings: bool = flag(False, "one matrix for the embedding and the output")
     rope_theta: float = flag(10000.0, "base of the rotary angles")
     norm_eps: float = flag(1e-5, "epsilon of RMSNorm")
@@ -79,7 +80,7 @@ class Settings:
     device: str = flag("", "cpu, cuda or cuda:NUMBER", stated="cuda where there is one", may_change=True)
     dtype: str = flag({"cpu": "float32", "cuda": "bfloat16"}, "what to compute in, float32 or bfloat16; parameters "
                       "stay float32", choices=DTYPES)
-    compile: bool = flag({"cpu": False, "cuda": True}, "compile the step with torch.compile")
+    compile: bool = flag({"cpu": False, "cuda": True}, "compile the step with torch.compile", may_change=True)
     shard: bool = flag(False, "under torchrun, split the model and the optimiser over the ranks; then nothing is "
                        "compiled", may_change=True)
     remat: bool = flag(False, "compute each block again in the backward pass, which takes time and saves memory")
@@ -90,7 +91,7 @@ class Settings:
                        "else start it")
     init_from: str = flag(None, "Llama folder to take the model from, its sizes kept")
     log_interval: int = flag(10, "steps between lines of the log", "[1, inf)", may_change=True)
-    eval_interval: int = flag({"cpu": 500, "cuda": 500}, "steps between evaluations", "[1, inf)", may_change=True)
+    eval_interval: int = flag(500, "steps between evaluations", "[1, inf)", may_change=True)
     eval_tokens: int = flag({"cpu": 131072, "cuda": 4194304}, "tokens of the validation split to evaluate on at most",
                             "[1, inf)", may_change=True)
     checkpoint_interval: int = flag(lambda settings: settings.eval_interval, "steps between checkpoints", "[1, inf)",
@@ -114,23 +115,23 @@ class Settings:
         """All settings: those given, and defaults that suit the device and each other for the rest."""
         device = machine.choose_device(given.get("device"))
         settings = cli.complete(cls, given | {"device": device}, device)
-        known = set().union(*map(hyperparameters, tinylm.OPTIMIZERS))
-        for name in given.keys() & known - hyperparameters(settings.optimizer).keys():
-            raise InputError(f"--{name}={given[name]}: {settings.optimizer} has no {name}; leave the flag out")
+        for name, value in given.items():
+            default = cli.flags_of(cls)[name].metadata["default"]
+            if callable(default) and default(settings) is None:  # a hyperparameter that other optimisers have
+                raise InputError(f"--{name}={value}: {settings.optimizer} has no {name}; leave the flag out")
         if settings.lr_min > settings.lr_max:
             raise InputError(f"--lr_min={settings.lr_min}: expected a number from 0 up to lr_max, {settings.lr_max:g}")
         if settings.batch_size % machine.num_ranks():
             raise InputError(f"--batch_size={settings.batch_size} can't be split over {machine.num_ranks()} ranks; "
                              "expected a multiple of that")
-        if is_compiled(settings):
+        if settings.is_compiled:
             machine.check_compiler(device)
         if settings.shard and not torch.distributed.is_initialized():
             raise InputError("--shard splits a model over the ranks that torchrun starts; start it as "
                              "torchrun --nproc_per_node=DEVICES train.py --shard …, or give --shard=False")
         return settings
 
-def is_compiled(settings):
-    return settings.compile and not settings.shard
+    is_compiled = property(lambda self: self.compile and not self.shard)
 
 # ---- The loop ----
 
@@ -150,23 +151,25 @@ def train(given):
         train_ids, val_ids, ranks = run.ids["train"], run.ids["val"], (run.rank, run.num_ranks)
         loss_fn, update, losses = step_functions(run.config, settings)
         learning_rate = schedule(settings)
-        is_due = lambda interval: step % getattr(settings, interval) == 0 or step == settings.num_steps
+        is_due = lambda step, interval: step % getattr(settings, interval) == 0 or step == settings.num_steps
 
         for step in range(run.step + 1, settings.num_steps + 1):
-            lr, val_loss, saved = learning_rate(step - 1), math.inf, True
+            lr = learning_rate(step - 1)
+            val_loss, saved = math.inf, True  # where nothing is evaluated, nothing saved
             loss, grads = accumulate_gradients(loss_fn, run.params, train_ids, settings, step - 1, *ranks)
             loss, asked = machine.agree(loss.item(), interrupt.asked, settings.device)
             params, optimizer, norm = update(run.params, grads, run.optimizer, torch.tensor(lr))
 
             if log.applied(step, loss, norm.item(), lr):
                 run.params, run.optimizer = params, optimizer
-                if is_due("log_interval"):
+                if is_due(step, "log_interval"):
                     log.training(step, loss, norm.item(), lr)
-            if is_due("eval_interval"):
+            if is_due(step, "eval_interval"):
                 val_loss = evaluate(losses, run.params, val_ids, settings, *ranks)
                 log.evaluation(step, val_loss, write_sample(run))
                 log.histograms(step, params=run.params, grads=grads)
-            if (is_due("checkpoint_interval") or asked) and not log.bad_steps:
+            is_last = asked or step == settings.num_steps  # what was done before a bad step must not be lost
+            if is_last or is_due(step, "checkpoint_interval") and not log.bad_steps:
                 saved = try_to_save(run, step, log.seconds, val_loss)
                 if saved:
                     log.checkpoint(step)
@@ -199,14 +202,14 @@ def step_functions(config, settings):
     def losses(params, inputs, targets):
         return tinylm.token_losses(tinylm.forward(params, inputs, config, dtype), targets)
 
-    if is_compiled(settings):
+    if settings.is_compiled:
         # On a CPU the calls of small kernels take so long that they too are compiled; on CUDA kernels run meanwhile.
         options = {"cpp_wrapper": settings.device == "cpu"}
         loss, update, losses = (torch.compile(part, fullgraph=True, options=options) for part in (loss, update, losses))
     return loss, torch.no_grad()(update), torch.no_grad()(losses)
 
 def accumulate_gradients(loss_fn, params, ids, settings, step, rank=0, num_ranks=1):
-    """The loss here and the gradients of a step: their means over its grad_accum_steps batches, and over the ranks.
+    """The loss on this rank and the mean gradients of a step, over its grad_accum_steps batches and all ranks.
 
     Of each batch a rank computes its part. Gradients travel once, as the last backward pass makes them; those of a
     sharded model are averaged where they are made.
@@ -245,7 +248,7 @@ def eval_batches(tokens, batch_size, context_length):
         yield padded[:-1].view(batch_size, -1), padded[1:].view(batch_size, -1), len(piece) - 1
 
 def evaluate(losses, params, ids, settings, rank=0, num_ranks=1):
-    """Mean loss, in nats per token, over the first eval_tokens tokens of the validation split, the same each time.
+    """Mean loss, in nats per token, over the first eval_tokens targets of `ids`, the same each time.
 
     Of each batch a rank computes its rows, so that all ranks run the model equally often.
     """
@@ -274,23 +277,27 @@ def write_sample(run):
 
 def evaluate_only(resume, init_from, given):
     """Print the loss of a run's latest checkpoint, or of any Llama folder, on a split or a text; nothing is written."""
-    if bool(resume) == bool(init_from):
+    if bool(resume) == bool(init_from) or resume == "auto":
         raise InputError("--eval_only needs a model: give --resume=RUN, or --init_from=LLAMA_FOLDER")
-    folder = Path(resume) / "latest" if resume else Path(init_from)
+    for name in given.keys() - {"data", "split", "eval_tokens", "batch_size", "device", "dtype"}:
+        raise InputError(f"--{name}={given[name]}: --eval_only does not use it; leave it out")
+    folder = newest(resume) if resume else Path(init_from)
+    if not folder:
+        raise InputError(f"--resume={resume}: no checkpoint there; expected a folder that train.py wrote")
     params, config = checkpoint.load_checkpoint(folder)
     state = folder / "train_state.json"
-    kept = checkpoint.read_json(state)["settings"] if state.is_file() else {}
-    settings = Settings.complete(kept | {"device": ""} | given | {"shard": False, "compile": False})
-    settings.context_length = config.context_length
+    kept = files.read_json(state).get("settings", {}) if state.is_file() else {}
+    kept = {name: kept[name] for name in ("data", "batch_size", "dtype") if name in kept}
+    settings = Settings.complete(kept | given | {"context_length": config.context_length, "compile": False})
     ids, num_bytes = prepare.ids_of(settings.data, folder, settings.split or "val")
     count = settings.eval_tokens = min(len(ids) - 1, given.get("eval_tokens", len(ids) - 1))
     num_bytes *= count / (len(ids) - 1)
     begin = time.perf_counter()
     params = tinylm.tree_map(lambda p: p.to(settings.device), params)
     loss = evaluate(step_functions(config, settings)[2], params, ids, settings)
-    print(f"loss {loss:.4f} nats per token  perplexity {math.exp(min(loss, 700)):.3f}  "
-          f"{loss * count / math.log(2) / num_bytes:.4f} bits per byte  {count:,} tokens  "
-          f"{time.perf_counter() - begin:.1f} seconds")
+    cli.say(f"loss {loss:.4f} nats per token  perplexity {math.exp(min(loss, 700)):.3f}  "
+            f"{loss * count / math.log(2) / num_bytes:.4f} bits per byte  {count:,} tokens  "
+            f"{time.perf_counter() - begin:.1f} seconds")
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["plot"]:

@@ -1,11 +1,15 @@
-"""What is read from or written to disk, network and terminal.
+"""What is read from or written to disk, network and terminal, and the machine that does it.
 
-Text and tokens:            bpe.py (the tokenizer), prepare.py (a corpus → tokens), stories.py (the built-in corpus)
-A model, as others open it: checkpoint.py (a Llama folder: safetensors and JSON)
-A run:                      run.py (its folder, from start to resumption), log.py (what it measured),
-                            plot.py (an SVG of that)
-The machine:                machine.py (devices, a compiler, signals, the ranks of torchrun)
-The command line:           cli.py (settings, flags, help, errors in one line, progress)
+Text and tokens   bpe.py         the tokenizer
+                  prepare.py     a corpus → tokens
+                  stories.py     the built-in corpus
+A model           checkpoint.py  as the folder that other tools open: safetensors and JSON
+A run             run.py         its folder, from start to resumption; what is newest and best
+                  log.py         what it measured
+                  plot.py        an SVG of that
+The machine       machine.py     devices, a compiler, signals, the ranks of torchrun
+                  files.py       files that are there whole, or not, and belong to one process
+The command line  cli.py         settings, flags, help, errors in one line, progress
 
-bpe, prepare, stories and cli import no torch.
+bpe, prepare, stories, files and cli import no torch.
 """

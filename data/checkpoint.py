@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import shutil
 import struct
 from dataclasses import fields
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 
 import tinylm
+from data import files
 from data.cli import InputError
 from tinylm import Config, tree_build, tree_leaves
 
@@ -36,7 +36,7 @@ def write_safetensors(path, tensors, contents=None):
         file.write(struct.pack("<Q", len(header)) + header)
         for tensor, _ in zip(tensors.values() if contents is None else contents, tensors, strict=True):
             file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-        flush(file)
+        files.flush(file)
 
 def read_safetensors(path):
     """Read a safetensors file → {name: tensor}. Raises InputError where it is damaged; never runs code from it."""
@@ -77,35 +77,6 @@ def read_safetensors(path):
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, RuntimeError) as error:
         raise InputError(f"{path} is damaged ({error}); take another checkpoint") from None
     return {name: tensors[name] for name in header}
-
-# ---- Files that are there whole, or not ----
-
-def flush(file):
-    """Make sure a file's bytes are on the disk before anything is renamed over an older one."""
-    file.flush()
-    os.fsync(file.fileno())
-
-def flush_folder(folder):
-    """Make sure the names in a folder are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-def write_json(path, value):
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2)
-        flush(file)
-
-def read_json(path):
-    """Read a JSON file. Raises InputError where it is missing or damaged."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is damaged ({error})") from None
 
 # ---- Names and layout, ours ↔ Hugging Face's ----
 
@@ -212,9 +183,9 @@ def config_from_hf(hf, source):
         hf = {"num_key_value_heads": hf["num_attention_heads"]} | {
             name: value for name, value in (hf | {"rope_theta": rope.get("rope_theta", hf.get("rope_theta"))}).items()
             if value is not None}
-        # In a Llama that lacks them they are not what Config has by default.
-        hf["intermediate_size"], hf["rms_norm_eps"]
-        config = Config(**{name: hf[hf_name] for name, hf_name in HF_SIZES.items() if hf_name in hf})
+        for needed in ("intermediate_size", "rms_norm_eps"):
+            hf[needed]  # what Config has by default would be wrong here
+        config = Config(**{name: hf[theirs] for name, theirs in HF_SIZES.items() if theirs in hf})
     except InputError:
         raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -235,15 +206,15 @@ def save_checkpoint(folder, params, config, tokenizer_file, end_token, optimizer
     """
     folder = Path(folder)
     beside = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(beside, ignore_errors=True)
+    files.remove(beside)
     gathered = map(tinylm.all_gather, [leaf for _, leaf in tree_leaves(params) + tree_leaves(optimizer or {})])
     try:
         write_checkpoint(beside, params, config, tokenizer_file, end_token, optimizer, train_state, gathered)
-        shutil.rmtree(folder, ignore_errors=True)
+        files.remove(folder)
         os.replace(beside, folder)
-        flush_folder(folder.parent)
+        files.flush_folder(folder.parent)
     except OSError:  # as on a full disk, where the part that was written would be in the way
-        shutil.rmtree(beside, ignore_errors=True)
+        files.remove(beside)
         raise
     finally:
         for _ in gathered:  # what was not written, as the other ranks take part in all
@@ -262,19 +233,19 @@ def write_checkpoint(folder, params, config, tokenizer_file, end_token, optimize
     write_safetensors(folder / "model.safetensors", {hf_name(path): w for path, w in leaves},
                       (pairs_to_halves(w, config.head_dim) if is_rotated(path) else w
                        for (path, _), w in zip(leaves, gathered)))
-    write_json(folder / "config.json", config_to_hf(config, end_id))
-    write_json(folder / "generation_config.json", {"bos_token_id": end_id, "eos_token_id": end_id})
-    write_json(folder / "tokenizer_config.json", {
+    files.write_json(folder / "config.json", config_to_hf(config, end_id))
+    files.write_json(folder / "generation_config.json", {"bos_token_id": end_id, "eos_token_id": end_id})
+    files.write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": text, "eos_token": text,
         "model_max_length": config.context_length, "clean_up_tokenization_spaces": False})
     with open(folder / "tokenizer.json", "wb") as file:
         file.write(Path(tokenizer_file).read_bytes())
-        flush(file)
+        files.flush(file)
     if optimizer is not None:
         write_safetensors(folder / "optimizer.safetensors", dict(tree_leaves(optimizer)), gathered)
     if train_state is not None:
-        write_json(folder / "train_state.json", train_state)
-    flush_folder(folder)
+        files.write_json(folder / "train_state.json", train_state)
+    files.flush_folder(folder)
 
 def load_checkpoint(folder):
     """Read (params in float32, config) from a Llama folder, of ours or of `transformers`, in one file or sharded.
@@ -283,14 +254,15 @@ def load_checkpoint(folder):
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
-        advice = f"give {folder}/latest" if (folder / "latest").is_dir() else "expected a Llama folder"
+        steps = sorted(folder.glob("step-*"))
+        advice = f"give {steps[-1]}" if steps else "expected a Llama folder"
         raise InputError(f"{folder} is not a checkpoint (no config.json in it); {advice}")
-    config = config_from_hf(read_json(folder / "config.json"), folder / "config.json")
+    config = config_from_hf(files.read_json(folder / "config.json"), folder / "config.json")
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.is_file() and not (folder / names[0]).is_file():
         try:
-            names = sorted(set(read_json(index)["weight_map"].values()))
+            names = sorted(set(files.read_json(index)["weight_map"].values()))
         except (KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{index} is damaged ({type(error).__name__}: {error})") from None
     tensors = {}

@@ -142,7 +142,9 @@ def described(table):
         if heading:
             lines += ["", f"{heading[1]}:"]
         elif name and name[1] in fields:
-            lines.append(f"{name[1]}: {fields[name[1]].metadata['meaning']}{stated_default(fields[name[1]])}")
+            field = fields[name[1]]
+            on_resuming = "; may change on resuming" if field.metadata["may_change"] else ""
+            lines.append(f"{field.name}: {field.metadata['meaning']}{on_resuming}{stated_default(field)}")
     return lines
 
 def stated_default(field):
@@ -162,7 +164,7 @@ def read_arguments(parameters, arguments):
     Fire would run the function before it rejects an unknown flag, and shorten names; so nothing is left to it to judge.
     """
     flags, arguments = {}, list(arguments)
-    is_bool = lambda name: name in parameters and "bool" in str(parameters[name].annotation)
+    is_bool = lambda name: name in parameters and kind_of(parameters[name]) is bool
     while arguments:
         argument = arguments.pop(0)
         if not argument.startswith("--") or argument == "--":
@@ -213,8 +215,7 @@ def run(function, arguments=None):
     """
     program, arguments = os.path.basename(sys.argv[0]), sys.argv[1:] if arguments is None else arguments
     if any(argument in ("--help", "-h") for argument in arguments):
-        print(help_text(function))
-        return
+        return say(help_text(function))
     try:
         kinds = inspect.signature(function).parameters.values()
         parameters = {parameter.name: parameter for parameter in kinds if parameter.kind == parameter.KEYWORD_ONLY}
@@ -228,6 +229,8 @@ def run(function, arguments=None):
         import fire
         fire.Fire(fire.decorators.SetParseFns(**parsers)(function),
                   command=names + [f"--{name}={text}" for name, text in flags.items()], name=program)
+    except ReaderGone:
+        sys.exit(0)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         sys.exit(fail(f"{program}: {where}{error.strerror or error}"))
@@ -241,10 +244,38 @@ def run(function, arguments=None):
             fail(f"{program}: {error}")
         sys.exit(error.exit_code)
 
+# ---- What people read ----
+
+def put(text, stream=None):
+    """Write a text for a person, with "?" for what a terminal can't show. Returns the error in its way, or None.
+
+    A reader who is gone, as behind a closed pipe, or a full disk must not end the work that is told of.
+    """
+    stream = stream or sys.stdout
+    try:
+        try:
+            stream.write(text)
+        except UnicodeEncodeError:
+            stream.write(text.encode(stream.encoding, "replace").decode(stream.encoding))
+        stream.flush()
+    except BrokenPipeError as error:
+        # What is still in the stream's buffer would fail again, and loudly, when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return error
+    except (OSError, ValueError) as error:  # a full disk; a closed stream
+        return error
+
+def say(line):
+    """Print a line on stdout, as `put` does."""
+    put(f"{line}\n")
+
 def fail(line):
-    """Print one line on stderr; returns 2, the exit code of a user's mistake."""
-    print(line, file=sys.stderr, flush=True)
+    """Print a line on stderr; returns 2, the exit code of a user's mistake."""
+    put(f"{line}\n", sys.stderr)
     return 2
+
+class ReaderGone(Exception):
+    """Nobody reads what a command is there to write; it ends quietly."""
 
 def json_lines(path):
     """The objects in a file of one JSON object a line, without lines cut short; none where there is no such file."""
@@ -287,20 +318,15 @@ class Progress:
 
     def show(self, done, first, now):
         rate = (done - first) / max(1e-9, now - self.begin)
-        text = f"{self.label}: {done / self.scale:,.1f}"
-        if self.total:
-            text += f" of {self.total / self.scale:,.1f} {self.unit}, {rate / self.scale:,.1f} {self.unit}/s"
-            text += f", {duration((self.total - done) / rate)} left" if rate else ""
-        else:
-            text += f" {self.unit}, {rate / self.scale:,.1f} {self.unit}/s"
-        self.write(text)
+        number = lambda count: f"{count / self.scale:,.{0 if self.scale == 1 else 1}f}"  # counts have no decimals
+        of_total = f" of {number(self.total)}" if self.total else ""
+        left = f", {duration((self.total - done) / rate)} left" if self.total and rate else ""
+        self.write(f"{self.label}: {number(done)}{of_total} {self.unit}, {number(rate)} {self.unit}/s{left}")
 
     def write(self, text):
-        self.stream.write(f"\r\033[K{text}" if self.terminal else f"{text}\n")
-        self.stream.flush()
+        put(f"\r\033[K{text}" if self.terminal else f"{text}\n", self.stream)
         self.shown = True
 
     def close(self):
         if self.shown and self.terminal:
-            self.stream.write("\r\033[K")
-            self.stream.flush()
+            put("\r\033[K", self.stream)

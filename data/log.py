@@ -14,7 +14,8 @@ import torch
 
 import tinylm
 from data import cli, machine
-from data.cli import InputError
+from data.cli import InputError, say
+from data.run import newest
 
 PATIENCE = 5  # steps in a row whose numbers are not finite, before a run gives up
 
@@ -50,19 +51,19 @@ def tokens_per_step(settings):
 def introduce(run):
     """Say what is about to run."""
     settings, config, ids = run.settings, run.config, run.ids
-    compiled = ", compiled" if settings.compile and not settings.shard else ""
+    compiled = ", compiled" if settings.is_compiled else ""
     sharded = ", sharded" if settings.shard else ""
     ranks = f", {run.num_ranks} ranks{sharded}" if torch.distributed.is_initialized() else ""
     held_out = min(len(ids["val"]) - 1, settings.eval_tokens)
     of_all = f"the first {held_out:,} of" if held_out < len(ids["val"]) - 1 else "all"
-    print(f"model       {tinylm.num_params(config):,} parameters: d_model {config.d_model}, "
+    say(f"model       {tinylm.num_params(config):,} parameters: d_model {config.d_model}, "
           f"{config.num_layers} layers, {config.num_heads} heads, d_ff {config.d_ff}, "
           f"context {config.context_length}, vocabulary {config.vocab_size}")
-    print(f"device      {settings.device}, {settings.dtype}{compiled}{ranks}")
-    print(f"data        {run.data}: {len(ids['train']):,} tokens; validation on {of_all} {len(ids['val']) - 1:,}")
-    print(f"step        {tokens_per_step(settings):,} tokens; {run.step} of {settings.num_steps} steps done; "
+    say(f"device      {settings.device}, {settings.dtype}{compiled}{ranks}")
+    say(f"data        {run.data}: {len(ids['train']):,} tokens; validation on {of_all} {len(ids['val']) - 1:,}")
+    say(f"step        {tokens_per_step(settings):,} tokens; {run.step} of {settings.num_steps} steps done; "
           f"learning rate {settings.lr_max:.2e} to {settings.lr_min:.2e}")
-    print(f"writes to   {run.folder}", flush=True)
+    say(f"writes to   {run.folder}")
 
 class Log:
     """Where what was measured goes, until it is left; it says first what is about to run."""
@@ -74,7 +75,7 @@ class Log:
         self.peak_flops = peak and peak * run.num_ranks
         path = os.devnull if run.rank else run.folder / "metrics.jsonl"
         self.samples = [[line["step"], line["sample"]] for line in cli.json_lines(path) if "sample" in line]
-        self.file = open(path, "a", buffering=1, encoding="utf-8")
+        self.file, self.cut = open(path, "ab", buffering=0), False
         self.screen = cli.Progress("training", stream=sys.stdout)
         self.wandb = import_wandb() if run.settings.use_wandb else None
         if self.wandb:
@@ -91,8 +92,7 @@ class Log:
     def __exit__(self, error, *_):
         self.screen.close()
         self.file.close()
-        if self.wandb:
-            self.wandb_run.finish(exit_code=int(error is not None))
+        self.send(lambda: self.wandb_run.finish(exit_code=int(error is not None)))
 
     @property
     def seconds(self):
@@ -107,12 +107,31 @@ class Log:
         """Keep measurements of a step."""
         tokens = step * tokens_per_step(self.settings)
         measured = {"step": step, "tokens": tokens, "seconds": round(self.seconds, 3)} | measured
-        self.file.write(json.dumps(measured) + "\n")
+        self.keep(json.dumps(measured))
+        sample = measured.pop("sample", None)
+        self.samples += [] if sample is None else [[step, sample]]
+        table = lambda: {} if sample is None else {"samples": self.wandb.Table(["step", "text"], self.samples)}
+        self.send(lambda: self.wandb_run.log(measured | table(), step=step))
+
+    def keep(self, line):
+        """Add a line to metrics.jsonl. A disk that is full costs lines, not the run, and is said once."""
+        data = b"\n" * self.cut + line.encode() + b"\n"  # behind a line that was cut short another begins
+        try:
+            written, error = self.file.write(data), "the disk is full"
+        except OSError as problem:
+            written, error = 0, problem
+        if written < len(data) and not self.cut:
+            cli.fail(f"{self.run.folder / 'metrics.jsonl'} could not be written ({error}); make room, the run goes on")
+        self.cut = written < len(data)
+
+    def send(self, call):
+        """Where asked, tell W&B. Losing it is said, and never ends a run."""
         if self.wandb:
-            if "sample" in measured:
-                self.samples.append([step, measured.pop("sample")])
-                measured["samples"] = self.wandb.Table(["step", "text"], self.samples)
-            self.wandb_run.log(measured, step=step)
+            try:
+                call()
+            except Exception as error:  # of W&B's many kinds
+                self.wandb = None
+                cli.fail(f"W&B has failed ({' '.join(str(error).split())}); the run goes on without it")
 
     def training(self, step, loss, norm, lr):
         """Keep and show the state of training."""
@@ -132,28 +151,31 @@ class Log:
         self.write(step, val_loss=val_loss, val_perplexity=math.exp(min(val_loss, 700)),
                    val_bits_per_byte=bits_per_byte, **{"sample": sample} if sample else {})
         self.screen.close()
-        print(f"step {step}  validation loss {val_loss:.4f}  {bits_per_byte:.4f} bits per byte  "
+        say(f"step {step}  validation loss {val_loss:.4f}  {bits_per_byte:.4f} bits per byte  "
               f"after {cli.duration(self.seconds)}")
         if sample:
-            print(f"  it writes: {' '.join(sample.split())}", flush=True)
+            say(f"  it writes: {' '.join(sample.split())}")
         self.pause(step)
 
     def histograms(self, step, **trees):
         """Where asked, send each tensor's distribution to W&B, by tree and path; of a split one, this rank's rows."""
-        if self.wandb and self.settings.wandb_histograms:
-            local = lambda tensor: tensor.to_local() if tinylm.is_split(tensor) else tensor
-            self.wandb_run.log({f"{name}/{path}": self.wandb.Histogram(local(tensor).float().cpu().numpy())
-                                for name, tree in trees.items()
-                                for path, tensor in tinylm.tree_leaves(tree)}, step=step)
+        local = lambda tensor: tensor.to_local() if tinylm.is_split(tensor) else tensor
+        histogram = lambda tensor: self.wandb.Histogram(local(tensor).float().cpu().numpy())
+        if self.settings.wandb_histograms:
+            self.send(lambda: self.wandb_run.log({
+                f"{name}/{path}": histogram(tensor) for name, tree in trees.items()
+                for path, tensor in tinylm.tree_leaves(tree)}, step=step))
 
     def checkpoint(self, step):
         """Where asked, send the latest checkpoint to W&B."""
-        if self.wandb and self.settings.wandb_artifacts:
-            latest, best = (self.run.folder / "latest").resolve(), (self.run.folder / "best").resolve()
+        def send():
             artifact = self.wandb.Artifact(f"{self.wandb_run.id}-checkpoint", "model", metadata={"step": step})
             artifact.add_dir(str(latest))
-            self.wandb_run.log_artifact(artifact, aliases=["latest"] + ["best"] * (latest == best))
-        self.pause(step)
+            self.wandb_run.log_artifact(artifact, aliases=["latest"] + ["best"] * (step == self.run.best_step))
+
+        latest = newest(self.run.folder)
+        if self.settings.wandb_artifacts:
+            self.send(send)
 
     def applied(self, step, loss, norm, lr):
         """Whether a step's numbers are finite, so that it can be applied; else they are kept and shown.
@@ -167,10 +189,10 @@ class Log:
         numbers = f"loss {loss}, gradient norm {norm}, learning rate {lr:.2e}"
         self.write(step, skipped=numbers)
         self.screen.close()
-        print(f"step {step} is not applied: {numbers}", flush=True)
+        say(f"step {step} is not applied: {numbers}")
         if self.bad_steps == PATIENCE:
-            good = self.run.folder / "latest"
-            begin = f"go on from {good.resolve().name} with --resume={self.run.folder}, or " if good.exists() else ""
+            good = newest(self.run.folder)
+            begin = f"go on from {good.name} with --resume={self.run.folder}, or " if good else ""
             raise Diverged(f"{PATIENCE} steps in a row were not finite, the last at step {step}: {numbers}; {begin}"
                            "start anew with a smaller --lr_max, a longer --warmup_steps or --dtype=float32")
         return False

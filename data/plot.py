@@ -4,7 +4,7 @@ import math
 from html import escape
 from pathlib import Path
 
-from data.cli import InputError, json_lines
+from data.cli import InputError, json_lines, say
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, GAP = 840, 560, 70, 20, 30, 50  # pixels
 COLORS = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2"]
@@ -81,4 +81,4 @@ def plot(*runs, output: str = ""):
     path = Path(output) if output else Path(runs[0]) / "loss.svg"
     svg = svg_of({run: read_metrics(run) for run in runs})
     path.write_text(svg, encoding="utf-8")
-    print(f"wrote {path}")
+    say(f"wrote {path}")

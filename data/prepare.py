@@ -17,7 +17,7 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from data import bpe, cli, stories
+from data import bpe, cli, files, stories
 from data.cli import InputError, flag
 
 DATA = Path(__file__).resolve().parent
@@ -60,6 +60,12 @@ def download(url, path, size, attempts=8, pause=1):
     if path.is_file() and path.stat().st_size == size:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
+    wait = lambda holder: cli.say(f"{path} is being downloaded by {holder}; waiting for it")
+    with files.wait_for_lock(path.with_name(f".{path.name}.lock"), wait):
+        return path if path.is_file() and path.stat().st_size == size else fetch(url, path, size, attempts, pause)
+
+def fetch(url, path, size, attempts, pause):
+    """`download`, by the one process that does it."""
     partial = path.with_name(path.name + ".part")
     for attempt in range(attempts):
         begin = partial.stat().st_size if partial.exists() else 0
@@ -123,11 +129,11 @@ def text_files(source):
         return [source]
     if not source.is_dir():
         raise InputError(f"{source} is not there; expected a text file, or a folder of them")
-    files = [path for path in sorted(source.rglob("*")) if path.is_file()
+    paths = [path for path in sorted(source.rglob("*")) if path.is_file()
              and not any(part.startswith(".") for part in path.relative_to(source).parts)]
-    if not files:
+    if not paths:
         raise InputError(f"{source} has no files in it; expected a text file, or a folder of them")
-    return files
+    return paths
 
 def whole_spans(paths):
     """Files as spans (path, start, end), without the empty ones. Raises InputError where no text is left."""
@@ -191,48 +197,66 @@ def write_ids(tokenizer, spans, path, workers, errors):
 def prepare(given):
     """Turn a corpus into tokens: a folder data/NAME/ that train.py trains on."""
     settings = cli.complete(Settings, given)
-    dataset, source, val_input, errors = settings.dataset, settings.input, settings.val_input, settings.errors
+    dataset, source, val_input = settings.dataset, settings.input, settings.val_input
     if dataset and source:
         raise InputError(f"--dataset={dataset} and --input={source}: give one of the two")
     if val_input and (settings.val_fraction is not None or not source):
         raise InputError(f"--val_input={val_input} goes with --input, and without --val_fraction")
     if settings.tokenizer and settings.vocab_size:
         raise InputError(f"--tokenizer={settings.tokenizer} has its own vocabulary; leave out --vocab_size")
-    val_fraction = settings.val_fraction or 0.1
     tokenizer = load_tokenizer(settings.tokenizer) if settings.tokenizer else None
     dataset = dataset or ("" if source else "stories")
     vocab_size = tokenizer.vocab_size if tokenizer else settings.vocab_size or VOCAB_SIZES.get(dataset, 2048)
     output = Path(settings.output or DATA / (dataset or Path(source).resolve().stem))
-    if output.exists() and not (output / "meta.json").is_file() and (not output.is_dir() or any(output.iterdir())):
+    own = {".lock", ".lock.held", ".partial"}  # what a killed process of this command may have left
+    if output.exists() and not (output / "meta.json").is_file() and (
+            not output.is_dir() or any(path.name not in own for path in output.iterdir())):
         raise InputError(f"{output} is there and was not written by this command; choose another --output")
     sources = [text_files(path) for path in (source, val_input) if path]
-    for files in sources:
-        whole_spans(files)
+    for paths in sources:
+        whole_spans(paths)
 
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        if dataset == "stories":
-            sources = [[path] for path in write_stories(partial)]
-        elif dataset:
-            kept = DATA / "downloads"
-            sources = [[download(url, kept / f"{dataset}-{url.split('/')[-1]}", size)]
-                       for url, size in DOWNLOADS[dataset]]
-        spans = [whole_spans(files) for files in sources]
-        train, val = spans if len(spans) == 2 else split_spans(spans[0], val_fraction)
-        if not train or not val:
-            raise InputError(f"{source or dataset}: too little text to keep {val_fraction} of it for validation; use "
-                             "more text or another --val_fraction")
-        check_room(partial, sum(end - start for _, start, end in train + val), vocab_size)
-        tokenizer = tokenizer or bpe.train(train, vocab_size, workers=settings.workers, errors=errors)
-        write_data(partial, dataset or source, train, val, tokenizer, settings.workers, errors)
-        shutil.rmtree(output, ignore_errors=True)
-        os.replace(partial, output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    is_new = not output.exists()
+    output.mkdir(parents=True, exist_ok=True)
+    wait = lambda holder: cli.say(f"{output} is being prepared by {holder}; waiting for it")
+    with files.wait_for_lock(output / ".lock", wait) as waited:
+        if not (waited and dataset and (output / "meta.json").is_file()):
+            try:
+                write_beside(output / ".partial", sources, settings, dataset, tokenizer, vocab_size)
+                put_in_place(output / ".partial", output)
+            except BaseException:
+                files.remove(output / ".partial")
+                if is_new and not (output / "meta.json").is_file():
+                    files.remove(output)
+                raise
     report(output, vocab_size)
+
+def write_beside(partial, sources, settings, dataset, tokenizer, vocab_size):
+    """Write all that a data folder has into `partial`."""
+    files.remove(partial)
+    partial.mkdir()
+    if dataset == "stories":
+        sources = [[path] for path in write_stories(partial)]
+    elif dataset:
+        kept = DATA / "downloads"
+        sources = [[download(url, kept / f"{dataset}-{url.split('/')[-1]}", size)] for url, size in DOWNLOADS[dataset]]
+    spans = [whole_spans(paths) for paths in sources]
+    val_fraction = settings.val_fraction or 0.1
+    train, val = spans if len(spans) == 2 else split_spans(spans[0], val_fraction)
+    if not train or not val:
+        raise InputError(f"{settings.input or dataset}: too little text to keep {val_fraction} of it for validation; "
+                         "use more text or another --val_fraction")
+    check_room(partial, sum(end - start for _, start, end in train + val), vocab_size)
+    tokenizer = tokenizer or bpe.train(train, vocab_size, workers=settings.workers, errors=settings.errors)
+    write_data(partial, dataset or settings.input, train, val, tokenizer, settings.workers, settings.errors)
+
+def put_in_place(partial, output):
+    """Move new data over old. The folder itself stays, as it may be a mount point; without meta.json it is no data."""
+    (output / "meta.json").unlink(missing_ok=True)
+    for path in sorted(partial.iterdir(), key=lambda path: path.name == "meta.json"):  # that one last
+        os.replace(path, output / path.name)
+    files.flush_folder(output)
+    files.remove(partial)
 
 def find_data(name):
     """The data folder of this path, or of this name below data/. A known corpus that is missing is prepared first."""
@@ -275,11 +299,11 @@ def report(folder, asked):
     """Say what a data folder holds."""
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     if meta["vocab_size"] < asked:
-        print(f"the text has no more pairs to merge: a vocabulary of {meta['vocab_size']}, not {asked}")
-    print(f"{folder}: a vocabulary of {meta['vocab_size']} tokens")
+        cli.say(f"the text has no more pairs to merge: a vocabulary of {meta['vocab_size']}, not {asked}")
+    cli.say(f"{folder}: a vocabulary of {meta['vocab_size']} tokens")
     for split in ("train", "val"):
         tokens, size = meta[split]["tokens"], meta[split]["bytes"]
-        print(f"  {split}.bin: {tokens:,} tokens for {size:,} bytes, {size / tokens:.2f} bytes a token")
+        cli.say(f"  {split}.bin: {tokens:,} tokens for {size:,} bytes, {size / tokens:.2f} bytes a token")
 
 # ---- Reading it back ----
 

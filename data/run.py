@@ -1,6 +1,5 @@
 """A run on disk: its folder, who holds it, its checkpoints, what is newest and best."""
 
-import fcntl
 import json
 import math
 import os
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 
 import tinylm
-from data import bpe, checkpoint, cli, machine, prepare
+from data import bpe, checkpoint, cli, files, machine, prepare
 from data.cli import InputError
 
 @dataclass
@@ -27,23 +26,53 @@ class Run:
     step: int = 0  # steps done
     seconds: float = 0.0  # that they took
     best: float = math.inf  # the lowest validation loss
+    best_step: int | None = None  # and when it was
     wandb_id: str | None = None
     # What each rank has of its own.
     rank: int = 0
     num_ranks: int = 1
-    meta: Any = None
-    ids: Any = None
-    tokenizer: Any = None
-    config: Any = None
-    params: Any = None
-    optimizer: Any = None
+    meta: dict | None = None  # meta.json of the data
+    ids: dict | None = None  # {"train": memmap, "val": memmap}
+    tokenizer: bpe.Tokenizer | None = None
+    config: tinylm.Config | None = None
+    params: dict | None = None
+    optimizer: dict | None = None
 
-SHARED = ("folder", "data", "source", "step", "seconds", "best", "wandb_id")  # of a run, which the first rank tells
+# Of a run, what the first rank finds out and tells the others.
+SHARED = ("folder", "data", "source", "step", "seconds", "best", "best_step", "wandb_id")
 
 class Finished(InputError):
     """A run that a scheduler starts again though it has done all its steps."""
 
     exit_code = 0
+
+# ---- What is newest and best ----
+
+def checkpoints(folder):
+    """{step: path} of a run's checkpoints, the newest last."""
+    steps = {}
+    for name in ("best", "latest", "step-*"):  # the first two where a copy made folders of the links
+        for path in Path(folder).glob(name):
+            if (path / "train_state.json").is_file() and not path.is_symlink():
+                step = path.name[5:] if name == "step-*" else files.read_json(path / "train_state.json")["step"]
+                steps[int(step)] = path
+    return dict(sorted(steps.items()))
+
+def newest(folder):
+    """The newest checkpoint of a run, or None."""
+    return next(reversed(checkpoints(folder).values()), None)
+
+def point(folder, name, target):
+    """Let a link in a run's folder point at a checkpoint, for other tools. Where there are no links nothing is lost."""
+    link = folder / f".{name}.partial"
+    try:
+        files.remove(link)
+        link.symlink_to(target)
+        if not (folder / name).is_symlink():
+            files.remove(folder / name)  # a copy of an older checkpoint, by what does not know links
+        os.replace(link, folder / name)
+    except OSError:
+        pass
 
 # ---- Start and resume ----
 
@@ -55,15 +84,26 @@ def open_run(resume, init_from, given, table):
     """
     with ExitStack() as claims:
         device, rank, num_ranks = claims.enter_context(machine.ranks(machine.choose_device(given.get("device"))))
-        run = find_run(resume, init_from, given, table, claims) if rank == 0 else None
+        run = mistake = None
+        if rank == 0:
+            try:
+                run = find_run(resume, init_from, given, table, claims)
+            except InputError as error:  # told to the other ranks first, so that all end alike
+                mistake = error
         if num_ranks > 1:
-            news = run and {name: getattr(run, name) for name in SHARED} | {"settings": cli.kept(run.settings)}
+            news = {"mistake": str(mistake), "is_finished": isinstance(mistake, Finished)}
+            if run:
+                news = {name: getattr(run, name) for name in SHARED} | {"settings": cli.kept(run.settings)}
             news = machine.from_first_rank(news, device)
+            if "mistake" in news:
+                raise mistake or (Finished if news["is_finished"] else InputError)(news["mistake"])
             own = {"device": device} | ({"use_wandb": False} if rank else {})
             settings = table.complete(news.pop("settings") | own)
             news |= {"folder": Path(news["folder"]), "data": Path(news["data"]), "rank": rank, "num_ranks": num_ranks}
             run = run or Run(settings, **news)
             run.settings, run.num_ranks = settings, num_ranks
+        elif mistake:
+            raise mistake
         if rank:
             run.meta, run.ids = prepare.open_data(run.data)
         run.tokenizer = bpe.load(run.data / "tokenizer.json")
@@ -74,11 +114,11 @@ def open_run(resume, init_from, given, table):
 
 def find_run(resume, init_from, given, table, claims):
     """A new run, one to go on with, or (--resume=auto) whichever there is."""
-    if resume and init_from:
+    if resume and resume != "auto" and init_from:
         raise InputError(f"--resume={resume} and --init_from={init_from}: give one of the two")
     if resume == "auto":
         folder = folder_named(table.complete(given))
-        if (folder / "latest").is_dir():
+        if newest(folder):
             return resume_run(folder, given, table, claims, Finished)
         return start_run(given, init_from, folder, table, claims)
     if resume:
@@ -97,7 +137,8 @@ def new_folder(settings):
         number += 1
         folder = first.with_name(f"{first.name}-{number}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"--output_dir={folder} is not empty; go on with --resume={folder}, or choose another")
+        advice = f"go on with --resume={folder}, or choose another" if newest(folder) else "choose another"
+        raise InputError(f"--output_dir={folder} is not empty; {advice}")
     return folder
 
 def start_run(given, init_from, folder, table, claims):
@@ -111,7 +152,7 @@ def start_run(given, init_from, folder, table, claims):
                 raise InputError(f"--{flag}={given[flag]}: the model of --init_from={init_from} has {flag} {value}; "
                                  "leave the flag out")
         settings = table.complete(given | sizes)
-    model_config(settings, 257)  # raises where sizes don't fit, before any work
+    model_config(settings, 1)  # raises where sizes don't fit, before any work
     folder = folder or new_folder(settings)
     data = prepare.find_data(settings.data)
     meta, ids = prepare.open_data(data)
@@ -121,19 +162,19 @@ def start_run(given, init_from, folder, table, claims):
         tinylm.get_batch(ids["train"], 1, config.context_length, 0, 0)  # raises where the text is too short
     check_room(folder, checkpoint_bytes(config) * (settings.keep_checkpoints + 2), "the checkpoints of this run need")
     folder.mkdir(parents=True, exist_ok=True)
-    claims.enter_context(lock(folder))
+    claims.enter_context(hold(folder))
     return Run(settings, folder, data, source=init_from, meta=meta, ids=ids)
 
 def resume_run(folder, given, table, claims, done=InputError):
     """A run as its latest checkpoint has it. Raises InputError for flags that would make it another run, and `done`
     where it has done all its steps."""
-    latest = folder / "latest"
-    if not latest.is_dir():
+    latest = newest(folder)
+    if not latest:
         advice = f"give the run's folder, --resume={folder.parent}" if (folder / "train_state.json").is_file() else (
             "expected a folder that train.py wrote")
         raise InputError(f"--resume={folder}: no checkpoint there; {advice}")
-    claims.enter_context(lock(folder))
-    state = checkpoint.read_json(latest / "train_state.json")
+    claims.enter_context(hold(folder))
+    state = files.read_json(latest / "train_state.json")
     try:
         kept, step, seconds, tokenizer = (state[name] for name in ("settings", "step", "seconds", "tokenizer_sha256"))
         for flag, value in given.items():
@@ -145,7 +186,9 @@ def resume_run(folder, given, table, claims, done=InputError):
                              "code that began the run")
         settings = table.complete(kept | given)
         best = math.inf if state["best"] is None else state["best"]
-        run = Run(settings, folder, prepare.find_data(settings.data), str(latest.resolve()), step, seconds, best,
+        best_link = (folder / "best").resolve().name  # runs of before say it by a link alone
+        best_step = state.get("best_step", int(best_link[5:]) if best_link.startswith("step-") else None)
+        run = Run(settings, folder, prepare.find_data(settings.data), str(latest), step, seconds, best, best_step,
                   state["wandb_id"])
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{latest}/train_state.json is damaged ({type(error).__name__}: {error}); take another "
@@ -193,26 +236,20 @@ def keep_metrics(path, last_step):
     os.replace(partial, path)
 
 @contextmanager
-def lock(folder):
-    """Hold a run's folder for this process, until it leaves or ends in whatever way."""
-    with open(folder / "lock", "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise InputError(f"{folder} is in use by another run (process {file.read().strip()}); wait for it or stop "
-                             "it") from None
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        for left in folder.glob(".*.partial"):  # by a run that was killed
-            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
-        yield
+def hold(folder):
+    """Hold a run's folder for this process. Raises InputError where another one does."""
+    try:
+        with files.lock(folder / "lock"):
+            for left in folder.glob(".*.partial"):  # by a run that was killed
+                files.remove(left)
+            yield
+    except files.Held as holder:
+        raise InputError(f"{folder} is in use by another run ({holder}); wait for it or stop it") from None
 
 # ---- Save ----
 
 def checkpoint_bytes(config):
-    """The size of a checkpoint: parameters and two moments, of 4 bytes each."""
+    """The most a checkpoint takes: parameters and two moments, of 4 bytes each."""
     return 3 * 4 * tinylm.num_params(config)
 
 def check_room(folder, needed, purpose):
@@ -229,25 +266,22 @@ def save(run, step, seconds, val_loss):
     try:
         check_room(folder, checkpoint_bytes(run.config), "a checkpoint needs")
     except InputError:
-        checkpoint.take_part_in_saving(run.params, run.optimizer)
+        checkpoint.take_part_in_saving(run.params, run.optimizer)  # the other ranks are gathering already
         raise
-    best = min(run.best, val_loss)
+    best, best_step = (val_loss, step) if val_loss < run.best else (run.best, run.best_step)
     state = {"step": step, "settings": cli.kept(run.settings), "seconds": seconds, "wandb_id": run.wandb_id,
-             "best": best if best < math.inf else None, "tokenizer_sha256": run.meta["tokenizer_sha256"]}
+             "best": best if best < math.inf else None, "best_step": best_step,
+             "tokenizer_sha256": run.meta["tokenizer_sha256"]}
     end_token = bpe.END_OF_TEXT, run.meta["end_of_text_id"]
     tokenizer_file = run.data / "tokenizer.json"
     checkpoint.save_checkpoint(target, run.params, run.config, tokenizer_file, end_token, run.optimizer, state)
-    for name in ["latest"] + ["best"] * (val_loss < run.best):
-        link = folder / f".{name}.partial"
-        link.unlink(missing_ok=True)
-        link.symlink_to(target.name)
-        os.replace(link, folder / name)
-    checkpoint.flush_folder(folder)
-    run.best = best
-    keep = {link.resolve().name for link in (folder / "latest", folder / "best")}
-    for old in sorted(folder.glob("step-*"))[:-run.settings.keep_checkpoints]:
-        if old.name not in keep:
-            shutil.rmtree(old)
+    run.best, run.best_step = best, best_step
+    for name in ["latest"] + ["best"] * (best_step == step):
+        point(folder, name, target.name)
+    files.flush_folder(folder)
+    for old_step in list(checkpoints(folder))[:-run.settings.keep_checkpoints]:
+        if old_step != best_step:
+            files.remove(folder / f"step-{old_step:07d}")
 
 def try_to_save(run, step, seconds, val_loss):
     """`save`, or say why not: a disk that is full now must not end a run that has room later. → whether it could."""
@@ -258,8 +292,9 @@ def try_to_save(run, step, seconds, val_loss):
         save(run, step, seconds, val_loss)
         return True
     except (OSError, InputError) as error:
-        good = (run.folder / "latest").resolve().name if (run.folder / "latest").exists() else "none"
-        cli.fail(f"the checkpoint of step {step} could not be saved ({error}); the last good one is {good}")
+        good = newest(run.folder)
+        cli.fail(f"the checkpoint of step {step} could not be saved ({error}); the last good one is "
+                 f"{good.name if good else 'none'}")
         return False
 
 def conclude(run, step, saved):
@@ -268,6 +303,6 @@ def conclude(run, step, saved):
         raise InputError(f"{run.folder}: the run ended without its last checkpoint; make room and run it again with "
                          "--resume")
     if step < run.settings.num_steps:
-        print(f"stopped after step {step}; go on with: python train.py --resume={run.folder}")
+        cli.say(f"stopped after step {step}; go on with: python train.py --resume={run.folder}")
     else:
-        print(f"done; write with: python sample.py --checkpoint={run.folder}")
+        cli.say(f"done; write with: python sample.py --checkpoint={run.folder}")

@@ -1,0 +1,130 @@
+"""Files and folders that are there whole, or not at all, and belong to one process at a time."""
+
+import json
+import os
+import shutil
+import socket
+import time
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from data.cli import InputError
+
+def flush(file):
+    """Make sure a file's bytes are on the disk before anything is renamed over an older one."""
+    file.flush()
+    os.fsync(file.fileno())
+
+def flush_folder(folder):
+    """Make sure the names in a folder are on the disk, where a system lets folders be opened for that."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:  # Windows
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:  # some network drives
+        pass
+    finally:
+        os.close(descriptor)
+
+def write_json(path, value):
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2)
+        flush(file)
+
+def read_json(path):
+    """Read a JSON file. Raises InputError where it is missing or damaged."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is damaged ({error})") from None
+
+def remove(path):
+    """Remove a file, a link or a whole folder, if it is there."""
+    path = Path(path)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+class Held(Exception):
+    """Another process holds a lock; the text says which."""
+
+@contextmanager
+def lock(path):
+    """Hold a lock file for this process, until it leaves or ends in whatever way. Raises Held where another does."""
+    with open(path, "a+", encoding="utf-8") as file:
+        try:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise Held(f"process {file.read().strip()}") from None
+        except (ImportError, OSError):  # Windows; network drives whose locks are off
+            with lock_by_name(Path(f"{path}.held")):
+                yield
+            return
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        if not path_is(path, file):  # it was removed, with its folder, while this process waited for it
+            raise Held("another process")
+        yield
+
+def path_is(path, file):
+    """Whether a path still names an open file."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+    except OSError:
+        return False
+
+@contextmanager
+def lock_by_name(path):
+    """`lock` where a system has no locks: by a file that names host and process. One that died on this host is over."""
+    mine = f"{os.getpid()} on {socket.gethostname()}"
+    while True:
+        try:
+            with open(path, "x", encoding="utf-8") as file:
+                file.write(mine)
+            break
+        except FileExistsError:
+            process, _, host = path.read_text(encoding="utf-8").partition(" on ")
+            if host == socket.gethostname() and process.isdigit() and not is_alive(int(process)):
+                path.unlink(missing_ok=True)
+                continue
+            raise Held(f"process {process} on {host}; if that has ended, remove {path}") from None
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+def is_alive(process):
+    """Whether a process of this machine may still run."""
+    if os.name == "nt":  # where to ask would be to interrupt it
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
+
+@contextmanager
+def wait_for_lock(path, say, seconds=0.2):
+    """`lock`, that waits for the process which holds it; `say` is told once of which. → whether it had to wait."""
+    said = held = False
+    with ExitStack() as claims:
+        while not held:
+            try:
+                claims.enter_context(lock(path))
+                held = True
+            except Held as error:
+                if not said:
+                    say(str(error))
+                said = True
+                time.sleep(seconds)
+        yield said
