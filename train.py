@@ -124,6 +124,7 @@ class Settings:
         if settings.batch_size % machine.num_ranks():
             raise InputError(f"--batch_size={settings.batch_size} can't be split over {machine.num_ranks()} ranks; "
                              "expected a multiple of that")
+        schedule(settings)  # raises where the schedule needs what is no setting
         if settings.is_compiled:
             machine.check_compiler(device)
         if settings.shard and not torch.distributed.is_initialized():
@@ -142,8 +143,7 @@ def train(given):
     if eval_only:
         return evaluate_only(resume, init_from, given)
     if "split" in given:
-        raise InputError(f"--split={given['split']} belongs to --eval_only; leave it out, or evaluate with --eval_only "
-                         f"--split={given['split']}")
+        raise InputError(f"--split={given['split']} belongs to --eval_only; leave it out, or add --eval_only")
     machine.keep_freed_memory()
     with (open_run(resume, init_from, given, Settings) as run, machine.numerics(run.settings.device), Log(run) as log,
           machine.Interrupt() as interrupt):
@@ -182,10 +182,14 @@ def train(given):
 # ---- The parts of a step ----
 
 def schedule(settings):
-    """The learning rate as a function of the step; a schedule's arguments are settings."""
+    """The learning rate as a function of the step; a schedule's other arguments are settings of these names."""
     function = tinylm.SCHEDULES[settings.schedule]
-    names = list(inspect.signature(function).parameters)[1:]
-    return partial(function, **{name: getattr(settings, name) for name in names if hasattr(settings, name)})
+    own = list(inspect.signature(function).parameters.values())[1:]
+    for parameter in own:
+        if parameter.default is parameter.empty and not hasattr(settings, parameter.name):
+            raise InputError(f"--schedule={settings.schedule} needs {parameter.name}, which is no setting; give it a line "
+                             "in Settings of train.py")
+    return partial(function, **{p.name: getattr(settings, p.name) for p in own if hasattr(settings, p.name)})
 
 def step_functions(config, settings):
     """What a step computes, compiled where asked: the loss of a batch, the update, the losses of each token."""

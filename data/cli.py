@@ -85,13 +85,13 @@ def complete(table, given, device="cpu"):
 
 def check(name, value, within, choices):
     """Raise InputError where a setting is out of its interval, or none of its choices."""
-    if value is None:
+    if value in (None, ""):
         return
     if choices and value not in choices:
-        one_of = " or ".join(choices) if len(choices) == 2 else f"one of {', '.join(choices)}"
+        one_of = " or ".join(choices) if len(choices) < 3 else f"one of {', '.join(choices)}"
         raise InputError(f"--{name}={value}: expected {one_of}")
     if within:
-        low, high = map(float, within[1:-1].split(","))
+        low, high = (float(bound) if "inf" in bound else int(bound) for bound in within[1:-1].split(","))
         above, below = within[0] == "(", within[-1] == ")"
         if not (low < value or value == low and not above) or not (value < high or value == high and not below):
             if high == math.inf:
@@ -100,7 +100,8 @@ def check(name, value, within, choices):
                 expected = f"between {low:g} and {high:g}"
             else:
                 expected = f"{'above' if above else 'from'} {low:g} {'to below' if below else 'up to'} {high:g}"
-            raise InputError(f"--{name}={value}: expected a number {expected}")
+            finite = "" if abs(value) < math.inf else "finite "
+            raise InputError(f"--{name}={value}: expected a {finite}number {expected}")
 
 def kept(settings):
     """What a run keeps of its settings, for JSON."""

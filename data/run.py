@@ -143,15 +143,15 @@ def new_folder(settings):
 
 def start_run(given, init_from, folder, table, claims):
     """A new run: settings chosen, data and room checked, the folder claimed."""
-    settings = table.complete(given)
+    sizes = {}
     if init_from:
         _, config = checkpoint.load_checkpoint(init_from)
-        sizes = {field.name: getattr(config, field.name) for field in fields(config) if hasattr(settings, field.name)}
+        sizes = {name: value for name, value in vars(config).items() if name in cli.flags_of(table)}
         for flag, value in sizes.items():
             if given.get(flag, value) != value:
                 raise InputError(f"--{flag}={given[flag]}: the model of --init_from={init_from} has {flag} {value}; "
                                  "leave the flag out")
-        settings = table.complete(given | sizes)
+    settings = table.complete(given | sizes)
     model_config(settings, 1)  # raises where sizes don't fit, before any work
     folder = folder or new_folder(settings)
     data = prepare.find_data(settings.data)
@@ -177,10 +177,14 @@ def resume_run(folder, given, table, claims, done=InputError):
     state = files.read_json(latest / "train_state.json")
     try:
         kept, step, seconds, tokenizer = (state[name] for name in ("settings", "step", "seconds", "tokenizer_sha256"))
+        if not (type(step) is int and step >= 0 and isinstance(seconds, (int, float))
+                and isinstance(state["best"], (int, float, type(None)))):
+            raise TypeError(f"step {step!r}, seconds {seconds!r}, best {state['best']!r}")
         for flag, value in given.items():
-            if not cli.may_change(table, flag) and value != kept.get(flag):
-                raise InputError(f"--{flag}={value}: the run has {flag} {kept.get(flag)}, which can't change on "
-                                 "resuming; start a new run for that")
+            before = kept.get(flag, cli.flags_of(table)[flag].metadata["default"])  # for a run of before it was a flag
+            if not cli.may_change(table, flag) and value != before:
+                raise InputError(f"--{flag}={value}: the run has {flag} {before}, which can't change on resuming; "
+                                 "start a new run for that")
         for name in kept.keys() - cli.flags_of(table):
             raise InputError(f"{latest}/train_state.json has a setting {name}, which this code has not; go on with the "
                              "code that began the run")
