@@ -1126,7 +1126,8 @@ def read_wandb(path):
                 whole = b""
     row = lambda history: {item.key or item.nested_key[0]: json.loads(item.value_json) for item in history.item}
     rows = [row(record.history) for record in records if record.WhichOneof("record_type") == "history"]
-    return rows, {update.key: json.loads(update.value_json) for record in records for update in record.run.config.update}
+    updates = [update for record in records for update in record.run.config.update]
+    return rows, {update.key: json.loads(update.value_json) for update in updates}
 
 def test_wandb_offline_has_what_was_measured(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -1697,7 +1698,8 @@ def test_two_processes_prepare_one_corpus_once(tmp_path):
         meta, ids = prepare.open_data(prepare.find_data("stories"))
         print(len(ids["train"]))
         """
-    both = [subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in "ab"]
+    start = lambda: subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    both = [start(), start()]
     outs = [process.communicate(timeout=120)[0].splitlines() for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert outs[0][-1] == outs[1][-1] == str(len(prepare.open_data(tmp_path / "stories")[1]["train"]))
@@ -1732,11 +1734,13 @@ def test_locks_where_there_are_none(tmp_path, monkeypatch, without):
             raise OSError(37, "No locks available")
         monkeypatch.setattr("fcntl.flock", refuse)
     with files.lock(tmp_path / "lock"):
-        with pytest.raises(files.Held, match=f"process {os.getpid()} on .*remove .*lock.held"), files.lock(tmp_path / "lock"):
-            raise AssertionError
+        with pytest.raises(files.Held, match=f"process {os.getpid()} on .*remove .*lock.held"):
+            with files.lock(tmp_path / "lock"):
+                raise AssertionError
     assert not (tmp_path / "lock.held").exists()
-    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True).stdout
-    (tmp_path / "lock.held").write_text(f"{dead.strip()} on {socket.gethostname()}")
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (tmp_path / "lock.held").write_text(f"{dead.pid} on {socket.gethostname()}")
     with files.lock(tmp_path / "lock"):
         pass
 
@@ -1778,7 +1782,8 @@ def test_a_run_whose_links_were_followed_by_a_copy(tmp_path):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no device that is always full")
 def test_metrics_on_a_full_disk(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(log, "open", lambda path, mode, buffering: open("/dev/full", mode, buffering=buffering), raising=False)
+    full = lambda path, mode, buffering: open("/dev/full", mode, buffering=buffering)
+    monkeypatch.setattr(log, "open", full, raising=False)
     train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", **TINY)
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "metrics.jsonl could not be written" in error and "No space left" in error
@@ -1789,8 +1794,10 @@ def test_a_terminal_that_is_not_utf8(trained, tmp_path, encoding):
     """What it can't show is replaced, and nothing ends for it."""
     (tmp_path / "naïve 🦊.txt").write_text("some text 🦊, and more\n" * 50, encoding="utf-8")
     for arguments, shown in ((["train.py", "--data=data", f"--output_dir={tmp_path}/run", *tiny_flags()], "it writes:"),
-                             (["sample.py", "--prompt=naïve 🦊", "--max_new_tokens=3"], "na"), (["train.py", "--help"], "4e-3"),
-                             (["data/prepare.py", f"--input={tmp_path}/naïve 🦊.txt", f"--output={tmp_path}/é🦊"], "val.bin")):
+                             (["sample.py", "--prompt=naïve 🦊", "--max_new_tokens=3"], "na"),
+                             (["train.py", "--help"], "4e-3"),
+                             (["data/prepare.py", f"--input={tmp_path}/naïve 🦊.txt", f"--output={tmp_path}/é🦊"],
+                              "val.bin")):
         process = command(trained, *arguments, PYTHONIOENCODING=encoding)
         out, error = process.communicate(timeout=60)
         assert process.returncode == 0 and shown in out and "Traceback" not in error, error

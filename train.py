@@ -187,8 +187,8 @@ def schedule(settings):
     own = list(inspect.signature(function).parameters.values())[1:]
     for parameter in own:
         if parameter.default is parameter.empty and not hasattr(settings, parameter.name):
-            raise InputError(f"--schedule={settings.schedule} needs {parameter.name}, which is no setting; give it a line "
-                             "in Settings of train.py")
+            raise InputError(f"--schedule={settings.schedule} needs {parameter.name}, which is no setting; give it a "
+                             "line in Settings of train.py")
     return partial(function, **{p.name: getattr(settings, p.name) for p in own if hasattr(settings, p.name)})
 
 def step_functions(config, settings):

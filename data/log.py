@@ -57,12 +57,12 @@ def introduce(run):
     held_out = min(len(ids["val"]) - 1, settings.eval_tokens)
     of_all = f"the first {held_out:,} of" if held_out < len(ids["val"]) - 1 else "all"
     say(f"model       {tinylm.num_params(config):,} parameters: d_model {config.d_model}, "
-          f"{config.num_layers} layers, {config.num_heads} heads, d_ff {config.d_ff}, "
-          f"context {config.context_length}, vocabulary {config.vocab_size}")
+        f"{config.num_layers} layers, {config.num_heads} heads, d_ff {config.d_ff}, "
+        f"context {config.context_length}, vocabulary {config.vocab_size}")
     say(f"device      {settings.device}, {settings.dtype}{compiled}{ranks}")
     say(f"data        {run.data}: {len(ids['train']):,} tokens; validation on {of_all} {len(ids['val']) - 1:,}")
     say(f"step        {tokens_per_step(settings):,} tokens; {run.step} of {settings.num_steps} steps done; "
-          f"learning rate {settings.lr_max:.2e} to {settings.lr_min:.2e}")
+        f"learning rate {settings.lr_max:.2e} to {settings.lr_min:.2e}")
     say(f"writes to   {run.folder}")
 
 class Log:
@@ -152,7 +152,7 @@ class Log:
                    val_bits_per_byte=bits_per_byte, **{"sample": sample} if sample else {})
         self.screen.close()
         say(f"step {step}  validation loss {val_loss:.4f}  {bits_per_byte:.4f} bits per byte  "
-              f"after {cli.duration(self.seconds)}")
+            f"after {cli.duration(self.seconds)}")
         if sample:
             say(f"  it writes: {' '.join(sample.split())}")
         self.pause(step)

@@ -54,8 +54,9 @@ def checkpoints(folder):
     for name in ("best", "latest", "step-*"):  # the first two where a copy made folders of the links
         for path in Path(folder).glob(name):
             if (path / "train_state.json").is_file() and not path.is_symlink():
-                step = path.name[5:] if name == "step-*" else files.read_json(path / "train_state.json")["step"]
-                steps[int(step)] = path
+                state = {"step": path.name[5:]} if name == "step-*" else files.read_json(path / "train_state.json")
+                if str(state.get("step")).isdigit():
+                    steps[int(state["step"])] = path
     return dict(sorted(steps.items()))
 
 def newest(folder):
