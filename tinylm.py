@@ -1116,10 +1116,10 @@ def linear_compiled(x, w):
 
 @faster(attention, is_compiled)
 def attention_compiled(q, k, v):
-    if q.shape[-2] == 1:
-        return attention_of_one(q, k, v)
-    # Short passes over scores are fused then.
-    return attention.definition(q, k, v) if k.shape[-2] <= TILE_QUERIES else tiled_attention(q, k, v)
+    """One query, and short passes over scores, are fused as they are defined."""
+    if q.shape[-2] == 1 or k.shape[-2] <= TILE_QUERIES:
+        return attention.definition(q, k, v)
+    return tiled_attention(q, k, v)
 
 # To torch.compile each of the two is one operation: it would lay out the loops, for minutes, and gain nothing.
 
