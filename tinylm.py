@@ -459,7 +459,7 @@ def sample_token(logits, temperature, top_k, top_p, generator):
     if top_k:
         lowest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
         logits = logits.masked_fill(logits < lowest, -math.inf)
-    probabilities = softmax(logits.float() / temperature)
+    probabilities = softmax((logits.float() / temperature).nan_to_num())  # so that a diverged model draws tokens too
     if top_p < 1:
         probabilities = probabilities.masked_fill(probabilities < nucleus_floor(probabilities, top_p), 0.0)
     return sample_from(probabilities, generator)

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 
 import tinylm
-from data import bpe, checkpoint, cli, files, machine, plot, prepare
+from data import bpe, checkpoint, cli, machine, plot, prepare
 from data.cli import InputError, flag
-from data.log import Log
+from data.log import Log, check_wandb
 from data.machine import DTYPES
-from data.run import conclude, newest, open_run, try_to_save
+from data.run import conclude, data_of, newest, open_run, state_of, try_to_save
 
 # ---- Settings ----
 
@@ -45,7 +45,7 @@ def own_flag(name, meaning, within):
 class Settings:
     # Data
     data: str = flag("stories", "a name below data/, or a folder that data/prepare.py wrote; known corpora prepare "
-                     "themselves")
+                     "themselves", may_change=True)
     context_length: int = flag(256, "tokens the model sees at once", "[1, inf)")
     batch_size: int = flag({"cpu": 4, "cuda": 128}, "sequences in a batch", "[1, inf)")
     grad_accum_steps: int = flag(1, "batches in a step", "[1, inf)")
@@ -63,9 +63,9 @@ class Settings:
     num_steps: int = flag({"cpu": 2500, "cuda": 5000}, "steps in all", "[1, inf)", may_change=True)
     schedule: str = flag("cosine", "course of the learning rate", choices=tinylm.SCHEDULES)
     lr_max: float = flag(default_lr_max, "learning rate after the warm-up", "[0, inf)",
-                         stated="4e-3 · √(128 / d_model)")
+                         stated="4e-3 · √(128 / d_model)", may_change=True)
     lr_min: float = flag(lambda settings: settings.lr_max / 100, "learning rate at the end", "[0, inf)",
-                         stated="lr_max / 100")
+                         stated="lr_max / 100", may_change=True)
     warmup_steps: int = flag(lambda settings: min(100, settings.num_steps // 10), "steps of linear warm-up", "[0, inf)",
                              stated="100, at most a tenth of num_steps")
     optimizer: str = flag("adamw", "adamw, or muon for the matrices of the blocks (AdamW for the rest)",
@@ -127,6 +127,8 @@ class Settings:
         schedule(settings)  # raises where the schedule needs what is no setting
         if settings.is_compiled:
             machine.check_compiler(device)
+        if settings.use_wandb:
+            check_wandb()
         if settings.shard and not torch.distributed.is_initialized():
             raise InputError("--shard splits a model over the ranks that torchrun starts; start it as "
                              "torchrun --nproc_per_node=DEVICES train.py --shard …, or give --shard=False")
@@ -155,7 +157,7 @@ def train(given):
 
         for step in range(run.step + 1, settings.num_steps + 1):
             lr = learning_rate(step - 1)
-            val_loss, saved = math.inf, True  # where nothing is evaluated, nothing saved
+            val_loss, problem = math.inf, None  # where nothing is evaluated, nothing saved
             loss, grads = accumulate_gradients(loss_fn, run.params, train_ids, settings, step - 1, *ranks)
             loss, asked = machine.agree(loss.item(), interrupt.asked, settings.device)
             params, optimizer, norm = update(run.params, grads, run.optimizer, torch.tensor(lr))
@@ -170,14 +172,14 @@ def train(given):
                 log.histograms(step, params=run.params, grads=grads)
             is_last = asked or step == settings.num_steps  # what was done before a bad step must not be lost
             if is_last or is_due(step, "checkpoint_interval") and not log.bad_steps:
-                saved = try_to_save(run, step, log.seconds, val_loss)
-                if saved:
+                problem = try_to_save(run, step, log.seconds, val_loss)
+                if not problem:
                     log.checkpoint(step)
                 log.pause(step)
             if asked:
                 break
 
-    conclude(run, step, saved)
+    conclude(run, step, problem)
 
 # ---- The parts of a step ----
 
@@ -289,9 +291,11 @@ def evaluate_only(resume, init_from, given):
     if not folder:
         raise InputError(f"--resume={resume}: no checkpoint there; expected a folder that train.py wrote")
     params, config = checkpoint.load_checkpoint(folder)
-    state = folder / "train_state.json"
-    kept = files.read_json(state).get("settings", {}) if state.is_file() else {}
-    kept = {name: kept[name] for name in ("data", "batch_size", "dtype") if name in kept}
+    kept = {}
+    if (folder / "train_state.json").is_file():
+        with state_of(folder) as state:
+            kept = {name: state["settings"][name] for name in ("batch_size", "dtype")}
+            kept["data"] = given.get("data") or str(data_of(state))
     settings = Settings.complete(kept | given | {"context_length": config.context_length, "compile": False})
     ids, num_bytes = prepare.ids_of(settings.data, folder, settings.split or "val")
     count = settings.eval_tokens = min(len(ids) - 1, given.get("eval_tokens", len(ids) - 1))

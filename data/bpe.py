@@ -14,11 +14,13 @@ Files are read in pieces cut where no word can be cut, so pieces are independent
 processes, and the result is the same for any number of them.
 """
 
+import codecs
 import heapq
 import json
 import multiprocessing
 import os
 import re
+import signal
 import unicodedata
 from array import array
 from collections import Counter
@@ -311,6 +313,10 @@ class Tokenizer:
 END_OF_TEXT = "<|endoftext|>"
 NO_MERGE = np.iinfo(np.int32).max
 
+def are_same(a, b):
+    """Whether two tokenizers mean the same, in whatever words their files say it."""
+    return (a.tokens, a.special_tokens) == (b.tokens, b.special_tokens) and np.array_equal(a.merges, b.merges)
+
 def compile_special_pattern(special_tokens):
     """The pattern of special tokens in bytes, of the longest where several begin; None where there are none."""
     longest_first = sorted((token.encode() for token in special_tokens), key=len, reverse=True)
@@ -457,7 +463,7 @@ class Encoder:
         if len(self.table) + 4 * len(self.long_words) > self.MOST_WORDS:
             self.forget()
         known, found = len(self.table), []
-        for piece in cut_text(text, PIECE_BYTES, self.special_pattern):
+        for piece in cut_text(text, PIECE_BYTES, self.tokenizer.special_tokens):
             starts, lengths, which_long = split_words(piece, find_spans(self.special_pattern, piece))
             numbers = self.table.find_or_add(word_keys(piece, starts, lengths))
             found.append((numbers, cut_words(piece, starts, lengths, which_long)))
@@ -497,7 +503,7 @@ def as_bytes(text):
 
 def encode(tokenizer, text):
     """The ids of a text. str → tokenizer.dtype (tokens). Raises InputError for lone surrogates."""
-    chunks = cut_text(as_bytes(text), CHUNK_BYTES, compile_special_pattern(tokenizer.special_tokens))
+    chunks = cut_text(as_bytes(text), CHUNK_BYTES, tokenizer.special_tokens)
     return np.concatenate([np.empty(0, tokenizer.dtype), *map(encoder(tokenizer).encode, chunks)])
 
 def decode(tokenizer, ids):
@@ -516,46 +522,53 @@ def token_bytes(tokenizer, ids):
 # A word always ends between a letter and white space, whatever stands around them.
 SAFE_BORDER = re.compile(rb"[A-Za-z](?=[ \n])")
 
-def safe_cut(text, target, special_pattern):
-    """The first place from `target` on where text can be cut without changing its words; None where there is none."""
-    for match in SAFE_BORDER.finditer(text, max(0, target - 1)):
+def across_borders(special_tokens):
+    """The special tokens, in bytes, that could stand across a safe border."""
+    return [token for token in map(str.encode, special_tokens) if SAFE_BORDER.search(token)]
+
+def safe_cut(text, target, end, crossing):
+    """The first place from `target` on, before `end`, where text can be cut without changing its words, or None."""
+    for match in SAFE_BORDER.finditer(text, max(0, target - 1), end):
         cut = match.end()
-        around = slice(max(0, cut - 256), cut + 256)  # a special token may hold a blank
-        if not any(start < cut - around.start < end for start, end in find_spans(special_pattern, text[around])):
+        if not any(token in text[max(0, cut - len(token) + 1):cut + len(token) - 1] for token in crossing):
             return cut
     return None
 
-def cut_text(text, size, special_pattern):
+def cut_text(text, size, special_tokens):
     """Cut text into pieces of about `size` bytes at safe borders; yields bytes."""
-    position = 0
+    position, crossing = 0, across_borders(special_tokens)
     while position < len(text):
-        cut = safe_cut(text, position + size, special_pattern) or len(text)
+        cut = safe_cut(text, position + size, len(text), crossing) or len(text)
         yield text[position:cut]
         position = cut
 
 def as_span(path):
-    """(path, start, end): a part of a file, in bytes. A path alone is the whole file."""
+    """(path, start, end): a part of a file, in bytes. A path alone is the whole file, behind its byte order mark."""
     if isinstance(path, tuple):
         return path
     try:
-        return str(path), 0, os.path.getsize(path)
+        with open(path, "rb") as file:
+            mark = file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
+        return str(path), len(codecs.BOM_UTF8) * mark, os.path.getsize(path)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; expected a text file") from None
 
-def cut_spans(paths, special_pattern):
+def cut_spans(paths, special_tokens):
     """Cut files, or parts of them, into pieces of about CHUNK_BYTES at safe borders; yields (path, start, end)."""
+    crossing = across_borders(special_tokens)
+    margin = max(map(len, crossing), default=1)  # what must be seen around a cut to know that it is safe
     for path, start, end in map(as_span, paths):
         with open(path, "rb") as file:
             while end - start > 2 * CHUNK_BYTES:
                 window, cut = 1 << 16, None
-                while cut is None and start + CHUNK_BYTES + window < end:
-                    file.seek(start + CHUNK_BYTES - 256)
-                    cut = safe_cut(file.read(256 + window), 256, special_pattern)
+                while cut is None and start + CHUNK_BYTES + window + margin < end:
+                    file.seek(start + CHUNK_BYTES - margin)
+                    cut = safe_cut(file.read(margin + window + margin), margin, margin + window, crossing)
                     window *= 4
                 if cut is None:
                     break
-                yield path, start, start + CHUNK_BYTES - 256 + cut
-                start += CHUNK_BYTES - 256 + cut
+                yield path, start, start + CHUNK_BYTES - margin + cut
+                start += CHUNK_BYTES - margin + cut
             yield path, start, end
 
 def read_span(span, errors="strict"):
@@ -569,8 +582,8 @@ def read_span(span, errors="strict"):
     except UnicodeDecodeError as error:
         if errors == "replace":
             return text.decode(errors="replace").encode()
-        raise InputError(f"{path} is not valid UTF-8 at byte {start + error.start:,}; convert it to UTF-8, or pass "
-                         "--errors=replace to put U+FFFD there") from None
+        raise InputError(f"{path} is not valid UTF-8 at byte {start + error.start:,}; convert it to UTF-8, or let "
+                         "data/prepare.py --errors=replace put U+FFFD there") from None
     return text
 
 def num_cores():
@@ -588,7 +601,7 @@ def spread(work, spans, setup, workers, label):
     pool = None
     function, arguments = setup
     if workers > 1:
-        pool = multiprocessing.Pool(workers, function, arguments)
+        pool = multiprocessing.Pool(workers, start_worker, (function, arguments))
     else:
         function(*arguments)
     try:
@@ -601,18 +614,24 @@ def spread(work, spans, setup, workers, label):
         if pool:
             pool.terminate()
 
+def start_worker(function, arguments):
+    """Ready a process of `spread`. Ctrl-C reaches it too; the process that gave it work ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    function(*arguments)
+
 class Job:
     """What a process of `spread` works with: set once in each by `start_counting` or `start_encoding`."""
 
 def start_counting(special_tokens, errors):
-    Job.special_pattern, Job.errors, Job.table = compile_special_pattern(special_tokens), errors, HashTable()
+    Job.special_tokens, Job.errors, Job.table = special_tokens, errors, HashTable()
 
 def count_words(span):
     """Count the words of a span. → keys (words, 2), int64 (words), {long word: count}."""
     text = read_span(span, Job.errors)
     numbers, long_words = [np.empty(0, np.int32)], Counter()
-    for piece in cut_text(text, PIECE_BYTES, Job.special_pattern):
-        starts, lengths, which_long = split_words(piece, find_spans(Job.special_pattern, piece))
+    special_pattern = compile_special_pattern(Job.special_tokens)
+    for piece in cut_text(text, PIECE_BYTES, Job.special_tokens):
+        starts, lengths, which_long = split_words(piece, find_spans(special_pattern, piece))
         numbers.append(Job.table.find_or_add(word_keys(piece, starts, lengths)))
         long_words.update(cut_words(piece, starts, lengths, which_long))
     counts = np.bincount(np.concatenate(numbers))
@@ -627,7 +646,7 @@ def encode_span(span):
 
 def encode_pieces(tokenizer, paths, workers=None, errors="strict"):
     """Encode files, or spans (path, start, end) of them; yields (path, ids) piece by piece, in order."""
-    spans = list(cut_spans(paths, compile_special_pattern(tokenizer.special_tokens)))
+    spans = list(cut_spans(paths, tokenizer.special_tokens))
     setup = start_encoding, (tokenizer, errors)
     for span, ids in zip(spans, spread(encode_span, spans, setup, workers, "encoding")):
         yield span[0], ids
@@ -645,7 +664,7 @@ def encode_file(tokenizer, path, out, workers=None, errors="strict"):
 
 def count_corpus(paths, special_tokens, workers, errors):
     """Count the words of files, special tokens left out. → [word], int64 (words)."""
-    spans = list(cut_spans(paths, compile_special_pattern(special_tokens)))
+    spans = list(cut_spans(paths, special_tokens))
     table, counts, long_words = HashTable(), np.zeros(0, np.int64), Counter()
     setup = start_counting, (special_tokens, errors)
     for keys, key_counts, long_word_counts in spread(count_words, spans, setup, workers, "counting words"):
@@ -875,7 +894,12 @@ def from_description(description):
     for option, value in options.items():
         if value:
             raise ValueError(f"it asks for {option}, which this tokenizer has not")
-    special = {token["content"]: token["id"] for token in description.get("added_tokens", [])}
+    added = description.get("added_tokens", [])
+    for option in ("lstrip", "rstrip", "single_word"):
+        for token in added:
+            if token.get(option):
+                raise ValueError(f"its token {token['content']} asks for {option}, which this tokenizer has not")
+    special = {token["content"]: token["id"] for token in added}
     vocab = model["vocab"] | special
     size = len(vocab)
     if sorted(vocab.values()) != list(range(size)):

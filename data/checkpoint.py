@@ -207,18 +207,26 @@ def save_checkpoint(folder, params, config, tokenizer_file, end_token, optimizer
     folder = Path(folder)
     beside = folder.with_name(f".{folder.name}.partial")
     files.remove(beside)
-    gathered = map(tinylm.all_gather, [leaf for _, leaf in tree_leaves(params) + tree_leaves(optimizer or {})])
+    leaves = tree_leaves(params) + tree_leaves(optimizer or {})
+    gathered = map(tinylm.all_gather, [leaf for _, leaf in leaves])
+    finite = (check_finite(path, tensor) for (path, _), tensor in zip(leaves, gathered))
     try:
-        write_checkpoint(beside, params, config, tokenizer_file, end_token, optimizer, train_state, gathered)
+        write_checkpoint(beside, params, config, tokenizer_file, end_token, optimizer, train_state, finite)
         files.remove(folder)
         os.replace(beside, folder)
         files.flush_folder(folder.parent)
-    except OSError:  # as on a full disk, where the part that was written would be in the way
+    except (OSError, InputError):  # as on a full disk, where the part that was written would be in the way
         files.remove(beside)
         raise
     finally:
         for _ in gathered:  # what was not written, as the other ranks take part in all
             pass
+
+def check_finite(path, tensor):
+    """The tensor. Raises InputError where it has numbers that are not finite: training could not go on from them."""
+    if not tensor.isfinite().all():
+        raise InputError(f"{path} has numbers that are not finite; a smaller --lr_max may help")
+    return tensor
 
 def take_part_in_saving(params, optimizer):
     """What the other ranks do while the first one saves, or can't."""

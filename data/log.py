@@ -31,6 +31,19 @@ def import_wandb():
         raise InputError("--use_wandb needs the package wandb; pip install wandb, or leave the flag out") from None
     return wandb
 
+def check_wandb():
+    """Raise InputError where W&B can't be reached, or doesn't know the user, before any work goes into a run."""
+    wandb = import_wandb()
+    if wandb.setup().settings.mode == "online":
+        try:
+            wandb.login()
+        except Exception as error:  # of W&B's many kinds
+            raise wandb_error(error) from None
+
+def wandb_error(error):
+    return InputError(f"W&B can't be used ({' '.join(str(error).split())}); see to that, or set WANDB_MODE=offline to "
+                      "keep what it gets in the run's folder for later")
+
 def describe(run):
     """What a run is, for W&B: its flags, the model's size, the device, versions and the commit of this code."""
     device = run.settings.device
@@ -79,8 +92,12 @@ class Log:
         self.screen = cli.Progress("training", stream=sys.stdout)
         self.wandb = import_wandb() if run.settings.use_wandb else None
         if self.wandb:
-            self.wandb_run = self.wandb.init(project=run.settings.wandb_project, name=run.folder.name, id=run.wandb_id,
-                                             resume="allow", dir=run.folder, config=describe(run))
+            try:
+                self.wandb_run = self.wandb.init(
+                    project=run.settings.wandb_project, name=run.folder.name, id=run.wandb_id, resume="allow",
+                    dir=run.folder, config=describe(run))
+            except Exception as error:
+                raise wandb_error(error) from None
             run.wandb_id = self.wandb_run.id
         self.bad_steps = 0  # in a row
         self.begin = self.mark = time.perf_counter()
@@ -141,7 +158,7 @@ class Log:
         left = (num_steps - step) * (now - self.begin) / (step - self.run.step)
         share = {"flops_share": round(rate * self.flops / self.peak_flops, 4)} if self.peak_flops else {}
         self.write(step, train_loss=loss, lr=lr, grad_norm=norm, tokens_per_second=round(rate, 1),
-                   peak_memory=machine.peak_memory(self.settings.device), **share)
+                   **machine.peak_memory(self.settings.device), **share)
         self.screen.write(f"step {step}/{num_steps}  loss {loss:.4f}  lr {lr:.2e}  norm {norm:.2f}  "
                           f"{rate:,.0f} tokens/s  {cli.duration(left)} left")
 
@@ -192,7 +209,8 @@ class Log:
         say(f"step {step} is not applied: {numbers}")
         if self.bad_steps == PATIENCE:
             good = newest(self.run.folder)
-            begin = f"go on from {good.name} with --resume={self.run.folder}, or " if good else ""
+            lower = f"--lr_max={self.settings.lr_max / 2:.2g}"
+            begin = f"go on from {good.name} with --resume={self.run.folder} {lower}, or " if good else ""
             raise Diverged(f"{PATIENCE} steps in a row were not finite, the last at step {step}: {numbers}; {begin}"
                            "start anew with a smaller --lr_max, a longer --warmup_steps or --dtype=float32")
         return False

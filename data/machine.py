@@ -4,12 +4,13 @@ import ctypes
 import datetime
 import json
 import os
-import resource
+import re
 import shutil
 import signal
 import sys
 import sysconfig
 import threading
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,17 +27,41 @@ PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e
 # ---- Devices ----
 
 def choose_device(device):
-    """The device asked for, or the best there is: "cuda", "cuda:1", "cpu". Raises InputError where it isn't there."""
-    if not device:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, number = device.partition(":")
-    if kind == "cuda" and (not number or number.isdigit()):
-        if int(number or 0) >= torch.cuda.device_count():
-            raise InputError(f"--device={device}: this machine has {torch.cuda.device_count()} CUDA device(s); "
-                             "use --device=cpu, or leave the flag out")
-    elif device != "cpu":
+    """The device asked for, or the best there is: "cuda", "cuda:1", "cpu".
+
+    Raises InputError where it isn't there, and where a GPU is there that torch can't use, so that nobody trains on a
+    CPU unawares.
+    """
+    kind, _, number = device.partition(":") if device else ("", "", "")
+    if device and device != "cpu" and not (kind == "cuda" and (not number or number.isdigit())):
         raise InputError(f"--device={device}: expected cpu, cuda or cuda:NUMBER")
-    return device
+    if device == "cpu":
+        return device
+    with warnings.catch_warnings(record=True) as told:  # in these torch says what is wrong with a driver
+        warnings.simplefilter("always")
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if told and not count:
+        raise InputError(f"the GPU can't be used: {' '.join(str(told[0].message).split())}; see to that, or give "
+                         "--device=cpu")
+    if device and int(number or 0) >= count:
+        raise InputError(f"--device={device}: this machine has {count} CUDA device(s); use --device=cpu, or leave the "
+                         "flag out")
+    if count:
+        check_architecture(int(number or 0))
+    return device or ("cuda" if count else "cpu")
+
+def check_architecture(number):
+    """Raise InputError where this build of torch has no code for a GPU: its own, of an older minor, or PTX to compile.
+    """
+    capability = torch.cuda.get_device_capability(number)
+    for name in torch.cuda.get_arch_list():
+        kind, digits = re.fullmatch(r"(sm|compute)_(\d+)\D?", name).groups()
+        major, minor = int(digits[:-1]), int(digits[-1])
+        if (major, minor) <= capability and (kind == "compute" or major == capability[0]):
+            return
+    raise InputError(f"{torch.cuda.get_device_name(number)} has compute capability {capability[0]}.{capability[1]}, "
+                     f"for which torch {torch.__version__} has no code ({', '.join(torch.cuda.get_arch_list())}); "
+                     "install another torch, or give --device=cpu")
 
 @contextmanager
 def numerics(device):
@@ -78,10 +103,18 @@ def keep_freed_memory():
             mallopt(parameter, value)
 
 def peak_memory(device):
-    """The most memory this process had so far, in bytes: on the device, or on a CPU all of it."""
+    """{"peak_memory": the most this process had so far, in bytes: on the device, or on a CPU all of it}.
+
+    Empty where a system does not say it, as Windows.
+    """
     if device != "cpu":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return {"peak_memory": torch.cuda.max_memory_allocated(device)}
+    try:
+        import resource
+    except ImportError:
+        return {}
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {"peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
 
 def peak_flops(device):
     """What a device promises, in FLOP/s, or None where that is not known."""

@@ -170,17 +170,21 @@ def cut_point(path, start, target, end):
 
 # ---- What is written ----
 
-def write_ids(tokenizer, spans, path, workers, errors):
-    """Encode spans into a file of ids, each file's text ended by the end-of-text token; returns tokens and bytes."""
-    end = np.array([tokenizer.special_tokens[bpe.END_OF_TEXT]], tokenizer.dtype)
+def text_sizes(tokenizer):
+    """How many bytes of text each id stands for; special tokens are no text."""
     special = set(tokenizer.special_tokens.values())
-    sizes = np.array([0 if i in special else len(token) for i, token in enumerate(tokenizer.tokens)])
-    counts = {"tokens": 0, "bytes": 0}
+    return np.array([0 if i in special else len(token) for i, token in enumerate(tokenizer.tokens)])
+
+def write_ids(tokenizer, spans, path, workers, errors):
+    """Encode spans into a file of ids, each file's text ended by the end-of-text token; returns what is in it."""
+    end = np.array([tokenizer.special_tokens[bpe.END_OF_TEXT]], tokenizer.dtype)
+    sizes, counts, digest = text_sizes(tokenizer), {"tokens": 0, "bytes": 0}, hashlib.sha256()
     before, last = None, end
     with open(path, "wb") as file:
 
         def write(ids):
             file.write(ids.data)
+            digest.update(ids.data)
             counts["tokens"] += len(ids)
             counts["bytes"] += int(sizes[ids].sum())
 
@@ -191,7 +195,7 @@ def write_ids(tokenizer, spans, path, workers, errors):
             before, last = source, ids if len(ids) else last
         if last[-1:] != end:
             write(end)
-    return counts
+    return counts | {"sha256": digest.hexdigest()}
 
 @cli.command(Settings)
 def prepare(given):
@@ -258,9 +262,12 @@ def put_in_place(partial, output):
     files.flush_folder(output)
     files.remove(partial)
 
+def is_data(folder):
+    return (folder / "meta.json").is_file()
+
 def find_data(name):
     """The data folder of this path, or of this name below data/. A known corpus that is missing is prepared first."""
-    folder = next((folder for folder in (Path(name), DATA / name) if (folder / "meta.json").is_file()), None)
+    folder = next(filter(is_data, (Path(name), DATA / name)), None)
     if folder is None and name in VOCAB_SIZES:
         prepare(dataset=name)
         folder = DATA / name
@@ -286,6 +293,9 @@ def write_data(folder, source, train, val, tokenizer, workers, errors):
             "tokenizer_sha256": hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()}
     for split, spans in (("train", train), ("val", val)):
         meta[split] = write_ids(tokenizer, spans, folder / f"{split}.bin", workers, errors)
+        if not meta[split]["bytes"]:
+            raise InputError(f"{source}: the part for {split}.bin has nothing but special tokens; expected text "
+                             "(--val_input and --val_fraction choose what to validate on)")
     (folder / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
 
 def check_room(folder, num_bytes, vocab_size):
@@ -310,13 +320,15 @@ def report(folder, asked):
 def open_data(folder):
     """Open a data folder → (meta, {"train": ids, "val": ids} as np.memmap). Checks all of it first.
 
-    Raises InputError where a file is missing, cut short, holds ids beyond the vocabulary, or where the tokenizer is
-    not the one the ids were made with.
+    Raises InputError where a file is missing, is not what was written, or has no text, or where the tokenizer is not
+    the one the ids were made with.
     """
     folder = Path(folder)
     again = "run data/prepare.py again"
     try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        meta = files.read_json(folder / "meta.json")
+        if meta["dtype"] not in ("uint16", "uint32"):
+            raise TypeError(f"dtype {meta['dtype']!r}")
         digest = hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
         if digest != meta["tokenizer_sha256"]:
             raise InputError(f"{folder}/tokenizer.json is not the tokenizer that made train.bin and val.bin; {again}")
@@ -326,17 +338,31 @@ def open_data(folder):
             dtype, size = np.dtype(meta["dtype"]).newbyteorder("<"), path.stat().st_size
             if size != count * dtype.itemsize or not count:
                 raise InputError(f"{path} has {size:,} bytes; expected {count * dtype.itemsize:,}; {again}")
+            if not meta[split]["bytes"] > 0:
+                raise InputError(f"{path} has no text; {again} on more")
             ids[split] = np.memmap(path, dtype, "r")
             ids[split].stamp = stamp(path)
-            highest = max(int(ids[split][i:i + (1 << 24)].max()) for i in range(0, count, 1 << 24))
+            highest, digest = summary(ids[split])
             if highest >= meta["vocab_size"]:
                 raise InputError(f"{path} holds the id {highest}, beyond the vocabulary of {meta['vocab_size']}; "
                                  f"{again}")
+            if meta[split].setdefault("sha256", digest) != digest:  # data of before has none
+                raise InputError(f"{path} is not what was written, though as long; {again}")
+            if int(ids[split][-1]) != meta["end_of_text_id"]:
+                raise InputError(f"{path} does not end with the end of a text; {again}")
     except FileNotFoundError as error:
         raise InputError(f"{error.filename} is missing; expected a folder that data/prepare.py wrote") from None
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{folder}/meta.json is damaged ({type(error).__name__}: {error}); {again}") from None
     return meta, ids
+
+def summary(ids):
+    """The highest id, and the SHA-256 of all."""
+    highest, digest = 0, hashlib.sha256()
+    for piece in np.split(ids, range(1 << 24, len(ids), 1 << 24)):
+        highest = max(highest, int(piece.max()))
+        digest.update(piece.data)
+    return highest, digest.hexdigest()
 
 def ids_of(name, folder, split):
     """Ids to evaluate the model in `folder` on, and the bytes of their text: a split of data, or a text file.
@@ -347,16 +373,21 @@ def ids_of(name, folder, split):
     if Path(name).is_file():
         pieces = [ids for _, ids in bpe.encode_pieces(tokenizer, [Path(name)])]
         ids = np.concatenate([[tokenizer.special_tokens[bpe.END_OF_TEXT]], *pieces]).astype(tokenizer.dtype)
-        num_bytes = Path(name).stat().st_size
+        num_bytes = int(text_sizes(tokenizer)[ids].sum())
     else:
-        meta, splits = open_data(find_data(name))
-        if meta["tokenizer_sha256"] != hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest():
-            raise InputError(f"--data={name} was prepared with another tokenizer than the model's; give a text file, "
-                             "or prepare it with --tokenizer")
+        data = find_data(name)
+        meta, splits = open_data(data)
+        check_tokenizer(data, folder)
         ids, num_bytes = splits[split], meta[split]["bytes"]
-    if len(ids) < 2:
+    if not num_bytes:
         raise InputError(f"--data={name} has no text to evaluate on")
     return ids, num_bytes
+
+def check_tokenizer(data, model):
+    """Raise InputError where the data in a folder was prepared with another tokenizer than that of a model's folder."""
+    if not bpe.are_same(*(bpe.load(folder / "tokenizer.json") for folder in (data, model))):
+        raise InputError(f"{data} was prepared with another tokenizer than that of the model in {model}; prepare the "
+                         f"text with data/prepare.py --tokenizer={model}")
 
 def stamp(path):
     """What tells a file from another one, or an older one, in its place."""

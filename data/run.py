@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +137,9 @@ def new_folder(settings):
     while not settings.output_dir and folder.exists():
         number += 1
         folder = first.with_name(f"{first.name}-{number}")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    left = {"lock", "lock.held", "metrics.jsonl", "wandb"}  # by a run that ended before its first checkpoint
+    if folder.exists() and (not folder.is_dir() or any(path.name not in left and path.suffix != ".partial"
+                                                       for path in folder.iterdir())):
         advice = f"go on with --resume={folder}, or choose another" if newest(folder) else "choose another"
         raise InputError(f"--output_dir={folder} is not empty; {advice}")
     return folder
@@ -149,16 +151,20 @@ def start_run(given, init_from, folder, table, claims):
         _, config = checkpoint.load_checkpoint(init_from)
         sizes = {name: value for name, value in vars(config).items() if name in cli.flags_of(table)}
         for flag, value in sizes.items():
-            if given.get(flag, value) != value:
+            if given.get(flag, value) != value and not (flag == "context_length" and given[flag] < value):
                 raise InputError(f"--{flag}={given[flag]}: the model of --init_from={init_from} has {flag} {value}; "
-                                 "leave the flag out")
-    settings = table.complete(given | sizes)
+                                 "leave the flag out" + ", or give a smaller one" * (flag == "context_length"))
+    settings = table.complete(sizes | given)
     model_config(settings, 1)  # raises where sizes don't fit, before any work
     folder = folder or new_folder(settings)
     data = prepare.find_data(settings.data)
     meta, ids = prepare.open_data(data)
     config = model_config(settings, meta["vocab_size"])
     checkpoint.check_can_be_saved(config)
+    if init_from and (Path(init_from) / "tokenizer.json").is_file():
+        prepare.check_tokenizer(data, Path(init_from))
+    elif init_from:
+        cli.say(f"{init_from} has no tokenizer.json to compare with that of {data}; they must be the same")
     with cli.as_input_error():
         tinylm.get_batch(ids["train"], 1, config.context_length, 0, 0)  # raises where the text is too short
     check_room(folder, checkpoint_bytes(config) * (settings.keep_checkpoints + 2), "the checkpoints of this run need")
@@ -175,9 +181,8 @@ def resume_run(folder, given, table, claims, done=InputError):
             "expected a folder that train.py wrote")
         raise InputError(f"--resume={folder}: no checkpoint there; {advice}")
     claims.enter_context(hold(folder))
-    state = files.read_json(latest / "train_state.json")
-    try:
-        kept, step, seconds, tokenizer = (state[name] for name in ("settings", "step", "seconds", "tokenizer_sha256"))
+    with state_of(latest) as state:
+        kept, step, seconds = (state[name] for name in ("settings", "step", "seconds"))
         if not (type(step) is int and step >= 0 and isinstance(seconds, (int, float))
                 and isinstance(state["best"], (int, float, type(None)))):
             raise TypeError(f"step {step!r}, seconds {seconds!r}, best {state['best']!r}")
@@ -193,17 +198,44 @@ def resume_run(folder, given, table, claims, done=InputError):
         best = math.inf if state["best"] is None else state["best"]
         best_link = (folder / "best").resolve().name  # runs of before say it by a link alone
         best_step = state.get("best_step", int(best_link[5:]) if best_link.startswith("step-") else None)
-        run = Run(settings, folder, prepare.find_data(settings.data), str(latest), step, seconds, best, best_step,
-                  state["wandb_id"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{latest}/train_state.json is damaged ({type(error).__name__}: {error}); take another "
-                         "checkpoint") from None
-    if step >= settings.num_steps:
-        raise done(f"--resume={folder}: the run has done its {step} steps; give a larger --num_steps to extend it")
-    run.meta, run.ids = prepare.open_data(run.data)
-    if run.meta["tokenizer_sha256"] != tokenizer:
-        raise InputError(f"{run.data} has another tokenizer than the run began with; prepare the data as it was")
+        data = prepare.find_data(given["data"]) if "data" in given else data_of(state)
+        run = Run(settings, folder, data, str(latest), step, seconds, best, best_step, state["wandb_id"])
+        if step >= settings.num_steps:
+            raise done(f"--resume={folder}: the run has done its {step} steps; give a larger --num_steps to extend it")
+        run.meta, run.ids = prepare.open_data(run.data)
+        check_same_data(run, state.get("data"), latest)
     return run
+
+@contextmanager
+def state_of(folder):
+    """What train_state.json of a checkpoint has. Raises InputError where what is done with it shows it damaged."""
+    path = folder / "train_state.json"
+    try:
+        yield files.read_json(path)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is damaged ({type(error).__name__}: {error}); take another checkpoint") from None
+
+def data_of(state):
+    """The data folder of a run with this state: where it was, or, in a copy of the project, of the same name."""
+    name = state["settings"]["data"]
+    folder = Path(state.get("data_folder", name))
+    if prepare.is_data(folder):
+        return folder
+    try:
+        return prepare.find_data(name)
+    except InputError:
+        raise InputError(f"the run's data is not at {folder} any more; say where it is with --data") from None
+
+def check_same_data(run, before, latest):
+    """Raise InputError where a run's data is not what it was in its `latest` checkpoint, in which `before` says it."""
+    prepare.check_tokenizer(run.data, latest)
+    advice = f"give that data with --data, or begin a new run from the model with --init_from={latest}"
+    for split in before or ():  # runs of before don't say it
+        then, now = before[split], run.meta[split]
+        if then != now:
+            change = f"{now['tokens']:,} tokens, not {then['tokens']:,}" if now["tokens"] != then["tokens"] else (
+                "as many tokens, but others")
+            raise InputError(f"{run.data} has other data than the run began with: {split}.bin has {change}; {advice}")
 
 def model_config(settings, data_vocab_size):
     """The model's Config. The vocabulary is that of the data, or a larger one."""
@@ -221,7 +253,7 @@ def load_state(run):
     init_optimizer, _ = tinylm.OPTIMIZERS[settings.optimizer]
     if run.source:
         params, saved = checkpoint.load_checkpoint(run.source)
-        if saved != config:
+        if replace(saved, context_length=config.context_length) != config:  # it may begin from that of a longer one
             raise InputError(f"{run.source} holds another model, {saved}, than the settings of the run say, {config}; "
                              "go on with the code that began the run")
     else:
@@ -276,7 +308,7 @@ def save(run, step, seconds, val_loss):
     best, best_step = (val_loss, step) if val_loss < run.best else (run.best, run.best_step)
     state = {"step": step, "settings": cli.kept(run.settings), "seconds": seconds, "wandb_id": run.wandb_id,
              "best": best if best < math.inf else None, "best_step": best_step,
-             "tokenizer_sha256": run.meta["tokenizer_sha256"]}
+             "data_folder": str(run.data.resolve()), "data": {split: run.meta[split] for split in run.ids}}
     end_token = bpe.END_OF_TEXT, run.meta["end_of_text_id"]
     tokenizer_file = run.data / "tokenizer.json"
     checkpoint.save_checkpoint(target, run.params, run.config, tokenizer_file, end_token, run.optimizer, state)
@@ -289,24 +321,23 @@ def save(run, step, seconds, val_loss):
             files.remove(folder / f"step-{old_step:07d}")
 
 def try_to_save(run, step, seconds, val_loss):
-    """`save`, or say why not: a disk that is full now must not end a run that has room later. → whether it could."""
+    """`save`, or say why not: a disk that is full now must not end a run that has room later. → why not, or None."""
     if run.rank:
-        checkpoint.take_part_in_saving(run.params, run.optimizer)
-        return True
+        return checkpoint.take_part_in_saving(run.params, run.optimizer)
     try:
         save(run, step, seconds, val_loss)
-        return True
     except (OSError, InputError) as error:
         good = newest(run.folder)
         cli.fail(f"the checkpoint of step {step} could not be saved ({error}); the last good one is "
                  f"{good.name if good else 'none'}")
-        return False
+        return str(error)
 
-def conclude(run, step, saved):
-    """Say how to go on. Raises InputError where the last checkpoint could not be saved."""
-    if not saved:
-        raise InputError(f"{run.folder}: the run ended without its last checkpoint; make room and run it again with "
-                         "--resume")
+def conclude(run, step, problem):
+    """Say how to go on. Raises InputError where there was a problem with saving the last checkpoint."""
+    if problem:
+        good = newest(run.folder)
+        then = f"go on from {good.name} with --resume={run.folder}" if good else "run it again"
+        raise InputError(f"{run.folder}: the run ended without its last checkpoint ({problem}); see to that, and {then}")
     if step < run.settings.num_steps:
         cli.say(f"stopped after step {step}; go on with: python train.py --resume={run.folder}")
     else:
