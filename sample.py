@@ -12,20 +12,23 @@ import tinylm
 from data import bpe, cli, machine
 from data.checkpoint import load_checkpoint
 from data.cli import InputError, flag
-from data.run import newest
+from data.run import best, newest
 
 def find_checkpoint(name):
-    """The checkpoint folder that --checkpoint means: one itself, a run's latest, or that of the newest run in runs/."""
+    """The checkpoint folder that --checkpoint means: one itself, a run's best, or that of the newest run in runs/."""
     if name:
         folder = Path(name)
+        of_run = {"latest": newest, "best": best}.get(folder.name)  # they are links only where the disk has some
+        if not folder.is_dir() and of_run and of_run(folder.parent):
+            return of_run(folder.parent)
         if not folder.is_dir():
             raise InputError(f"--checkpoint={name} is not there; expected a run of train.py or a checkpoint folder")
-        return newest(folder) or folder
+        return best(folder) or folder
     written = sorted(Path("runs").glob("*/step-*/config.json"), key=lambda path: path.stat().st_mtime)
     if not written:
         raise InputError("there is no checkpoint below runs/ yet; train a model with python train.py, or give "
                          "--checkpoint")
-    return newest(written[-1].parents[1])
+    return best(written[-1].parents[1])
 
 @dataclass
 class Settings:
@@ -40,8 +43,8 @@ class Settings:
     top_k: int = flag(0, "draw among this many likeliest tokens; 0 among all", "[0, inf)")
     top_p: float = flag(0.95, "and among the likeliest that together have this probability, above 0, up to 1", "(0, 1]")
     # Which model, and where
-    checkpoint: str = flag("", "a run, or a checkpoint folder, of train.py or a Llama folder from elsewhere",
-                           stated="newest run")
+    checkpoint: str = flag("", "a run of train.py, of which it takes the checkpoint with the lowest validation loss; a "
+                           "checkpoint, such as RUN/latest; or a Llama folder from elsewhere", stated="newest run")
     device: str = flag("", "cpu, cuda or cuda:NUMBER", stated="cuda where there is one")
     dtype: str = flag("float32", "what to compute in, float32 or bfloat16", choices=machine.DTYPES)
 
@@ -116,7 +119,7 @@ def sample(given):
                 writer.token(token)
         writer.end()
     count = sum(map(len, texts))
-    cli.fail(f"{count} tokens, {count / seconds:,.1f} tokens/s")
+    cli.fail(f"{count} tokens, {count / seconds:,.1f} tokens/s, by {folder}")
 
 if __name__ == "__main__":
     cli.run(sample)

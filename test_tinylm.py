@@ -1245,6 +1245,8 @@ def test_plot_draws_what_was_measured(tmp_path, trained, monkeypatch, capsys):
     assert [len(line) for line in lines] == [len(losses), 1, len(losses)]
     heights = np.array([y for _, y in lines[0]])
     assert np.corrcoef(heights, losses)[0, 1] < -0.999, "height falls as the loss rises, for y points down"
+    mark, = root.iter("{http://www.w3.org/2000/svg}circle")
+    assert (float(mark.get("cx")), float(mark.get("cy"))) == lines[1][0] and f"at {len(losses)}" in " ".join(texts)
     for arguments, message in (([], "no run given"), ([str(tmp_path)], "no metrics.jsonl")):
         code, error = call(monkeypatch, capsys, plot.plot, *arguments)
         assert code == 2 and message in error
@@ -1255,6 +1257,40 @@ def trained(tmp_path_factory):
     data = prepared(folder)
     train.train(data=str(data), output_dir=str(folder / "runs/tiny"), **TINY | dict(num_steps=40, eval_interval=40))
     return folder
+
+def falling_then_rising(monkeypatch):
+    losses = iter([5.0, 3.0, 4.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0])
+    monkeypatch.setattr(train, "evaluate", lambda *_: next(losses))
+
+@pytest.mark.parametrize("links", [True, False])
+def test_the_best_model_writes(tmp_path, monkeypatch, capsys, links):
+    """That of the lowest validation loss, with or without links; RUN/latest is the last one."""
+    if not links:
+        monkeypatch.setattr(Path, "symlink_to", lambda *_: (_ for _ in ()).throw(OSError("no links")))
+    falling_then_rising(monkeypatch)
+    train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", **TINY | dict(eval_interval=1))
+    assert "that takes step 2, whose validation loss, 3.0000, is the lowest" in capsys.readouterr().out
+    for name, step in (("run", 2), ("run/latest", 6), ("run/best", 2), ("run/step-0000005", 5)):
+        sample.sample(checkpoint=tmp_path / name, max_new_tokens=2)
+        assert sample.find_checkpoint(tmp_path / name).resolve().name == f"step-000000{step}"
+        told = capsys.readouterr().err
+        assert told.endswith(f"{tmp_path / name}\n" if links and "/" in name else f"step-000000{step}\n")
+
+def test_a_run_that_learns_by_heart_says_so_once(tmp_path, monkeypatch, capsys):
+    falling_then_rising(monkeypatch)
+    training = iter([5.0, 4.0, 3.0, 2.0, 1.0, 0.9, 0.8, 0.7, 0.6])
+    genuine = machine.agree
+    monkeypatch.setattr(machine, "agree", lambda loss, asked, device: (next(training), genuine(loss, asked, device)[1]))
+    train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", **TINY | dict(eval_interval=1))
+    train.train(resume=tmp_path / "run", num_steps=9)
+    out = capsys.readouterr().out.splitlines()
+    where = [i for i, line in enumerate(out) if "learns this text by heart" in line]
+    assert len(where) == 1 and "--weight_decay" in out[where[0]]
+    assert any(line.startswith("step 5  validation loss 7.0") for line in out[where[0] - 2:where[0]])
+
+def test_a_run_whose_training_does_not_fall_is_not_accused():
+    overfitting = log.Overfitting()
+    assert not any(overfitting.begins({"train_loss": loss, "val_loss": loss + 1}) for loss in range(10))
 
 def test_sample_is_repeatable_and_whole(trained, capsys, monkeypatch):
     monkeypatch.chdir(trained)
@@ -1548,7 +1584,8 @@ def start(data, folder, **flags):
     context.set_forkserver_preload(["train"])
     flags = TINY | dict(checkpoint_interval=3, eval_interval=50, resume="auto", data=str(data),
                         output_dir=str(folder)) | flags
-    process = context.Process(target=train.train, kwargs=flags)
+    code = "import os, sys; sys.stdout = open(os.devnull, 'w'); import train; train.train(**flags)"
+    process = context.Process(target=exec, args=(code, {"flags": flags}))
     process.start()
     return process
 
@@ -1621,7 +1658,8 @@ def start_ranks(count, **flags):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    code = "import os; os.environ.update(env); import torch, train; torch.set_num_threads(1); train.train(**flags)"
+    code = ("import os, sys; sys.stdout = open(os.devnull, 'w'); os.environ.update(env); import torch, train; "
+            "torch.set_num_threads(1); train.train(**flags)")
     flags = TINY | dict(batch_size=8, vocab_size=401, sample_tokens=2) | flags
     processes = []
     for rank in range(count):

@@ -20,6 +20,10 @@ from data.run import conclude, data_of, newest, open_run, state_of, try_to_save
 
 # ---- Settings ----
 
+def default_num_layers(settings):
+    """A block for every 64 features, as in GPT-2, and no fewer than 4."""
+    return max(4, round(settings.d_model / 64))
+
 def default_num_heads(settings):
     """Heads of at least 32 features (64 from d_model 768 on), as many as divide d_model into an even number each."""
     most = max(1, settings.d_model // (64 if settings.d_model >= 768 else 32))
@@ -28,6 +32,10 @@ def default_num_heads(settings):
 def default_lr_max(settings):
     """Wider models need smaller steps; 1/√d_model is a safe middle between constant and the 1/d_model of theory."""
     return 4e-3 * (128 / settings.d_model) ** 0.5
+
+def default_batch_size(settings):
+    """On CUDA: 64 · d_model tokens, in a multiple of 8 sequences, for ranks to share."""
+    return max(8, round(64 * settings.d_model / settings.context_length / 8) * 8)
 
 def hyperparameters(optimizer):
     """{name: default} of an optimiser's own hyperparameters."""
@@ -47,11 +55,9 @@ class Settings:
     data: str = flag("stories", "a name below data/, or a folder that data/prepare.py wrote; known corpora prepare "
                      "themselves", may_change=True)
     context_length: int = flag(256, "tokens the model sees at once", "[1, inf)")
-    batch_size: int = flag({"cpu": 4, "cuda": 128}, "sequences in a batch", "[1, inf)")
-    grad_accum_steps: int = flag(1, "batches in a step", "[1, inf)")
     # Model
     d_model: int = flag({"cpu": 128, "cuda": 512}, "features of a token", "[1, inf)")
-    num_layers: int = flag({"cpu": 4, "cuda": 8}, "blocks", "[1, inf)")
+    num_layers: int = flag(default_num_layers, "blocks", "[1, inf)", stated="d_model / 64, 4 or more")
     num_heads: int = flag(default_num_heads, "attention heads", stated="of 32 features or more; 64 from d_model 768 on")
     num_kv_heads: int = flag(0, "heads of keys and values, shared by groups of the others", stated="num_heads")
     d_ff: int = flag(0, "features inside the feed-forward layers", stated="8/3 d_model, rounded up to a multiple of 64")
@@ -60,6 +66,9 @@ class Settings:
     rope_theta: float = flag(10000.0, "base of the rotary angles")
     norm_eps: float = flag(1e-5, "epsilon of RMSNorm")
     # Learning
+    batch_size: int = flag({"cpu": 4, "cuda": default_batch_size}, "sequences in a batch", "[1, inf)",
+                           stated="CPU 4, CUDA 64 d_model / context_length, in eights")
+    grad_accum_steps: int = flag(1, "batches in a step", "[1, inf)")
     num_steps: int = flag({"cpu": 2500, "cuda": 5000}, "steps in all", "[1, inf)", may_change=True)
     schedule: str = flag("cosine", "course of the learning rate", choices=tinylm.SCHEDULES)
     lr_max: float = flag(default_lr_max, "learning rate after the warm-up", "[0, inf)",
@@ -111,10 +120,10 @@ class Settings:
                       stated="val")
 
     @classmethod
-    def complete(cls, given):
-        """All settings: those given, and defaults that suit the device and each other for the rest."""
+    def complete(cls, given, train_tokens=math.inf):
+        """All settings: those given, and defaults that suit the device, the data and each other for the rest."""
         device = machine.choose_device(given.get("device"))
-        settings = cli.complete(cls, given | {"device": device}, device)
+        settings = cli.complete(cls, given | {"device": device}, device, train_tokens=train_tokens)
         for name, value in given.items():
             default = cli.flags_of(cls)[name].metadata["default"]
             if callable(default) and default(settings) is None:  # a hyperparameter that other optimisers have
@@ -135,6 +144,9 @@ class Settings:
         return settings
 
     is_compiled = property(lambda self: self.compile and not self.shard)
+    tokens_per_step = property(lambda self: self.batch_size * self.grad_accum_steps * self.context_length)
+    train_tokens = math.inf  # of the data, once that is known
+    epochs = property(lambda self: self.num_steps * self.tokens_per_step / self.train_tokens)
 
 # ---- The loop ----
 

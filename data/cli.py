@@ -72,9 +72,13 @@ def read(table, given):
     values = {name: convert(name, fields[name].type, value) for name, value in given.items()}
     return {name: value for name, value in values.items() if value is not None}
 
-def complete(table, given, device="cpu"):
-    """All settings: those given, and the defaults for the rest. Raises InputError for one out of its range."""
+def complete(table, given, device="cpu", **known):
+    """All settings: those given, and the defaults for the rest, which may depend on what else is `known`.
+
+    Raises InputError for one out of its range.
+    """
     settings = table(**read(table, given))
+    vars(settings).update(known)
     for name, field in flags_of(table).items():
         if getattr(settings, name) is None:
             default = field.metadata["default"]
@@ -105,7 +109,7 @@ def check(name, value, within, choices):
 
 def kept(settings):
     """What a run keeps of its settings, for JSON."""
-    return {name: value for name, value in vars(settings).items() if value is not None}
+    return {name: getattr(settings, name) for name in flags_of(type(settings)) if getattr(settings, name) is not None}
 
 def may_change(table, name):
     """Whether a resumed run may have another value of a setting."""

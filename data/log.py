@@ -17,6 +17,7 @@ from data import cli, machine
 from data.cli import InputError, say
 from data.run import newest
 
+RISES = 3  # of the validation loss in a row, before a run says so
 PATIENCE = 5  # steps in a row whose numbers are not finite, before a run gives up
 
 class Diverged(RuntimeError):
@@ -58,9 +59,6 @@ def flops_per_token(config):
     """Floating-point operations to train on a token: 6 · parameters + 12 · layers · d_model · context."""
     return 6 * tinylm.num_params(config) + 12 * config.num_layers * config.d_model * config.context_length
 
-def tokens_per_step(settings):
-    return settings.batch_size * settings.grad_accum_steps * settings.context_length
-
 def introduce(run):
     """Say what is about to run."""
     settings, config, ids = run.settings, run.config, run.ids
@@ -74,9 +72,30 @@ def introduce(run):
         f"context {config.context_length}, vocabulary {config.vocab_size}")
     say(f"device      {settings.device}, {settings.dtype}{compiled}{ranks}")
     say(f"data        {run.data}: {len(ids['train']):,} tokens; validation on {of_all} {len(ids['val']) - 1:,}")
-    say(f"step        {tokens_per_step(settings):,} tokens; {run.step} of {settings.num_steps} steps done; "
+    say(f"step        {settings.tokens_per_step:,} tokens; {run.step} of {settings.num_steps} steps done; "
         f"learning rate {settings.lr_max:.2e} to {settings.lr_min:.2e}")
+    say(f"reads       the text {settings.epochs:.2g} times in all; weight decay {settings.weight_decay:.2g}")
     say(f"writes to   {run.folder}")
+
+class Overfitting:
+    """Notices when the validation loss has risen RISES times in a row while the training loss fell."""
+
+    def __init__(self):
+        self.losses, self.evaluations, self.noticed = [], [], False
+
+    def begins(self, measured):
+        """Whether it is first seen with these measurements of a step."""
+        if "train_loss" in measured:
+            self.losses.append(measured["train_loss"])
+        if "val_loss" not in measured or not self.losses:
+            return False
+        self.evaluations.append((measured["val_loss"], sum(self.losses) / len(self.losses)))
+        self.losses = []
+        validation, training = zip(*self.evaluations[-RISES - 1:])
+        rises = all(a < b for a, b in zip(validation, validation[1:])) and training[-1] < training[0]
+        begins = len(validation) > RISES and rises and not self.noticed
+        self.noticed |= begins
+        return begins
 
 class Log:
     """Where what was measured goes, until it is left; it says first what is about to run."""
@@ -87,6 +106,9 @@ class Log:
         self.flops, peak = flops_per_token(run.config), machine.peak_flops(run.settings.device)
         self.peak_flops = peak and peak * run.num_ranks
         path = os.devnull if run.rank else run.folder / "metrics.jsonl"
+        self.overfitting = Overfitting()
+        for line in cli.json_lines(path):
+            self.overfitting.begins(line)
         self.samples = [[line["step"], line["sample"]] for line in cli.json_lines(path) if "sample" in line]
         self.file, self.cut = open(path, "ab", buffering=0), False
         self.screen = cli.Progress("training", stream=sys.stdout)
@@ -122,9 +144,10 @@ class Log:
 
     def write(self, step, **measured):
         """Keep measurements of a step."""
-        tokens = step * tokens_per_step(self.settings)
+        tokens = step * self.settings.tokens_per_step
         measured = {"step": step, "tokens": tokens, "seconds": round(self.seconds, 3)} | measured
         self.keep(json.dumps(measured))
+        self.is_overfitting = self.overfitting.begins(measured)
         sample = measured.pop("sample", None)
         self.samples += [] if sample is None else [[step, sample]]
         table = lambda: {} if sample is None else {"samples": self.wandb.Table(["step", "text"], self.samples)}
@@ -153,7 +176,7 @@ class Log:
     def training(self, step, loss, norm, lr):
         """Keep and show the state of training."""
         now, num_steps = time.perf_counter(), self.settings.num_steps
-        rate = (step - self.marked_step) * tokens_per_step(self.settings) / max(1e-9, now - self.mark)
+        rate = (step - self.marked_step) * self.settings.tokens_per_step / max(1e-9, now - self.mark)
         self.mark, self.marked_step = now, step
         left = (num_steps - step) * (now - self.begin) / (step - self.run.step)
         share = {"flops_share": round(rate * self.flops / self.peak_flops, 4)} if self.peak_flops else {}
@@ -172,6 +195,9 @@ class Log:
             f"after {cli.duration(self.seconds)}")
         if sample:
             say(f"  it writes: {' '.join(sample.split())}")
+        if self.is_overfitting:
+            say(f"  validation has risen {RISES} times while training fell: the model learns this text by heart; more "
+                "text helps, or a larger --weight_decay, fewer --num_steps, a smaller --d_model")
         self.pause(step)
 
     def histograms(self, step, **trees):

@@ -31,8 +31,8 @@ def ticks(low, high, count=5):
     size *= next(factor for factor in (1, 2, 5, 10) if factor * size >= rough)
     return [i * size for i in range(math.ceil(low / size), math.floor(high / size) + 1)]
 
-def panel(curves, top, height, title, steps):
-    """One diagram over steps, as SVG elements. curves: [(color, dash, points)]."""
+def panel(curves, marks, top, height, title, steps):
+    """One diagram over steps, as SVG elements. curves: [(color, dash, points)], marks: [(color, point)]."""
     values = [value for _, _, points in curves for _, value in points]
     low, high = (min(values), max(values)) if values else (0, 1)
     low, high = (low, high) if high > low else (low - 0.5 * abs(low or 1), high + 0.5 * abs(high or 1))
@@ -51,21 +51,29 @@ def panel(curves, top, height, title, steps):
         line = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in points)
         out.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="1.5" '
                    f'stroke-dasharray="{dash}"/>')
+    for color, (step, value) in marks:
+        out.append(f'<circle cx="{x(step):.1f}" cy="{y(value):.1f}" r="4" fill="{color}"/><text x="{x(step):.1f}" '
+                   f'y="{y(value) - 8:.1f}" text-anchor="middle" fill="{color}">{value:.4g} at {step}</text>')
     return out
+
+def lowest(points):
+    """The lowest of some points, as a list of it; of none, none."""
+    return [min(points, key=lambda point: point[1])] if points else []
 
 def svg_of(runs):
     """The SVG of runs, {name: lines of metrics}: losses above, learning rates below."""
     steps = max(line["step"] for lines in runs.values() for line in lines)
-    losses, rates, legend = [], [], []
+    losses, best, rates, legend = [], [], [], []
     for i, (name, lines) in enumerate(runs.items()):
         color = COLORS[i % len(COLORS)]
         losses += [(color, "1 2", series(lines, "train_loss")), (color, "", series(lines, "val_loss"))]
+        best += [(color, point) for point in lowest(series(lines, "val_loss"))]
         rates.append((color, "", series(lines, "lr")))
         legend.append(f'<text x="{WIDTH - RIGHT - 10}" y="{TOP + 20 + 18 * i}" text-anchor="end" fill="{color}">'
                       f'{escape(name)}: validation (line), training (dots)</text>')
     upper = round((HEIGHT - TOP - 2 * GAP) * 0.7)
-    body = panel(losses, TOP, upper, "loss, nats per token", steps)
-    body += panel(rates, TOP + upper + GAP, HEIGHT - TOP - upper - 2 * GAP, "learning rate", steps)
+    body = panel(losses, best, TOP, upper, "loss, nats per token", steps)
+    body += panel(rates, [], TOP + upper + GAP, HEIGHT - TOP - upper - 2 * GAP, "learning rate", steps)
     return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
                       'font-family="sans-serif" font-size="12">',
                       f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>', *body, *legend, "</svg>"])

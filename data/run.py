@@ -25,7 +25,7 @@ class Run:
     source: str | None = None  # the checkpoint that its model comes from
     step: int = 0  # steps done
     seconds: float = 0.0  # that they took
-    best: float = math.inf  # the lowest validation loss
+    lowest: float = math.inf  # validation loss
     best_step: int | None = None  # and when it was
     wandb_id: str | None = None
     # What each rank has of its own.
@@ -39,7 +39,7 @@ class Run:
     optimizer: dict | None = None
 
 # Of a run, what the first rank finds out and tells the others.
-SHARED = ("folder", "data", "source", "step", "seconds", "best", "best_step", "wandb_id")
+SHARED = ("folder", "data", "source", "step", "seconds", "lowest", "best_step", "wandb_id")
 
 class Finished(InputError):
     """A run that a scheduler starts again though it has done all its steps."""
@@ -62,6 +62,16 @@ def checkpoints(folder):
 def newest(folder):
     """The newest checkpoint of a run, or None."""
     return next(reversed(checkpoints(folder).values()), None)
+
+def best_step_of(checkpoint):
+    """The step that a run had its lowest validation loss at when it wrote a checkpoint, or None."""
+    link = (checkpoint.parent / "best").resolve().name  # runs of before say it by a link alone
+    return files.read_json(checkpoint / "train_state.json").get(
+        "best_step", int(link[5:]) if link.startswith("step-") else None)
+
+def best(folder):
+    """The checkpoint of a run with the lowest validation loss, the newest where none was evaluated; None without any."""
+    return newest(folder) and checkpoints(folder).get(best_step_of(newest(folder)), newest(folder))
 
 def point(folder, name, target):
     """Let a link in a run's folder point at a checkpoint, for other tools. Where there are no links nothing is lost."""
@@ -107,6 +117,7 @@ def open_run(resume, init_from, given, table):
             raise mistake
         if rank:
             run.meta, run.ids = prepare.open_data(run.data)
+        run.settings.train_tokens = run.meta["train"]["tokens"]
         run.tokenizer = bpe.load(run.data / "tokenizer.json")
         load_state(run)
         if rank == 0:
@@ -159,6 +170,7 @@ def start_run(given, init_from, folder, table, claims):
     folder = folder or new_folder(settings)
     data = prepare.find_data(settings.data)
     meta, ids = prepare.open_data(data)
+    settings = table.complete(sizes | given, meta["train"]["tokens"])
     config = model_config(settings, meta["vocab_size"])
     checkpoint.check_can_be_saved(config)
     if init_from and (Path(init_from) / "tokenizer.json").is_file():
@@ -195,11 +207,9 @@ def resume_run(folder, given, table, claims, done=InputError):
             raise InputError(f"{latest}/train_state.json has a setting {name}, which this code has not; go on with the "
                              "code that began the run")
         settings = table.complete(kept | given)
-        best = math.inf if state["best"] is None else state["best"]
-        best_link = (folder / "best").resolve().name  # runs of before say it by a link alone
-        best_step = state.get("best_step", int(best_link[5:]) if best_link.startswith("step-") else None)
+        lowest = math.inf if state["best"] is None else state["best"]
         data = prepare.find_data(given["data"]) if "data" in given else data_of(state)
-        run = Run(settings, folder, data, str(latest), step, seconds, best, best_step, state["wandb_id"])
+        run = Run(settings, folder, data, str(latest), step, seconds, lowest, best_step_of(latest), state["wandb_id"])
         if step >= settings.num_steps:
             raise done(f"--resume={folder}: the run has done its {step} steps; give a larger --num_steps to extend it")
         run.meta, run.ids = prepare.open_data(run.data)
@@ -305,14 +315,14 @@ def save(run, step, seconds, val_loss):
     except InputError:
         checkpoint.take_part_in_saving(run.params, run.optimizer)  # the other ranks are gathering already
         raise
-    best, best_step = (val_loss, step) if val_loss < run.best else (run.best, run.best_step)
+    lowest, best_step = (val_loss, step) if val_loss < run.lowest else (run.lowest, run.best_step)
     state = {"step": step, "settings": cli.kept(run.settings), "seconds": seconds, "wandb_id": run.wandb_id,
-             "best": best if best < math.inf else None, "best_step": best_step,
+             "best": lowest if lowest < math.inf else None, "best_step": best_step,
              "data_folder": str(run.data.resolve()), "data": {split: run.meta[split] for split in run.ids}}
     end_token = bpe.END_OF_TEXT, run.meta["end_of_text_id"]
     tokenizer_file = run.data / "tokenizer.json"
     checkpoint.save_checkpoint(target, run.params, run.config, tokenizer_file, end_token, run.optimizer, state)
-    run.best, run.best_step = best, best_step
+    run.lowest, run.best_step = lowest, best_step
     for name in ["latest"] + ["best"] * (best_step == step):
         point(folder, name, target.name)
     files.flush_folder(folder)
@@ -342,3 +352,6 @@ def conclude(run, step, problem):
         cli.say(f"stopped after step {step}; go on with: python train.py --resume={run.folder}")
     else:
         cli.say(f"done; write with: python sample.py --checkpoint={run.folder}")
+        if run.best_step not in (None, step):
+            cli.say(f"  that takes step {run.best_step}, whose validation loss, {run.lowest:.4f}, is the lowest; "
+                    f"--checkpoint={run.folder}/latest is the last one")
