@@ -419,7 +419,8 @@ def test_model_is_transformers_llama(sizes, tmp_path, tokenizer_file, caplog):
     same(greedy, theirs[:, 5:])
     text = "Once upon a time, there was a naïve 🦊.<|endoftext|>"
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
-    assert theirs(text).input_ids == bpe.encode(bpe.load(tokenizer_file), text).tolist()
+    ids = bpe.encode(bpe.load(tokenizer_file), text).tolist()
+    assert theirs(text, add_special_tokens=False).input_ids == ids and theirs(text).input_ids == [256] + ids
     assert theirs.eos_token == END
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -1094,7 +1095,7 @@ def test_resuming_gives_the_uninterrupted_run(tmp_path, flags):
         train.train(output_dir=str(tmp_path / "parts"), **flags)
     train.train(resume=str(tmp_path / "parts"))
     assert without_time(metrics(tmp_path / "whole")) == without_time(metrics(tmp_path / "parts"))
-    for name in ("model.safetensors", "optimizer.safetensors"):
+    for name in ("model.safetensors", "training/optimizer.safetensors"):
         digests = {hashlib.sha256((tmp_path / run / "latest" / name).read_bytes()).hexdigest()
                    for run in ("whole", "parts")}
         assert len(digests) == 1
@@ -1634,7 +1635,7 @@ def kill_and_resume(folder, kills, start):
     content = lambda which, name: (folder / which / "latest" / name).read_bytes()
     same_bytes = lambda name: content("whole", name) == content("killed", name)
     return (without_time(metrics(folder / "whole")) == without_time(metrics(folder / "killed"))
-            and same_bytes("model.safetensors") and same_bytes("optimizer.safetensors"))
+            and same_bytes("model.safetensors") and same_bytes("training/optimizer.safetensors"))
 
 KILLED = {  # how many steps to each time that a run is killed, on how many ranks, other flags
     "plain": (120, 1, {}), "accumulating": (80, 1, {"grad_accum_steps": 3}), "compiled": (120, 1, {"compile": True}),
@@ -1681,7 +1682,7 @@ def same_run(a, b, tolerance=1e-5):
         assert x["step"] == y["step"] and x["tokens"] == y["tokens"]
         for key in ("train_loss", "grad_norm", "val_loss", "lr"):
             assert x.get(key) == pytest.approx(y.get(key), abs=tolerance), (x, y)
-    for name in ("model.safetensors", "optimizer.safetensors"):
+    for name in ("model.safetensors", "training/optimizer.safetensors"):
         same(load_file(a / "latest" / name), load_file(b / "latest" / name), tolerance)
 
 @pytest.mark.parametrize("flags", [{}, {"optimizer": "muon", "grad_accum_steps": 2, "batch_size": 4, "num_steps": 20}],
@@ -2233,9 +2234,9 @@ def test_a_fork_loses_nothing(tmp_path):
         assert checkpoint.load_checkpoint("run/latest")[1].window == 8
         import sample
         sample.sample(checkpoint="run", max_new_tokens=3)
-        state = json.load(open("run/latest/train_state.json"))
+        state = json.load(open("run/latest/training/train_state.json"))
         state["settings"]["window"] = 4
-        json.dump(state, open("run/latest/train_state.json", "w"))
+        json.dump(state, open("run/latest/training/train_state.json", "w"))
         try:
             train.train(resume="run", num_steps=9)
         except InputError as error:
@@ -2243,7 +2244,7 @@ def test_a_fork_loses_nothing(tmp_path):
         else:
             raise AssertionError("another model")
         state["settings"]["depth_scale"] = 4
-        json.dump(state, open("run/latest/train_state.json", "w"))
+        json.dump(state, open("run/latest/training/train_state.json", "w"))
         try:
             train.train(resume="run", num_steps=9)
         except InputError as error:
@@ -2261,7 +2262,7 @@ def test_values_from_python(tmp_path, flags):
     """Paths, NumPy's numbers and texts that are numbers are what they mean; a name that is none gets the nearest."""
     data = prepared(tmp_path)
     train.train(data=data, output_dir=tmp_path / "run", **TINY | flags)
-    state = json.loads((tmp_path / "run/latest/train_state.json").read_text())["settings"]
+    state = json.loads((tmp_path / "run/latest/training/train_state.json").read_text())["settings"]
     assert state["data"] == str(data) and state["num_steps"] == 2
     assert state["batch_size"] == 4 and state["compile"] is False
     assert state["lr_max"] == pytest.approx(0.01) and state["seed"] == int(flags.get("seed", 0))
@@ -2357,8 +2358,8 @@ def open_state(folder):
         run.load_state(resumed)
 
 DAMAGED = {"run/step-0000001/model.safetensors": open_model, "run/step-0000001/config.json": open_model,
-           "run/step-0000001/tokenizer.json": open_tokenizer, "run/step-0000001/optimizer.safetensors": open_state,
-           "run/step-0000001/train_state.json": open_state, "data/train.bin": open_data, "data/val.bin": open_data,
+           "run/step-0000001/tokenizer.json": open_tokenizer, "run/step-0000001/training/optimizer.safetensors": open_state,
+           "run/step-0000001/training/train_state.json": open_state, "data/train.bin": open_data, "data/val.bin": open_data,
            "data/tokenizer.json": open_data, "data/meta.json": open_data}
 
 def resident(kind):

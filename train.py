@@ -304,7 +304,7 @@ def evaluate_only(resume, init_from, given):
         raise InputError(f"--resume={resume}: no checkpoint there; expected a folder that train.py wrote")
     params, config = checkpoint.load_checkpoint(folder)
     kept = {}
-    if (folder / "train_state.json").is_file():
+    if checkpoint.for_training(folder, "train_state.json").is_file():
         with state_of(folder) as state:
             kept = {name: state["settings"][name] for name in ("batch_size", "dtype")}
             kept["data"] = given.get("data") or str(data_of(state))

@@ -233,6 +233,20 @@ def take_part_in_saving(params, optimizer):
     for _, leaf in tree_leaves(params) + tree_leaves(optimizer):
         tinylm.all_gather(leaf)
 
+def for_training(folder, name):
+    """Where a checkpoint has a file that only training needs: in training/, and in those of before beside the model."""
+    beside = Path(folder) / name
+    return beside if beside.is_file() else Path(folder) / "training" / name
+
+def tokenizer_for_others(tokenizer_file, text, end_id):
+    """tokenizer.json, for tools that should begin a text as training did: with `text`, the token that ends another."""
+    description = files.read_json(tokenizer_file)
+    begin, first, second = ({"SpecialToken": {"id": text, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}},
+                            {"Sequence": {"id": "B", "type_id": 0}})
+    template = {"type": "TemplateProcessing", "single": [begin, first], "pair": [begin, first, second],
+                "special_tokens": {text: {"id": text, "ids": [end_id], "tokens": [text]}}}
+    return description | {"post_processor": template}
+
 def write_checkpoint(folder, params, config, tokenizer_file, end_token, optimizer, train_state, gathered):
     """Write the files of a checkpoint into a new folder, and flush them. `gathered` yields its tensors, none split."""
     folder.mkdir(parents=True)
@@ -242,17 +256,18 @@ def write_checkpoint(folder, params, config, tokenizer_file, end_token, optimize
                       (pairs_to_halves(w, config.head_dim) if is_rotated(path) else w
                        for (path, _), w in zip(leaves, gathered)))
     files.write_json(folder / "config.json", config_to_hf(config, end_id))
-    files.write_json(folder / "generation_config.json", {"bos_token_id": end_id, "eos_token_id": end_id})
+    files.write_json(folder / "generation_config.json", {
+        "bos_token_id": end_id, "eos_token_id": end_id, "pad_token_id": end_id})
     files.write_json(folder / "tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": text, "eos_token": text,
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": text, "eos_token": text, "pad_token": text,
+        "padding_side": "left", "add_bos_token": True, "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": config.context_length, "clean_up_tokenization_spaces": False})
-    with open(folder / "tokenizer.json", "wb") as file:
-        file.write(Path(tokenizer_file).read_bytes())
-        files.flush(file)
-    if optimizer is not None:
-        write_safetensors(folder / "optimizer.safetensors", dict(tree_leaves(optimizer)), gathered)
-    if train_state is not None:
-        files.write_json(folder / "train_state.json", train_state)
+    files.write_json(folder / "tokenizer.json", tokenizer_for_others(tokenizer_file, text, end_id))
+    if optimizer is not None:  # in a folder of its own, for tools that read all safetensors beside config.json
+        (folder / "training").mkdir()
+        write_safetensors(folder / "training/optimizer.safetensors", dict(tree_leaves(optimizer)), gathered)
+        files.write_json(folder / "training/train_state.json", train_state)
+        files.flush_folder(folder / "training")
     files.flush_folder(folder)
 
 def load_checkpoint(folder):
@@ -284,7 +299,7 @@ def load_checkpoint(folder):
 
 def load_optimizer(folder, like):
     """Read the optimiser state from a checkpoint folder of ours. `like`: a fresh state, whose shapes it must have."""
-    path = Path(folder) / "optimizer.safetensors"
+    path = for_training(folder, "optimizer.safetensors")
     if not path.is_file():
         raise InputError(f"{path} is missing; the model can be used, but its training can't go on from here")
     tensors = read_safetensors(path)

@@ -53,8 +53,9 @@ def checkpoints(folder):
     steps = {}
     for name in ("best", "latest", "step-*"):  # the first two where a copy made folders of the links
         for path in Path(folder).glob(name):
-            if (path / "train_state.json").is_file() and not path.is_symlink():
-                state = {"step": path.name[5:]} if name == "step-*" else files.read_json(path / "train_state.json")
+            state = checkpoint.for_training(path, "train_state.json")
+            if state.is_file() and not path.is_symlink():
+                state = {"step": path.name[5:]} if name == "step-*" else files.read_json(state)
                 if str(state.get("step")).isdigit():
                     steps[int(state["step"])] = path
     return dict(sorted(steps.items()))
@@ -63,10 +64,10 @@ def newest(folder):
     """The newest checkpoint of a run, or None."""
     return next(reversed(checkpoints(folder).values()), None)
 
-def best_step_of(checkpoint):
-    """The step that a run had its lowest validation loss at when it wrote a checkpoint, or None."""
-    link = (checkpoint.parent / "best").resolve().name  # runs of before say it by a link alone
-    return files.read_json(checkpoint / "train_state.json").get(
+def best_step_of(latest):
+    """The step that a run had its lowest validation loss at when it wrote its latest checkpoint, or None."""
+    link = (latest.parent / "best").resolve().name  # runs of before say it by a link alone
+    return files.read_json(checkpoint.for_training(latest, "train_state.json")).get(
         "best_step", int(link[5:]) if link.startswith("step-") else None)
 
 def best(folder):
@@ -189,8 +190,8 @@ def resume_run(folder, given, table, claims, done=InputError):
     where it has done all its steps."""
     latest = newest(folder)
     if not latest:
-        advice = f"give the run's folder, --resume={folder.parent}" if (folder / "train_state.json").is_file() else (
-            "expected a folder that train.py wrote")
+        is_one = checkpoint.for_training(folder, "train_state.json").is_file()
+        advice = f"give the run's folder, --resume={folder.parent}" if is_one else "expected a folder that train.py wrote"
         raise InputError(f"--resume={folder}: no checkpoint there; {advice}")
     claims.enter_context(hold(folder))
     with state_of(latest) as state:
@@ -204,8 +205,8 @@ def resume_run(folder, given, table, claims, done=InputError):
                 raise InputError(f"--{flag}={value}: the run has {flag} {before}, which can't change on resuming; "
                                  "start a new run for that")
         for name in kept.keys() - cli.flags_of(table):
-            raise InputError(f"{latest}/train_state.json has a setting {name}, which this code has not; go on with the "
-                             "code that began the run")
+            raise InputError(f"{latest} was written with a setting {name}, which this code has not; go on with the code "
+                             "that began the run")
         settings = table.complete(kept | given)
         lowest = math.inf if state["best"] is None else state["best"]
         data = prepare.find_data(given["data"]) if "data" in given else data_of(state)
@@ -219,7 +220,7 @@ def resume_run(folder, given, table, claims, done=InputError):
 @contextmanager
 def state_of(folder):
     """What train_state.json of a checkpoint has. Raises InputError where what is done with it shows it damaged."""
-    path = folder / "train_state.json"
+    path = checkpoint.for_training(folder, "train_state.json")
     try:
         yield files.read_json(path)
     except (KeyError, TypeError, AttributeError) as error:
