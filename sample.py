@@ -4,31 +4,14 @@ import codecs
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 import tinylm
-from data import bpe, cli, machine
+from data import bpe, cli, gguf, machine
 from data.checkpoint import load_checkpoint
 from data.cli import InputError, flag
-from data.run import best, newest
-
-def find_checkpoint(name):
-    """The checkpoint folder that --checkpoint means: one itself, a run's best, or that of the newest run in runs/."""
-    if name:
-        folder = Path(name)
-        of_run = {"latest": newest, "best": best}.get(folder.name)  # they are links only where the disk has some
-        if not folder.is_dir() and of_run and of_run(folder.parent):
-            return of_run(folder.parent)
-        if not folder.is_dir():
-            raise InputError(f"--checkpoint={name} is not there; expected a run of train.py or a checkpoint folder")
-        return best(folder) or folder
-    written = sorted(Path("runs").glob("*/step-*/config.json"), key=lambda path: path.stat().st_mtime)
-    if not written:
-        raise InputError("there is no checkpoint below runs/ yet; train a model with python train.py, or give "
-                         "--checkpoint")
-    return best(written[-1].parents[1])
+from data.run import find_checkpoint
 
 @dataclass
 class Settings:
@@ -122,4 +105,7 @@ def sample(given):
     cli.fail(f"{count} tokens, {count / seconds:,.1f} tokens/s, by {folder}")
 
 if __name__ == "__main__":
-    cli.run(sample)
+    if sys.argv[1:2] == ["export"]:
+        cli.run(gguf.export, sys.argv[2:])
+    else:
+        cli.run(sample)

@@ -48,7 +48,7 @@ from safetensors.torch import load_file, save_file
 import sample
 import tinylm
 import train
-from data import bpe, checkpoint, cli, files, log, machine, plot, prepare, run, stories
+from data import bpe, checkpoint, cli, files, gguf, log, machine, plot, prepare, run, stories
 
 ROOT = Path(__file__).resolve().parent
 END = bpe.END_OF_TEXT
@@ -788,6 +788,53 @@ def test_numbers_that_are_none_are_refused(tmp_path, tokenizer_file, number):
     with pytest.raises(cli.InputError, match="layers.1.self_attn.q_proj.weight has numbers that are not finite"):
         checkpoint.load_checkpoint(tmp_path / "m")
 
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "q8_0"])
+@pytest.mark.parametrize("sizes", [dict(d_model=64, d_ff=96), dict(tie_embeddings=True, num_kv_heads=2, d_ff=80)])
+def test_gguf_files_are_those_of_the_package(tmp_path, tokenizer_file, dtype, sizes):
+    """Names, shapes and values by the reader of the package gguf, and its own quantisation, bit for bit."""
+    from gguf import GGUFReader, dequantize, quants
+    config = small_config(vocab_size=600, **sizes)
+    params = random_params(config)
+    checkpoint.save_checkpoint(tmp_path / "m", params, config, tokenizer_file, (END, 256))
+    gguf.export(str(tmp_path / "m"), output=str(tmp_path / "m.gguf"), dtype=dtype)
+    reader = GGUFReader(tmp_path / "m.gguf")
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    leaves = dict(tinylm.tree_leaves(params))
+    assert tensors.keys() == {gguf.gguf_name(path) for path in leaves}
+    for path, w in leaves.items():
+        tensor = tensors[gguf.gguf_name(path)]
+        kind = gguf.dtype_of(path, w.shape, dtype)
+        assert tensor.tensor_type.name.lower() == kind and tensor.data_offset % 32 == 0
+        assert kind == dtype or w.ndim == 1 or (dtype == "q8_0" and w.shape[1] == 80 and kind == "f16")
+        assert tuple(tensor.shape) == tuple(w.shape)[::-1]
+        assert np.array_equal(tensor.data, quants.quantize(w.numpy(), tensor.tensor_type))
+        values = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
+        step = {"f32": 0, "f16": 2**-11, "bf16": 2**-8, "q8_0": 1 / 240}[kind] * w.abs().max()
+        assert (values.view(w.shape) - w).abs().max() <= step
+    said = {name: field.contents() for name, field in reader.fields.items()}
+    tokenizer = bpe.load(tokenizer_file)
+    assert said["general.architecture"] == "llama" and said["llama.attention.head_count_kv"] == config.num_kv_heads
+    assert said["llama.rope.freq_base"] == config.rope_theta and said["llama.context_length"] == 32
+    assert said["tokenizer.ggml.bos_token_id"] == 256 and said["tokenizer.ggml.add_bos_token"] is True
+    tokens, kinds = said["tokenizer.ggml.tokens"], said["tokenizer.ggml.token_type"]
+    description = json.loads(Path(tokenizer_file).read_text())
+    assert tokens[:tokenizer.vocab_size] == list(description["model"]["vocab"]) and len(set(tokens)) == 600
+    unused = 600 - tokenizer.vocab_size
+    assert kinds == [3 if token == END else 1 for token in tokens[:tokenizer.vocab_size]] + [5] * unused
+    assert [merge.split(" ") for merge in said["tokenizer.ggml.merges"]] == description["model"]["merges"]
+
+def test_export_as_a_command(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    output = f"--output={tmp_path}/m.gguf"
+    assert call(monkeypatch, capsys, gguf.export, "runs/tiny", output, "--dtype=q8_0")[0] == 0
+    assert os.listdir(tmp_path) == ["m.gguf"]
+    for arguments, message in (([output, "--dtype=q4"], "expected one of f32, f16"), (["a", "b"], "2 models given"),
+                               (["nowhere"], "is not there"), (["runs/tiny", "--out=x"], "did you mean --output")):
+        code, error = call(monkeypatch, capsys, gguf.export, *arguments)
+        assert code == 2 and message in error and error.count("\n") == 1, error
+    process = command(trained, "sample.py", "export", "--help")
+    assert "--dtype" in process.communicate(timeout=60)[0] and process.returncode == 0
+
 # ---- Tokenizer ----
 
 def words_by_regex(text, special_tokens):
@@ -1273,7 +1320,7 @@ def test_the_best_model_writes(tmp_path, monkeypatch, capsys, links):
     assert "that takes step 2, whose validation loss, 3.0000, is the lowest" in capsys.readouterr().out
     for name, step in (("run", 2), ("run/latest", 6), ("run/best", 2), ("run/step-0000005", 5)):
         sample.sample(checkpoint=tmp_path / name, max_new_tokens=2)
-        assert sample.find_checkpoint(tmp_path / name).resolve().name == f"step-000000{step}"
+        assert run.find_checkpoint(tmp_path / name).resolve().name == f"step-000000{step}"
         told = capsys.readouterr().err
         assert told.endswith(f"{tmp_path / name}\n" if links and "/" in name else f"step-000000{step}\n")
 

@@ -845,19 +845,21 @@ def byte_alphabet():
     others = iter(range(256, 512))
     return [chr(b) if b in printable else chr(next(others)) for b in range(256)]
 
+def spelled_tokens(tokenizer):
+    """Each token as others write it: in the alphabet of bytes, a special one as it is."""
+    alphabet, special = byte_alphabet(), {i: text for text, i in tokenizer.special_tokens.items()}
+    return [special.get(i) or "".join(alphabet[b] for b in token) for i, token in enumerate(tokenizer.tokens)]
+
 def save(tokenizer, path):
     """Write tokenizer.json."""
-    alphabet = byte_alphabet()
-    spell = lambda token: "".join(alphabet[b] for b in token)
-    special = {i: text for text, i in tokenizer.special_tokens.items()}
-    spelled = [special.get(i) or spell(token) for i, token in enumerate(tokenizer.tokens)]
+    spelled = spelled_tokens(tokenizer)
     if len(set(spelled)) < len(spelled):
         raise InputError("a special token is spelled like another token in tokenizer.json; rename the special token")
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     description = {
         "version": "1.0", "truncation": None, "padding": None,
         "added_tokens": [{"id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False,
-                          "normalized": False, "special": True} for i, text in special.items()],
+                          "normalized": False, "special": True} for text, i in tokenizer.special_tokens.items()],
         "normalizer": None, "pre_tokenizer": byte_level, "post_processor": None, "decoder": byte_level,
         "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
                   "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,

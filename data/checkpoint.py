@@ -104,11 +104,14 @@ HF_SIZES = {
 HF_PLAIN = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rope_scaling": None,
             "sliding_window": None, "quantization_config": None}
 
+def layer_of(path):
+    """A parameter's layer and its name with {} for that: blocks.0.mlp.w_up → ("0", "blocks.{}.mlp.w_up")."""
+    parts = path.split(".")
+    return (parts[1], ".".join(["blocks", "{}", *parts[2:]])) if parts[0] == "blocks" else ("", path)
+
 def hf_name(path):
     """Hugging Face's name of a parameter: blocks.0.attention.wq → model.layers.0.self_attn.q_proj.weight."""
-    parts = path.split(".")
-    layer = parts[1] if parts[0] == "blocks" else ""
-    general = ".".join(["blocks", "{}", *parts[2:]]) if layer else path
+    layer, general = layer_of(path)
     if general not in HF_NAMES:
         raise InputError(f"the parameter {general} would be lost in a checkpoint; give it a name in HF_NAMES of "
                          "data/checkpoint.py")

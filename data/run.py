@@ -74,6 +74,22 @@ def best(folder):
     """The checkpoint of a run with the lowest validation loss, the newest where none was evaluated; None without any."""
     return newest(folder) and checkpoints(folder).get(best_step_of(newest(folder)), newest(folder))
 
+def find_checkpoint(name):
+    """The checkpoint folder that --checkpoint means: one itself, a run's best, or that of the newest run in runs/."""
+    if name:
+        folder = Path(name)
+        of_run = {"latest": newest, "best": best}.get(folder.name)  # they are links only where the disk has some
+        if not folder.is_dir() and of_run and of_run(folder.parent):
+            return of_run(folder.parent)
+        if not folder.is_dir():
+            raise InputError(f"--checkpoint={name} is not there; expected a run of train.py or a checkpoint folder")
+        return best(folder) or folder
+    written = sorted(Path("runs").glob("*/step-*/config.json"), key=lambda path: path.stat().st_mtime)
+    if not written:
+        raise InputError("there is no checkpoint below runs/ yet; train a model with python train.py, or give "
+                         "--checkpoint")
+    return best(written[-1].parents[1])
+
 def point(folder, name, target):
     """Let a link in a run's folder point at a checkpoint, for other tools. Where there are no links nothing is lost."""
     link = folder / f".{name}.partial"

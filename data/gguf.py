@@ -1,0 +1,154 @@
+"""A model → one GGUF file, for llama.cpp and what is built on it: python sample.py export RUN [--dtype=q8_0]."""
+
+import os
+import struct
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data import bpe, checkpoint, files
+from data.cli import InputError, Progress, say
+from data.run import find_checkpoint
+from tinylm import tree_leaves
+
+# Of a parameter, with its layer as {}. The layout is ours: llama.cpp rotates pairs of neighbours too.
+GGUF_NAMES = {
+    "embedding": "token_embd.weight", "final_norm": "output_norm.weight", "lm_head": "output.weight",
+    "blocks.{}.attention_norm": "blk.{}.attn_norm.weight", "blocks.{}.mlp_norm": "blk.{}.ffn_norm.weight",
+    "blocks.{}.attention.wq": "blk.{}.attn_q.weight", "blocks.{}.attention.wk": "blk.{}.attn_k.weight",
+    "blocks.{}.attention.wv": "blk.{}.attn_v.weight", "blocks.{}.attention.wo": "blk.{}.attn_output.weight",
+    "blocks.{}.mlp.w_gate": "blk.{}.ffn_gate.weight", "blocks.{}.mlp.w_up": "blk.{}.ffn_up.weight",
+    "blocks.{}.mlp.w_down": "blk.{}.ffn_down.weight",
+}
+# Of a dtype: its number for a tensor, its number for a file, and how many bytes so many values take.
+DTYPES = {"f32": (0, 0, (1, 4)), "f16": (1, 1, (1, 2)), "bf16": (30, 32, (1, 2)), "q8_0": (8, 7, (32, 34))}
+ALIGNMENT = 32  # bytes, of every tensor
+NORMAL, CONTROL, UNUSED = 1, 3, 5  # kinds of tokens
+
+# ---- Bytes ----
+
+def string(text):
+    data = text.encode()
+    return struct.pack("<Q", len(data)) + data
+
+def value(data):
+    """A value with its type before it: bool, int as uint32, float as float32, str, and lists of int32 or str."""
+    if isinstance(data, bool):
+        return struct.pack("<I?", 7, data)
+    if isinstance(data, int):
+        return struct.pack("<II", 4, data)
+    if isinstance(data, float):
+        return struct.pack("<If", 6, data)
+    if isinstance(data, str):
+        return struct.pack("<I", 8) + string(data)
+    if isinstance(data[0], str):
+        return struct.pack("<IIQ", 9, 8, len(data)) + b"".join(map(string, data))
+    return struct.pack("<IIQ", 9, 5, len(data)) + np.array(data, "<i4").tobytes()
+
+def quantize(w):
+    """Blocks of 32 values as int8 with one float16 scale: value ≈ scale · int8. (..., 32n) → uint8 (blocks, 34)."""
+    blocks = w.float().reshape(-1, 32)
+    scale = blocks.abs().amax(1, keepdim=True) / 127
+    steps = blocks * torch.where(scale > 0, 1 / scale, 0)  # as llama.cpp does it: halves are rounded away from 0
+    steps = (steps.sign() * (steps.abs() + 0.5).floor()).to(torch.int8)
+    return torch.cat([scale.half().view(torch.uint8), steps.view(torch.uint8)], 1)
+
+def as_bytes(w, dtype):
+    """The bytes of a tensor in one of DTYPES."""
+    if dtype == "q8_0":
+        return quantize(w).numpy().tobytes()
+    w = w.to({"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[dtype]).contiguous()
+    return w.view(-1).view(torch.uint8).numpy().tobytes()
+
+def padding(size):
+    return b"\0" * (-size % ALIGNMENT)
+
+# ---- A model ----
+
+def gguf_name(path):
+    """llama.cpp's name of a parameter: blocks.0.attention.wq → blk.0.attn_q.weight."""
+    layer, general = checkpoint.layer_of(path)
+    if general not in GGUF_NAMES:
+        raise InputError(f"the parameter {general} has no name in a GGUF file of a Llama model")
+    return GGUF_NAMES[general].format(layer)
+
+def dtype_of(path, shape, dtype):
+    """The dtype of a parameter in a file of some dtype: norms stay float32, rows of no whole blocks become float16."""
+    if len(shape) == 1:
+        return "f32"
+    return "f16" if shape[1] % DTYPES[dtype][2][0] else dtype
+
+def description(config, tokenizer, dtype, name):
+    """What the file says of a model: {key: value}."""
+    special = set(tokenizer.special_tokens.values())
+    unused = range(tokenizer.vocab_size, config.vocab_size)
+    tokens = bpe.spelled_tokens(tokenizer)
+    merges = [f"{tokens[left]} {tokens[right]}" for left, right, _ in tokenizer.merges.tolist()]
+    end = tokenizer.special_tokens[bpe.END_OF_TEXT]
+    return {
+        "general.architecture": "llama", "general.name": name, "general.alignment": ALIGNMENT,
+        "general.file_type": DTYPES[dtype][1], "llama.vocab_size": config.vocab_size,
+        "llama.context_length": config.context_length, "llama.embedding_length": config.d_model,
+        "llama.block_count": config.num_layers, "llama.feed_forward_length": config.d_ff,
+        "llama.attention.head_count": config.num_heads, "llama.attention.head_count_kv": config.num_kv_heads,
+        "llama.attention.layer_norm_rms_epsilon": float(config.norm_eps),
+        "llama.rope.dimension_count": config.head_dim, "llama.rope.freq_base": float(config.rope_theta),
+        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": tokens + [f"[unused {i}]" for i in unused],
+        "tokenizer.ggml.token_type": [CONTROL if i in special else NORMAL for i in range(len(tokens))]
+        + [UNUSED] * len(unused),
+        # llama.cpp wants a merge; this one is of a byte that no text has.
+        "tokenizer.ggml.merges": merges or [" ".join(tokens[tokenizer.tokens.index(b"\xff")] * 2)],
+        "tokenizer.ggml.bos_token_id": end, "tokenizer.ggml.eos_token_id": end,
+        "tokenizer.ggml.padding_token_id": end, "tokenizer.ggml.add_bos_token": True}
+
+def write_gguf(path, params, config, tokenizer, dtype, name):
+    """Write a model as GGUF, version 3: a header, what it says of itself, the tensors' places, their bytes."""
+    said = description(config, tokenizer, dtype, name)
+    leaves = [(leaf_path, w, dtype_of(leaf_path, w.shape, dtype)) for leaf_path, w in tree_leaves(params)]
+    header = [b"GGUF", struct.pack("<IQQ", 3, len(leaves), len(said))]
+    header += [string(key) + value(data) for key, data in said.items()]
+    offset = 0
+    for leaf_path, w, kind in leaves:
+        number, _, (values, size) = DTYPES[kind]
+        header += [string(gguf_name(leaf_path)), struct.pack("<I", w.ndim), struct.pack(f"<{w.ndim}Q", *w.shape[::-1]),
+                   struct.pack("<IQ", number, offset)]
+        offset += w.numel() // values * size
+        offset += len(padding(offset))
+    header = b"".join(header)
+    progress, done = Progress(f"writing {path.name}", offset), 0
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(header + padding(len(header)))
+            for leaf_path, w, kind in leaves:
+                data = as_bytes(w, kind)
+                file.write(data + padding(len(data)))
+                progress.update(done := done + len(data))
+            files.flush(file)
+        os.replace(partial, path)
+    finally:
+        progress.close()
+        files.remove(partial)
+
+def export(*model, output: str = "", dtype: str = "f16"):
+    """Write a model, of train.py or a Llama folder from elsewhere, as one GGUF file, for llama.cpp and Ollama.
+
+    output: the file to write [model.gguf]
+    dtype: of its matrices, f32, f16, bf16 or q8_0, which takes 8.5 bits a number
+    """
+    if len(model) > 1:
+        raise InputError(f"{len(model)} models given, expected one; write python sample.py export runs/NAME")
+    if dtype not in DTYPES:
+        raise InputError(f"--dtype={dtype}: expected one of {', '.join(DTYPES)}")
+    folder, path = find_checkpoint(str(model[0]) if model else ""), Path(output or "model.gguf")
+    params, config = checkpoint.load_checkpoint(folder)
+    tokenizer = bpe.load(folder / "tokenizer.json")
+    if bpe.END_OF_TEXT not in tokenizer.special_tokens or tokenizer.vocab_size > config.vocab_size:
+        raise InputError(f"{folder}: its tokenizer has {tokenizer.vocab_size} tokens; expected no more than the model, "
+                         f"{config.vocab_size}, and {bpe.END_OF_TEXT} among them")
+    if dtype == "f16" and max(w.abs().max().item() for _, w in tree_leaves(params)) > torch.finfo(torch.float16).max:
+        raise InputError(f"{folder} has numbers that float16 can't hold; give --dtype=bf16")
+    write_gguf(path, params, config, tokenizer, dtype, folder.resolve().parent.name)
+    say(f"wrote {path}, {path.stat().st_size / 1e6:,.1f} MB, of {folder}")
