@@ -316,6 +316,29 @@ def test_muon_is_that_of_torch():
         # PyTorch orthogonalises in bfloat16.
         assert (p - theirs[path]).norm() < (0.03 if path.startswith("blocks.") else 1e-5) * (p - initial[path]).norm()
 
+def test_defaults_follow_from_the_text_and_the_width(tmp_path, capsys):
+    """A text that is read often gets fewer steps and more decay, never too much; what is given stays."""
+    complete = lambda tokens=math.inf, **given: train.Settings.complete({"device": "cpu"} | given, train_tokens=tokens)
+    assert (complete(10**7).num_steps, complete(10**7).weight_decay, complete().weight_decay) == (2500, 0.1, 0.1)
+    decays = [complete(tokens).weight_decay for tokens in (300_000, 80_000, 30_000, 1000, 10)]
+    assert decays == sorted(decays) and decays[1] == pytest.approx(3.3, abs=0.2)
+    for tokens, optimizer in itertools.product((10, 1000, 30_000), tinylm.OPTIMIZERS):
+        for given in ({}, {"num_steps": 100_000}, {"lr_max": 1.0}, {"lr_max": 0}):
+            chosen = complete(tokens, optimizer=optimizer, **given)
+            assert chosen.lr_max * chosen.weight_decay <= 0.21
+            assert "num_steps" in given or chosen.num_steps == max(100, round(32 * tokens / 1024))
+    assert (complete(1000, weight_decay=0.5, num_steps=7).weight_decay, complete(1000, num_steps=7).num_steps) == (0.5, 7)
+    pretrained = train.Settings.complete({"device": "cpu"}, train_tokens=80_000, is_pretrained=True)
+    assert (pretrained.num_steps, pretrained.weight_decay, pretrained.lr_max) == (234, 0.1, complete().lr_max / 20)
+    layers = [complete(d_model=d).num_layers for d in (64, 128, 256, 512, 768, 1024)]
+    assert layers == [4, 4, 4, 8, 12, 16]
+    data, flags = prepared(tmp_path, "".join(stories.story(0, i) for i in range(10))), TINY | dict(num_steps=50)
+    train.train(data=data, output_dir=tmp_path / "run", **flags)
+    chosen = complete(len(prepare.open_data(data)[1]["train"]), **flags)
+    assert chosen.weight_decay > 0.1
+    said = f"reads       the text {chosen.epochs:.2g} times in all; weight decay {chosen.weight_decay:.2g}"
+    assert said in capsys.readouterr().out
+
 def test_remat_changes_nothing():
     config = small_config()
     params, tokens = tinylm.init_params(config, generator()), random_tokens(config, 2, 21)

@@ -29,13 +29,37 @@ def default_num_heads(settings):
     most = max(1, settings.d_model // (64 if settings.d_model >= 768 else 32))
     return next((heads for heads in range(most, 0, -1) if settings.d_model % (2 * heads) == 0), 1)
 
-def default_lr_max(settings):
-    """Wider models need smaller steps; 1/√d_model is a safe middle between constant and the 1/d_model of theory."""
-    return 4e-3 * (128 / settings.d_model) ** 0.5
-
 def default_batch_size(settings):
-    """On CUDA: 64 · d_model tokens, in a multiple of 8 sequences, for ranks to share."""
-    return max(8, round(64 * settings.d_model / settings.context_length / 8) * 8)
+    """On CUDA 64 · d_model tokens, at most a 25th of the text, in a multiple of 4 sequences for ranks to share."""
+    tokens = min(64 * settings.d_model, settings.train_tokens / 25)
+    return max(4, round(tokens / settings.context_length / 4) * 4)
+
+def default_num_steps(most):
+    """`most`, but no more than read the text 32 times, or 3 times where a model was trained before."""
+    def default(settings):
+        epochs = 3 if settings.is_pretrained else 32
+        return round(min(most, max(100, epochs * settings.train_tokens / settings.tokens_per_step)))
+    return default
+
+def default_lr_max(settings):
+    """Wider models need smaller steps; 1/√d_model is a safe middle between constant and the 1/d_model of theory.
+
+    A model that was trained before gets a twentieth, so that it keeps what it knows.
+    """
+    return 4e-3 * (128 / settings.d_model) ** 0.5 / (20 if settings.is_pretrained else 1)
+
+def default_weight_decay(settings):
+    """The optimiser's own, and more where a text is read so often that the model would learn it by heart.
+
+    AdamW forgets in 1/(lr · decay) steps, best said in readings of the text (Wang and Aitchison 2024). Where it is read
+    E times, this lets it forget in 30/E readings. A step never shrinks a weight by more than a fifth.
+    """
+    own = hyperparameters(settings.optimizer).get("weight_decay")
+    if own is None or settings.is_pretrained or not settings.lr_max:
+        return own
+    steps_per_epoch = settings.train_tokens / settings.tokens_per_step
+    share = min(0.2, settings.epochs / 30 / steps_per_epoch)  # that a step takes from a weight, at the highest rate
+    return max(own, float(f"{share / settings.lr_max:.2g}"))
 
 def hyperparameters(optimizer):
     """{name: default} of an optimiser's own hyperparameters."""
@@ -67,19 +91,22 @@ class Settings:
     norm_eps: float = flag(1e-5, "epsilon of RMSNorm")
     # Learning
     batch_size: int = flag({"cpu": 4, "cuda": default_batch_size}, "sequences in a batch", "[1, inf)",
-                           stated="CPU 4, CUDA 64 d_model / context_length, in eights")
+                           stated="CPU 4, CUDA 64 d_model tokens, at most a 25th of the text")
     grad_accum_steps: int = flag(1, "batches in a step", "[1, inf)")
-    num_steps: int = flag({"cpu": 2500, "cuda": 5000}, "steps in all", "[1, inf)", may_change=True)
+    num_steps: int = flag({"cpu": default_num_steps(2500), "cuda": default_num_steps(5000)}, "steps in all", "[1, inf)",
+                          stated="CPU 2500, CUDA 5000, or what reads the text 32 times; 3 times with --init_from",
+                          may_change=True)
     schedule: str = flag("cosine", "course of the learning rate", choices=tinylm.SCHEDULES)
     lr_max: float = flag(default_lr_max, "learning rate after the warm-up", "[0, inf)",
-                         stated="4e-3 · √(128 / d_model)", may_change=True)
+                         stated="4e-3 · √(128 / d_model); a twentieth with --init_from", may_change=True)
     lr_min: float = flag(lambda settings: settings.lr_max / 100, "learning rate at the end", "[0, inf)",
                          stated="lr_max / 100", may_change=True)
     warmup_steps: int = flag(lambda settings: min(100, settings.num_steps // 10), "steps of linear warm-up", "[0, inf)",
                              stated="100, at most a tenth of num_steps")
     optimizer: str = flag("adamw", "adamw, or muon for the matrices of the blocks (AdamW for the rest)",
                           choices=tinylm.OPTIMIZERS)
-    weight_decay: float = own_flag("weight_decay", "decoupled decay of the matrices", "[0, inf)")
+    weight_decay: float = flag(default_weight_decay, "decoupled decay of the matrices", "[0, inf)",
+                               stated="0.1, and more where a short text is read often")
     beta1: float = own_flag("beta1", "decay of AdamW's first moment", "[0, 1)")
     beta2: float = own_flag("beta2", "decay of AdamW's second moment", "[0, 1)")
     eps: float = own_flag("eps", "epsilon of AdamW", "[0, inf)")
@@ -120,10 +147,10 @@ class Settings:
                       stated="val")
 
     @classmethod
-    def complete(cls, given, train_tokens=math.inf):
-        """All settings: those given, and defaults that suit the device, the data and each other for the rest."""
+    def complete(cls, given, **known):
+        """All settings: those given, and defaults that suit the device, what is known, and each other for the rest."""
         device = machine.choose_device(given.get("device"))
-        settings = cli.complete(cls, given | {"device": device}, device, train_tokens=train_tokens)
+        settings = cli.complete(cls, given | {"device": device}, device, **known)
         for name, value in given.items():
             default = cli.flags_of(cls)[name].metadata["default"]
             if callable(default) and default(settings) is None:  # a hyperparameter that other optimisers have
@@ -145,7 +172,7 @@ class Settings:
 
     is_compiled = property(lambda self: self.compile and not self.shard)
     tokens_per_step = property(lambda self: self.batch_size * self.grad_accum_steps * self.context_length)
-    train_tokens = math.inf  # of the data, once that is known
+    train_tokens, is_pretrained = math.inf, False  # what defaults depend on, once it is known
     epochs = property(lambda self: self.num_steps * self.tokens_per_step / self.train_tokens)
 
 # ---- The loop ----

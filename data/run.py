@@ -182,12 +182,12 @@ def start_run(given, init_from, folder, table, claims):
             if given.get(flag, value) != value and not (flag == "context_length" and given[flag] < value):
                 raise InputError(f"--{flag}={given[flag]}: the model of --init_from={init_from} has {flag} {value}; "
                                  "leave the flag out" + ", or give a smaller one" * (flag == "context_length"))
-    settings = table.complete(sizes | given)
+    settings = table.complete(sizes | given, is_pretrained=bool(init_from))
     model_config(settings, 1)  # raises where sizes don't fit, before any work
     folder = folder or new_folder(settings)
     data = prepare.find_data(settings.data)
     meta, ids = prepare.open_data(data)
-    settings = table.complete(sizes | given, meta["train"]["tokens"])
+    settings = table.complete(sizes | given, is_pretrained=bool(init_from), train_tokens=meta["train"]["tokens"])
     config = model_config(settings, meta["vocab_size"])
     checkpoint.check_can_be_saved(config)
     if init_from and (Path(init_from) / "tokenizer.json").is_file():
