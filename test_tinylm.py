@@ -860,13 +860,13 @@ def test_export_as_a_command(trained, tmp_path, monkeypatch, capsys):
 
 # ---- Tokenizer ----
 
-def words_by_regex(text, special_tokens):
+def words_by_regex(text, special_tokens, split="gpt2"):
     """What `plain_split` gives, by the regex module: cut at special tokens, then at the split pattern."""
     import regex
     longest_first = sorted(special_tokens, reverse=True)
     parts = regex.split("(" + "|".join(map(regex.escape, longest_first)) + ")", text) if special_tokens else [text]
     return [word for i, part in enumerate(parts)
-            for word in ([part] if i % 2 else regex.findall(bpe.SPLIT_PATTERN, part))]
+            for word in ([part] if i % 2 else regex.findall(bpe.SPLIT_PATTERNS[split], part))]
 
 def spelled_merges(tokenizer):
     return [(tokenizer.tokens[left], tokenizer.tokens[right]) for left, right, _ in tokenizer.merges.tolist()]
@@ -881,16 +881,79 @@ def train_on(text, folder, vocab_size, special_tokens=(END,), **options):
 known = st.characters(exclude_categories=["Cs", "Cn"])
 nasty = st.lists(st.one_of(
     st.text(known, max_size=6), st.text("aab 'sltver\n", max_size=12), st.sampled_from(
-        ["'s", "'ll", "'re", "'", " '", "  ", "\r\n", "\t", "\u00a0", "\u3000", "\u2003 ", "\x1c", "\x85",
+        ["'s", "'ll", "'re", "'", " '", "'S", "'LL", "'ſ", "!\n\n", " !a", "\t!é", "12345", "  ", "\r\n", "\t", "\u00a0", "\u3000", "\u2003 ", "\x1c", "\x85",
          "١٢", "½", "Ⅷ", "e\u0301", "👩‍👩‍👧", "🇫🇷", "你好，", "Привет", "ß", "ﬁ",
          END, END[:5], "<|end" + END, "a" * 40, " " * 20, "ab" * 50, "\0", "\U0010fffd", "𝒳"])),
     max_size=12).map("".join)
 
+@pytest.mark.parametrize("split", bpe.SPLIT_PATTERNS)
 @pytest.mark.parametrize("special_tokens", [[], [END], [END, END + "x"]], ids=len)
 @given(text=nasty)
-@example(text=f"it's {END}xx{END}  {END}'s ' {END}x\u00a0{END}é")
-def test_plain_split_is_that_of_regex(special_tokens, text):
-    assert list(bpe.plain_split(text, special_tokens)) == words_by_regex(text, special_tokens)
+@example(text=f"it's {END}xx{END}  {END}'s ' {END}x\u00a0{END}é\n{END}\n!{END}\n\na")
+def test_splits_are_those_of_regex(special_tokens, split, text):
+    expected, data = words_by_regex(text, special_tokens, split), text.encode()
+    assert list(bpe.plain_split(text, special_tokens, split)) == expected
+    spans = bpe.find_spans(bpe.compile_special_pattern(special_tokens), data)
+    starts = bpe.WORD_STARTS[split](data, spans).tolist()
+    assert [data[begin:end].decode() for begin, end in zip(starts, starts[1:] + [len(data)])] == expected
+
+MISSING = [0xC0, 0xC1, *range(0xF1, 0x100), 0x00, 0x01, 0x02, 0x03]  # 21 bytes, as many as SmolLM lacks
+
+def tokenizer_like(kind, folder):
+    """A tokenizer of the kind of another family's, by the library: theirs and, read from its file, ours."""
+    from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+    steps = {"smollm": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
+             "llama3": [pre_tokenizers.Split(tokenizers.Regex(bpe.SPLIT_PATTERNS["llama3"]), "isolated"),
+                        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]}[kind]
+    theirs = tokenizers.Tokenizer(models.BPE(ignore_merges=kind == "llama3"))
+    theirs.pre_tokenizer, theirs.decoder = pre_tokenizers.Sequence(steps), decoders.ByteLevel()
+    special = {"smollm": [END, "<|im_start|>", "<|im_end|>"], "llama3": ["<|begin_of_text|>", "<|eot_id|>", END]}[kind]
+    characters = [c for b, c in enumerate(bpe.byte_alphabet()) if kind == "llama3" or b not in MISSING]
+    trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=special, initial_alphabet=characters, show_progress=False)
+    theirs.train_from_iterator(["".join(stories.story(3, i) for i in range(100)) + "12345 I'LL We'RE 你好 naïve!\n\n" * 20],
+                               trainer)
+    if kind == "llama3":
+        theirs.post_processor = processors.TemplateProcessing(
+            single=f"{special[0]} $A", pair=f"{special[0]} $A {special[0]} $B", special_tokens=[(special[0], 0)])
+    theirs.save(str(folder / "tokenizer.json"))
+    description = json.loads((folder / "tokenizer.json").read_text())
+    if kind == "llama3":  # a word that is a token, but that no merges lead to
+        description["model"]["merges"] = [pair for pair in description["model"]["merges"] if pair != ["Ġt", "he"]]
+        (folder / "tokenizer.json").write_text(json.dumps(description))
+    return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), bpe.load(folder / "tokenizer.json")
+
+@pytest.fixture(scope="module")
+def other_families(tmp_path_factory):
+    return {kind: tokenizer_like(kind, tmp_path_factory.mktemp(kind)) for kind in ("smollm", "llama3")}
+
+@pytest.mark.parametrize("kind", ["smollm", "llama3"])
+@settings(max_examples=200)
+@given(text=nasty)
+def test_ids_of_other_families_are_those_of_tokenizers(other_families, kind, text):
+    theirs, ours = other_families[kind]
+    if kind == "smollm" and set(text.encode()) & set(MISSING) - set(END.encode()):
+        with pytest.raises(cli.InputError, match="the text has the byte 0x"):
+            bpe.encode(ours, text)
+        return
+    ids = bpe.encode(ours, text)
+    assert ids.tolist() == theirs.encode(text, add_special_tokens=False).ids == bpe.plain_encode(ours, text)
+    assert bpe.decode(ours, ids) == text
+
+def test_other_families_in_files_and_again(other_families, tmp_path, monkeypatch):
+    """In pieces too; and written by us they are the same."""
+    text = "".join(stories.story(5, i) + random.Random(i).choice(["\n", "12", "!\n", "'LL é", END]) for i in range(200))
+    (tmp_path / "text.txt").write_text(text + "x" * 100 + "the" * 30)
+    monkeypatch.setattr(bpe, "CHUNK_BYTES", 10_000)
+    monkeypatch.setattr(bpe, "PIECE_BYTES", 3_000)
+    for theirs, ours in other_families.values():
+        expected = theirs.encode((tmp_path / "text.txt").read_text(), add_special_tokens=False).ids
+        for workers in (1, 2):
+            pieces = bpe.encode_pieces(ours, [tmp_path / "text.txt"], workers)
+            assert np.concatenate([ids for _, ids in pieces]).tolist() == expected
+        bpe.save(ours, tmp_path / "again.json")
+        again = tokenizers.Tokenizer.from_file(str(tmp_path / "again.json"))
+        assert bpe.are_same(ours, bpe.load(tmp_path / "again.json"))
+        assert again.encode(text, add_special_tokens=False).ids == theirs.encode(text, add_special_tokens=False).ids
 
 @pytest.mark.parametrize("many", [1, 4, 1000])
 @given(text=nasty)
@@ -916,7 +979,7 @@ def three_tokenizers(tmp_path_factory):
     tokenizer = train_on(text, folder, 900, [END, END + "x"])
     bpe.save(tokenizer, folder / "tokenizer.json")
     ranks = {token: i for i, token in enumerate(tokenizer.tokens) if i not in tokenizer.special_tokens.values()}
-    theirs = tiktoken.Encoding("same", pat_str=bpe.SPLIT_PATTERN, mergeable_ranks=ranks,
+    theirs = tiktoken.Encoding("same", pat_str=bpe.SPLIT_PATTERNS["gpt2"], mergeable_ranks=ranks,
                                special_tokens=tokenizer.special_tokens)
     return bpe.load(folder / "tokenizer.json"), tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), theirs
 
@@ -2644,7 +2707,7 @@ def measure_tokenizer(*, file: str = "", vocab_size: int = 10000):
         their_seconds, _ = timed(tokenizers.ByteLevelBPETokenizer().train, [file], vocab_size, 0, False, [END])
     special, text = ours.special_tokens, Path(file).read_bytes().decode()
     ranks = {token: i for i, token in enumerate(ours.tokens) if i not in special.values()}
-    theirs = tiktoken.Encoding("same", pat_str=bpe.SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=special)
+    theirs = tiktoken.Encoding("same", pat_str=bpe.SPLIT_PATTERNS["gpt2"], mergeable_ranks=ranks, special_tokens=special)
     assert bpe.encode(ours, text).tolist() == theirs.encode(text, allowed_special="all")
     ratios = [timed(theirs.encode_ordinary, text)[0] / timed(bpe.encode, ours, text)[0] for _ in range(9)]
     return {f"learn {len(ours.tokens):,} tokens, times as fast as tokenizers": their_seconds / our_seconds,

@@ -1,4 +1,4 @@
-"""Byte-level BPE with GPT-2's split pattern: train, encode, decode, save and load, in NumPy.
+"""Byte-level BPE: train with GPT-2's split pattern; encode with that or Llama 3's; save and load, in NumPy.
 
 First the definition, in plain Python: `plain_split`, `plain_train` and `plain_encode`. The tests hold the rest to it.
 
@@ -25,17 +25,21 @@ import unicodedata
 from array import array
 from collections import Counter
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 
 from data.cli import InputError, Progress
 
-# GPT-2's split pattern, as tiktoken and tokenizers know it; and the same for ASCII alone, as Python's `re` has neither
-# \p{L}, a letter, nor \p{N}, a number.
-SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-ASCII_SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+"
+# How text is split into words, as tiktoken and tokenizers write it: \p{L} is a letter, \p{N} a number.
+SPLIT_PATTERNS = {
+    "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    # SmolLM's: each digit is a text of its own.
+    "digits": r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+",
+    "llama3": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+              r"\s*[\r\n]+|\s+(?!\S)|\s+",
+}
 CHUNK_BYTES = 1 << 22  # of a file, read and worked on at once
 PIECE_BYTES = 1 << 18  # of that, split at once: large enough for arrays to pay, small enough to stay in a core's cache
 
@@ -47,17 +51,26 @@ def ascii_of_same_class(character):
         return character
     if character.isspace():
         return "\t"
+    if character == "ſ":  # whose capital is S
+        return "S"
     return {"L": "a", "N": "0"}.get(unicodedata.category(character)[0], "!")
 
-def plain_split(text, special_tokens=()):
-    """Cut text into words: the special tokens, and what the split pattern finds between them; yields str."""
+def ascii_pattern(pattern):
+    """A split pattern for ASCII alone, as Python's `re` knows neither \\p{L} nor \\p{N}."""
+    for theirs, ours in ((r"\p{N}]", "0-9]"), (r"\p{L}0-9]", "A-Za-z0-9]"), (r"\p{L}", "[A-Za-z]"), (r"\p{N}", "[0-9]")):
+        pattern = pattern.replace(theirs, ours)
+    return pattern
+
+def plain_split(text, special_tokens=(), split="gpt2"):
+    """Cut text into words: the special tokens, and what a split pattern finds between them; yields str."""
+    pattern = ascii_pattern(SPLIT_PATTERNS[split])
     longest_first = sorted(special_tokens, key=len, reverse=True)
     parts = re.split("(" + "|".join(map(re.escape, longest_first)) + ")", text) if special_tokens else [text]
     for part in parts:
         if part in special_tokens:
             yield part
         else:
-            for match in re.finditer(ASCII_SPLIT_PATTERN, "".join(map(ascii_of_same_class, part)), re.ASCII):
+            for match in re.finditer(pattern, "".join(map(ascii_of_same_class, part)), re.ASCII):
                 yield part[match.start():match.end()]
 
 def plain_train(text, num_merges, special_tokens=()):
@@ -78,9 +91,9 @@ def plain_encode(tokenizer, text):
     """Encode: from bytes, join the pair learned first in each word, of equals the leftmost, again and again. → [id]"""
     merges = {(left, right): (rank, made) for rank, (left, right, made) in enumerate(tokenizer.merges.tolist())}
     ids = []
-    for word in plain_split(text, tokenizer.special_tokens):
-        if word in tokenizer.special_tokens:
-            ids.append(tokenizer.special_tokens[word])
+    for word in plain_split(text, tokenizer.special_tokens, tokenizer.split):
+        if word in tokenizer.special_tokens or tokenizer.whole_words and word.encode() in tokenizer.tokens:
+            ids.append(tokenizer.tokens.index(word.encode()))
             continue
         word = [tokenizer.tokens.index(bytes([byte])) for byte in word.encode()]
         while joinable := [(merges[pair], i) for i, pair in enumerate(zip(word, word[1:])) if pair in merges]:
@@ -135,26 +148,31 @@ def byte_classes(text, special_spans):
         classes[start:end] = SPECIAL
     return classes
 
-@lru_cache(maxsize=1)
-def contraction_lengths():
+@lru_cache(maxsize=2)
+def contraction_lengths(long_s=False):
     """The length of the contraction that begins with an apostrophe and these two bytes, or 0. → int64 (256, 256)."""
     lengths = np.zeros((256, 256), np.int64)
+    lengths[tuple("ſ".encode())] = 3 * long_s
     for first, second in (b"ll", b"ve", b"re"):
         lengths[first, second] = 3
     lengths[list(b"sdmt")] = 2
     return lengths
 
-def word_starts(text, special_spans=()):
+def word_starts(text, special_spans=(), digits_alone=False):
     """Where words begin, as `plain_split` cuts them. text: bytes of UTF-8, special_spans (n, 2) → int64 (words).
 
     A word begins where the class changes, with three amendments. The last character of a run of white space stands
     apart from the run when something visible follows, and a blank there belongs to the word that follows. A special
-    token begins and ends a text of its own. A contraction ('s, 'll …) ends early, after its letters.
+    token, or with `digits_alone` a number's digit, begins and ends a text of its own. A contraction ('s, 'll …) ends
+    early, after its letters.
     """
     if not text:
         return np.empty(0, np.int64)
     data = np.frombuffer(text, np.uint8)
     classes = byte_classes(text, special_spans)
+    if digits_alone:
+        digits = (classes == NUMBER) & (data & 0xC0 != 0x80)  # their first bytes
+        classes = np.where(classes == NUMBER, SPECIAL, classes)
     starts = np.empty(len(text), bool)
     starts[0] = True
     np.not_equal(classes[1:], classes[:-1], out=starts[1:])
@@ -169,6 +187,8 @@ def word_starts(text, special_spans=()):
     for start, end in special_spans:
         starts[start] = True
         starts[end:end + 1] = True
+    if digits_alone:
+        starts |= digits
 
     quotes = np.flatnonzero(data[:-1] == ord("'"))
     quotes = quotes[starts[quotes] & (classes[quotes + 1] == LETTER)]  # a special token may begin with such letters too
@@ -180,6 +200,69 @@ def word_starts(text, special_spans=()):
     ends = quotes + length
     starts[ends[ends < len(text)]] = True
     return np.flatnonzero(starts)
+
+def word_starts_llama3(text, special_spans=()):
+    """`word_starts` by the pattern of Llama 3.
+
+    A word begins where the class changes, with these amendments. Numbers are cut in threes. New lines belong to a sign
+    just before them; in other white space a word ends behind the last new line. What is left of it gives its last
+    character to letters that follow, or, if that is a blank, to signs; before numbers it stands alone. A sign alone
+    belongs to the letters that follow it, unless it has a blank already; with an apostrophe that may be a contraction,
+    in small letters or capitals, which ends early.
+    """
+    if not text:
+        return np.empty(0, np.int64)
+    data, size = np.frombuffer(text, np.uint8), len(text)
+    classes = byte_classes(text, special_spans)
+    changes = np.append(True, classes[1:] != classes[:-1])
+    starts = changes.copy()
+    for start, end in special_spans:
+        starts[start] = True
+        starts[end:end + 1] = True
+
+    digits = np.flatnonzero((classes == NUMBER) & (data & 0xC0 != 0x80))  # their first bytes
+    place = np.arange(len(digits))
+    starts[digits] = (place - np.maximum.accumulate(np.where(changes[digits], place, 0))) % 3 == 0
+
+    is_space = classes == SPACE
+    is_newline = ((data == ord("\n")) | (data == ord("\r"))) & is_space
+    newlines = np.flatnonzero(is_newline)
+    begin = np.flatnonzero(is_space & changes)
+    end = np.flatnonzero(np.append(is_space[:-1] & changes[1:], is_space[-1])) + 1
+    # The rest of each run of white space without the new lines of a sign before it …
+    rest = begin.copy()
+    of_sign = np.flatnonzero((classes[begin - 1] == OTHER) & (begin > 0) & is_newline[begin])
+    last_in_row = np.flatnonzero(np.append(np.diff(newlines) > 1, True))  # of new lines without a gap
+    place = last_in_row[np.searchsorted(last_in_row, np.searchsorted(newlines, begin[of_sign]))]
+    rest[of_sign] = newlines[place] + 1 if len(of_sign) else 0
+    starts[begin[of_sign]] = False
+    starts[rest[rest < end]] = True
+    # … and without all up to the last new line.
+    place = np.searchsorted(newlines, end) - 1
+    last = newlines[place] if len(newlines) else np.full(len(end), -1)
+    rest = np.where((place >= 0) & (last >= rest), last + 1, rest)
+    starts[rest[rest < end]] = True
+    left = (rest < end) & (end < size) & (np.append(classes, SPECIAL)[end] < SPACE)
+    end = end[left]
+    final = end - 1 - np.where(data[end - 1] < 0x80, 0, np.where(data[end - 2] >= 0xC0, 1, 2))  # the last character
+    starts[final] = True
+    starts[end[(classes[end] == LETTER) | (classes[end] == OTHER) & (data[end - 1] == ord(" "))]] = False
+
+    signs = np.flatnonzero((classes == OTHER) & changes & starts)
+    width = np.array([1, 2, 3, 4])[(data[signs] >= 0xC0).astype(int) + (data[signs] >= 0xE0) + (data[signs] >= 0xF0)]
+    before_letters = np.append(classes, SPECIAL)[np.minimum(signs + width, size)] == LETTER
+    signs, width = signs[before_letters], width[before_letters]
+    starts[signs + width] = False
+    quotes = signs[data[signs] == ord("'")]
+    small = np.append(np.where((data >= ord("A")) & (data <= ord("Z")), data + 32, data), 0)
+    second = np.minimum(quotes + 2, size)
+    is_letter = np.append(classes, SPECIAL)[second] == LETTER
+    length = contraction_lengths(long_s=True)[small[quotes + 1], np.where(is_letter, small[second], 0)]
+    ends = (quotes + length)[length > 0]
+    starts[ends[ends < size]] = True
+    return np.flatnonzero(starts)
+
+WORD_STARTS = {"gpt2": word_starts, "digits": partial(word_starts, digits_alone=True), "llama3": word_starts_llama3}
 
 # ---- Words met before ----
 
@@ -277,9 +360,9 @@ class HashTable:
         raw = self.keys[first:].view(np.uint8)
         return raw[:, :KEY_BYTES], (raw != FILLER).sum(1)  # LONG_WORD has length 0
 
-def split_words(text, special_spans):
+def split_words(text, special_spans, split="gpt2"):
     """Cut text into words. → int64: starts (words), lengths (words), which are too long for a key of their own."""
-    starts = word_starts(text, special_spans)
+    starts = WORD_STARTS[split](text, special_spans)
     lengths = np.append(starts[1:], len(text)) - starts
     return starts, lengths, np.flatnonzero(lengths > KEY_BYTES)
 
@@ -295,11 +378,15 @@ class Tokenizer:
     """What tokenizer.json says. `tokens`: the bytes of each id. `special_tokens`: {text: id}, never split.
 
     `merges`: int64 (merges, 3), the ids of left, right and what they make, the merge to do first in the first row.
+    `split`: how text is split into words, a name in SPLIT_PATTERNS. `whole_words`: a word that is a token needs no
+    merges.
     """
 
     tokens: list
     special_tokens: dict
     merges: np.ndarray
+    split: str = "gpt2"
+    whole_words: bool = False
 
     @property
     def vocab_size(self):
@@ -315,7 +402,8 @@ NO_MERGE = np.iinfo(np.int32).max
 
 def are_same(a, b):
     """Whether two tokenizers mean the same, in whatever words their files say it."""
-    return (a.tokens, a.special_tokens) == (b.tokens, b.special_tokens) and np.array_equal(a.merges, b.merges)
+    same = lambda name: getattr(a, name) == getattr(b, name)
+    return np.array_equal(a.merges, b.merges) and all(map(same, ("tokens", "special_tokens", "split", "whole_words")))
 
 def compile_special_pattern(special_tokens):
     """The pattern of special tokens in bytes, of the longest where several begin; None where there are none."""
@@ -339,7 +427,8 @@ class Encoder:
         self.tokenizer = tokenizer
         self.special_pattern = compile_special_pattern(tokenizer.special_tokens)
         id_of = {token: i for i, token in enumerate(tokenizer.tokens) if len(token) == 1}
-        self.byte_ids = np.array([id_of[bytes([b])] for b in range(256)], np.int32)
+        self.byte_ids = np.array([id_of.get(bytes([b]), -1) for b in range(256)], np.int32)  # -1: there is none
+        self.id_of_word = {token: i for i, token in enumerate(tokenizer.tokens)} if tokenizer.whole_words else {}
         left, right, made = tokenizer.merges.T
         self.made = made.astype(np.int32)
         self.pairs = HashTable()
@@ -391,7 +480,9 @@ class Encoder:
         In each round, each word makes its next merge: the pair of the lowest rank, of equals the leftmost. A token and
         the rank of the pair it begins are one number, rank · 2³² + id, so that one array holds both.
         """
-        ids = np.where(np.arange(words.shape[1]) < lengths[:, None], self.byte_ids[words], -1)
+        is_byte = np.arange(words.shape[1]) < lengths[:, None]
+        ids = np.where(is_byte, self.byte_ids[words], -1)
+        self.check_bytes(words[is_byte & (ids < 0)])
         ids = np.pad(ids, ((0, 0), (0, 2)), constant_values=-1)  # (W, L + 2), so that each place has a next one
         result = ids.copy()
         ranks = np.pad(self.ranks(ids[:, :-1], ids[:, 1:]), ((0, 0), (0, 1)), constant_values=NO_MERGE)
@@ -415,6 +506,25 @@ class Encoder:
         used = result >= 0
         return result[used], used.sum(1)
 
+    def check_bytes(self, missing):
+        """Raise InputError where some bytes have no token."""
+        if len(missing):
+            self.forget()  # the table has words by now whose ids it will not get
+            raise InputError(f"the text has the byte {missing[0]:#04x}, for which this tokenizer has no token; remove it, "
+                             "or use another tokenizer")
+
+    def ids_of_words(self, words, lengths):
+        """`merge_words`, but where the tokenizer says so a word that is a token stays whole."""
+        ids, counts = self.merge_words(words, lengths)
+        if not self.id_of_word:
+            return ids, counts
+        whole = np.array([self.id_of_word.get(bytes(word[:length]), -1) for word, length in zip(words, lengths)])
+        first = np.cumsum(counts) - counts
+        keep = np.repeat(whole < 0, counts)
+        keep[first[whole >= 0]] = True
+        ids[first[whole >= 0]] = whole[whole >= 0]
+        return ids[keep], np.where(whole >= 0, 1, counts)
+
     @cached_property
     def merge_of_pair(self):
         """{(left id, right id): (rank, made id)} for the words that are merged one by one."""
@@ -422,7 +532,10 @@ class Encoder:
 
     def merge_long(self, word):
         """Apply the merges to one word of any length, in O(n log n): a heap of merges over a linked list of ids."""
+        if word in self.id_of_word:
+            return np.array([self.id_of_word[word]])
         ids = self.byte_ids[np.frombuffer(word, np.uint8)].tolist() + [-1]
+        self.check_bytes([byte for byte, i in zip(word, ids) if i < 0])
         following, preceding = list(range(1, len(ids) + 1)), list(range(-1, len(ids) - 1))
         merge_of_pair = self.merge_of_pair
         heap = [(merge_of_pair[pair][0], i) for i, pair in enumerate(zip(ids, ids[1:])) if pair in merge_of_pair]
@@ -451,7 +564,7 @@ class Encoder:
             if len(batch) > 8:  # fewer go faster one by one
                 filled_up = b"".join(word.ljust(width, b"\0") for word in batch)
                 matrix = np.frombuffer(filled_up, np.uint8).reshape(-1, width)
-                ids, counts = self.merge_words(matrix, np.array([len(word) for word in batch]))
+                ids, counts = self.ids_of_words(matrix, np.array([len(word) for word in batch]))
                 first, _ = self.keep(ids)
                 self.long_words.update(zip(batch, zip((first + np.cumsum(counts) - counts).tolist(), counts.tolist())))
         for word in words:
@@ -464,11 +577,11 @@ class Encoder:
             self.forget()
         known, found = len(self.table), []
         for piece in cut_text(text, PIECE_BYTES, self.tokenizer.special_tokens):
-            starts, lengths, which_long = split_words(piece, find_spans(self.special_pattern, piece))
+            starts, lengths, which_long = split_words(piece, find_spans(self.special_pattern, piece), self.tokenizer.split)
             numbers = self.table.find_or_add(word_keys(piece, starts, lengths))
             found.append((numbers, cut_words(piece, starts, lengths, which_long)))
         if len(self.table) > known:
-            self.remember(*self.merge_words(*self.table.words(known)))
+            self.remember(*self.ids_of_words(*self.table.words(known)))
         self.learn_long({word: None for _, words in found for word in words if word not in self.long_words})
         return np.concatenate([np.empty(0, self.tokenizer.dtype), *(self.spell(*piece) for piece in found)])
 
@@ -856,20 +969,24 @@ def save(tokenizer, path):
     if len(set(spelled)) < len(spelled):
         raise InputError("a special token is spelled like another token in tokenizer.json; rename the special token")
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    pattern = {"type": "Split", "pattern": {"Regex": SPLIT_PATTERNS[tokenizer.split]}, "behavior": "Isolated",
+               "invert": False}
+    pre_tokenizer = byte_level if tokenizer.split == "gpt2" else {
+        "type": "Sequence", "pretokenizers": [pattern, byte_level | {"use_regex": False}]}
     description = {
         "version": "1.0", "truncation": None, "padding": None,
         "added_tokens": [{"id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False,
                           "normalized": False, "special": True} for text, i in tokenizer.special_tokens.items()],
-        "normalizer": None, "pre_tokenizer": byte_level, "post_processor": None, "decoder": byte_level,
+        "normalizer": None, "pre_tokenizer": pre_tokenizer, "post_processor": None, "decoder": byte_level,
         "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": tokenizer.whole_words,
                   "vocab": {token: i for i, token in enumerate(spelled)},
                   "merges": [[spelled[left], spelled[right]] for left, right, _ in tokenizer.merges.tolist()]},
     }
     Path(path).write_text(json.dumps(description, ensure_ascii=False, indent=1), encoding="utf-8")
 
 def load(path):
-    """Read a tokenizer.json of a byte-level BPE with our split pattern.
+    """Read a tokenizer.json of a byte-level BPE with one of our split patterns.
 
     Raises InputError where it is missing, damaged, or of a kind this tokenizer is not, named.
     """
@@ -885,14 +1002,15 @@ def load(path):
 def from_description(description):
     """The tokenizer that a parsed tokenizer.json describes. Raises ValueError or the like where it can't be."""
     model, steps = description["model"], description.get("pre_tokenizer") or {}
-    only_step = steps.get("pretokenizers", [steps])
+    steps = steps.get("pretokenizers", [steps])
     if model.get("type", "BPE") != "BPE":
         raise ValueError(f"its model is {model['type']}")
-    if len(only_step) != 1 or only_step[0].get("type") != "ByteLevel" or not only_step[0].get("use_regex", True):
-        raise ValueError("its split pattern is not GPT-2's")
-    options = {"normalizer": description.get("normalizer"), "add_prefix_space": only_step[0].get("add_prefix_space"),
+    if model.get("byte_fallback"):
+        raise ValueError("it is a SentencePiece tokenizer")
+    split = split_of(steps)
+    options = {"normalizer": description.get("normalizer"), "add_prefix_space": steps[-1].get("add_prefix_space"),
                "dropout": model.get("dropout"), "continuing_subword_prefix": model.get("continuing_subword_prefix"),
-               "end_of_word_suffix": model.get("end_of_word_suffix"), "ignore_merges": model.get("ignore_merges")}
+               "end_of_word_suffix": model.get("end_of_word_suffix")}
     for option, value in options.items():
         if value:
             raise ValueError(f"it asks for {option}, which this tokenizer has not")
@@ -910,13 +1028,30 @@ def from_description(description):
     tokens = [b""] * size
     for text, i in vocab.items():
         tokens[i] = text.encode() if text in special else bytes(byte_of[char] for char in text)
-    if any(alone not in vocab for alone in byte_of) or not all(tokens):
-        raise ValueError("it lacks tokens for some bytes, or has an empty one")
+    if not all(tokens):
+        raise ValueError("it has an empty token")
     pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
     merges = [(vocab[left], vocab[right], vocab[left + right]) for left, right in pairs]
     if len({(left, right) for left, right, _ in merges}) < len(merges):
         raise ValueError("a merge stands twice")
-    made = {merge[2] for merge in merges} | set(special.values()) | {vocab[char] for char in byte_of}
-    if len(made) < size:
+    made = {merge[2] for merge in merges} | set(special.values()) | {vocab[char] for char in byte_of if char in vocab}
+    whole_words = bool(model.get("ignore_merges"))
+    if len(made) < size and not whole_words:
         raise ValueError(f"merges are missing: nothing makes {size - len(made)} of its tokens")
-    return Tokenizer(tokens, special, np.array(merges, np.int64).reshape(-1, 3))
+    return Tokenizer(tokens, special, np.array(merges, np.int64).reshape(-1, 3), split, whole_words)
+
+def split_of(steps):
+    """The name of the split pattern that the steps of a pre-tokenizer come to. Raises ValueError where it is none."""
+    spelled = {pattern: name for name, pattern in SPLIT_PATTERNS.items()} | {
+        r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+": "gpt2"}
+    kinds, last = [step.get("type") for step in steps], steps[-1]
+    if last.get("type") == "ByteLevel" and last.get("use_regex", True):
+        if len(steps) == 1:
+            return "gpt2"
+        if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits"):
+            return "digits"
+    if kinds == ["Split", "ByteLevel"] and not last.get("use_regex", True):
+        pattern, how = steps[0].get("pattern", {}).get("Regex"), (steps[0].get("behavior"), steps[0].get("invert", False))
+        if pattern in spelled and how == ("Isolated", False):
+            return spelled[pattern]
+    raise ValueError(f"its split pattern is none of {', '.join(SPLIT_PATTERNS)}")
