@@ -1,16 +1,15 @@
 """tinylm: a Llama-style language model and everything done to it, as pure functions over tensors.
 
-Part I is the language model: each operation as it is defined, in the order in which one would learn it. It is a whole
-program, and runs alone. Part II has forms that compute the same in less time, part III splits a model over ranks.
-Parameters are a nested dict of tensors whose keys are the argument names of the functions that use them. Functions
-return new values and change nothing of the caller's but what a docstring calls donated. Randomness comes only from a
-seed or a generator that is passed in.
+Part I is the language model, a whole program: each operation as it is defined, in the order in which one would learn
+it. Part II has forms that compute the same in less time, part III splits a model over ranks. Parameters are a nested
+dict of tensors whose keys are the argument names of the functions that use them. Functions change nothing of the
+caller's but what a docstring calls donated. Randomness comes only from a seed or a generator that is passed in.
 Axes in shapes: B batch, T query positions, S key positions, V vocabulary, H heads, D features of a head; `...` any.
 """
 
 import math
 from dataclasses import dataclass, fields
-from functools import partial, wraps
+from functools import partial, reduce, wraps
 
 import numpy as np
 import torch
@@ -60,11 +59,17 @@ def rmsnorm(x, gain, eps):
     return (x32 * inverse_rms * gain).to(x.dtype)
 
 @operation
-def rope_angles(length, head_dim, theta, device):
-    """cos and sin of position · theta^(-2i/D) (Su et al. 2021, eq. 15) → two tensors (length, D/2) of float32."""
+def rope_angles(length, head_dim, theta, scaling, device):
+    """cos and sin of position · theta^(-2i/D) (Su et al. 2021, eq. 15) → two tensors (length, D/2) of float32.
+
+    `scaling`, (factor, low, high, context), divides by `factor` what turns less than `low` times in `context` positions
+    and keeps what turns more than `high` times, with a straight line between them (Llama 3.1's config.json).
+    """
+    factor, low, high, context = scaling
     frequencies = theta ** (-torch.arange(0, head_dim, 2, device=device).float() / head_dim)  # (D/2)
-    angles = torch.arange(length, device=device).float()[:, None] * frequencies  # (length, D/2)
-    return angles.cos(), angles.sin()
+    kept = ((frequencies * (context / (2 * math.pi)) - low) / (high - low)).clamp(0, 1)  # the share that stays
+    angles = torch.arange(length, device=device).float()[:, None] * (frequencies * (kept + (1 - kept) / factor))
+    return angles.cos(), angles.sin()  # (length, D/2) each
 
 @operation
 def rope(x, cos, sin):
@@ -122,8 +127,8 @@ def cross_entropy(logits, targets):
 class Config:
     """The sizes of a model. Raises ValueError where they can't go together.
 
-    num_kv_heads 0 means num_heads; d_ff 0 means 8/3·d_model, rounded up to a multiple of 64, for as many parameters
-    in SwiGLU's three matrices as in the usual two of 4·d_model.
+    num_kv_heads 0 means num_heads, head_dim 0 d_model / num_heads; d_ff 0 means 8/3·d_model, rounded up to a multiple
+    of 64, for as many parameters in SwiGLU's three matrices as in the usual two of 4·d_model.
     """
     vocab_size: int
     context_length: int
@@ -135,11 +140,13 @@ class Config:
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
+    head_dim: int = 0
+    rope_scaling: tuple = (1.0, 1.0, 2.0, 0)  # none; see `rope_angles`
 
     def __post_init__(self):
-        # A frozen dataclass is filled in through object.__setattr__.
-        object.__setattr__(self, "num_kv_heads", self.num_kv_heads or self.num_heads)
-        object.__setattr__(self, "d_ff", self.d_ff or 64 * math.ceil(8 * self.d_model / (3 * 64)))
+        fill_in = partial(object.__setattr__, self)  # as the dataclass is frozen
+        fill_in("num_kv_heads", self.num_kv_heads or self.num_heads)
+        fill_in("d_ff", self.d_ff or 64 * math.ceil(8 * self.d_model / (3 * 64)))
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type not in (int, float) or value == field.default:  # a default such as 0 may mean "none"
@@ -148,15 +155,13 @@ class Config:
                 kind = "whole number" if field.type is int else "number"
                 raise ValueError(f"{field.name} is {value!r}; expected a {kind} above 0")
         heads = f"d_model {self.d_model} over num_heads {self.num_heads}"
-        if self.d_model % self.num_heads:
+        if not self.head_dim and self.d_model % self.num_heads:
             raise ValueError(f"{heads} leaves a remainder; choose num_heads to divide d_model")
+        fill_in("head_dim", self.head_dim or self.d_model // self.num_heads)
         if self.head_dim % 2:
             raise ValueError(f"{heads} is odd, and RoPE turns pairs; choose d_model / num_heads even")
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}; "
-                             "choose num_kv_heads to divide num_heads")
-
-    head_dim = property(lambda self: self.d_model // self.num_heads)
+            raise ValueError(f"num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}; choose one")
 
 @operation
 def init_cache(config, batch_size, length, dtype, device):
@@ -167,11 +172,10 @@ def init_cache(config, batch_size, length, dtype, device):
 def multi_head_attention(x, cos, sin, cache, config, wq, wk, wv, wo):
     """Project to heads, rotate queries and keys, attend, and join the heads (Vaswani et al. 2017, §3.2.2).
 
-    x (B, T, d_model), cos and sin (T, D/2), wq and wo (d_model, d_model), wk and wv (H_kv·D, d_model) → like x.
+    x (B, T, d_model), cos and sin (T, D/2), wq (H·D, d_model), wk and wv (H_kv·D, d_model), wo (d_model, H·D) → like x.
     `cache`, one layer's or None, is donated: the new keys and values are written behind those it has.
     """
-    heads = (linear(x, w).unflatten(-1, (-1, config.head_dim)).transpose(1, 2) for w in (wq, wk, wv))
-    q, k, v = heads  # (B, H, T, D), (B, H_kv, T, D) twice
+    q, k, v = (linear(x, w).unflatten(-1, (-1, config.head_dim)).transpose(1, 2) for w in (wq, wk, wv))  # (B, H, T, D)
     q, k = rope(q, cos, sin), rope(k, cos, sin)
     if cache:
         start, end = cache["filled"], cache["filled"] + x.shape[1]
@@ -194,7 +198,7 @@ def hidden_states(params, tokens, config, dtype=torch.float32, cache=None, remat
     end = start + tokens.shape[1]
     if end > config.context_length:
         raise ValueError(f"{end} positions, {start} of them cached; expected {config.context_length} at most")
-    table = rope_angles(config.context_length, config.head_dim, config.rope_theta, tokens.device)
+    table = rope_angles(config.context_length, config.head_dim, config.rope_theta, config.rope_scaling, tokens.device)
     cos, sin = (angles[start:end] for angles in table)  # (T, D/2) each
     x = embedding(tokens, params["embedding"]).to(dtype)  # (B, T, d_model)
     for layer, block in params["blocks"].items():
@@ -234,16 +238,14 @@ def tree_build(leaves):
     tree = {}
     for path, leaf in leaves:
         *parents, name = path.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
+        reduce(lambda node, parent: node.setdefault(parent, {}), parents, tree)[name] = leaf
     return tree
 
 def param_shapes(config):
     """The tree of parameter shapes, in the order of the forward pass."""
-    d, d_kv, d_ff = config.d_model, config.num_kv_heads * config.head_dim, config.d_ff
-    block = {"attention_norm": (d,), "attention": {"wq": (d, d), "wk": (d_kv, d), "wv": (d_kv, d), "wo": (d, d)},
+    d, d_ff, d_q, d_kv = (config.d_model, config.d_ff, config.num_heads * config.head_dim,
+                          config.num_kv_heads * config.head_dim)
+    block = {"attention_norm": (d,), "attention": {"wq": (d_q, d), "wk": (d_kv, d), "wv": (d_kv, d), "wo": (d, d_q)},
              "mlp_norm": (d,), "mlp": {"w_gate": (d_ff, d), "w_up": (d_ff, d), "w_down": (d, d_ff)}}
     blocks = {str(layer): block for layer in range(config.num_layers)}
     shapes = {"embedding": (config.vocab_size, d), "blocks": blocks, "final_norm": (d,)}
@@ -258,12 +260,13 @@ def init_params(config, generator):
 
     A matrix has deviation 1/√d_in, so that activations keep their size. wo and w_down, divided by √(2·num_layers), keep
     the residual stream from growing with depth (Radford et al. 2019, §2.3). The embedding has 1. The output matrix has
-    1/(3√d_model): the first loss is near ln(vocab_size), and learning faster than from less. Tied, both have 2/d_model,
-    so that a token's logit for itself starts near 2.
+    1/(3√d_model): the first loss is near ln(vocab_size), and learning faster than from less. Tied, both have 1/√d_model
+    and the stream gets a fifth: a token's logit for itself is high at first, and learning as fast as untied.
     """
-    into_stream = lambda d_in: (2 * config.num_layers * d_in) ** -0.5
-    deviations = {"embedding": 2 / config.d_model if config.tie_embeddings else 1.0, "wo": into_stream(config.d_model),
-                  "w_down": into_stream(config.d_ff), "lm_head": config.d_model ** -0.5 / 3}
+    stream, tied = config.d_model ** -0.5, config.tie_embeddings
+    into_stream = lambda d_in: (2 * config.num_layers * d_in) ** -0.5 / (5 if tied else 1)
+    deviations = {"embedding": stream if tied else 1.0, "wo": into_stream(config.num_heads * config.head_dim),
+                  "w_down": into_stream(config.d_ff), "lm_head": stream / 3}
 
     def initial(path, shape):
         if len(shape) == 1:
@@ -421,8 +424,7 @@ def get_batch(tokens, batch_size, context_length, seed, step, rank=0, num_ranks=
     if len(tokens) <= context_length:
         raise ValueError(f"{len(tokens)} tokens can't fill one window of context_length {context_length} and the token "
                          "after it; use more text or a smaller context_length")
-    # One window less than would fit leaves the room that lets each epoch start elsewhere.
-    num_windows = max(1, (len(tokens) - 1) // context_length - 1)
+    num_windows = max(1, (len(tokens) - 1) // context_length - 1)  # one less than fit: so each epoch starts elsewhere
     room = len(tokens) - num_windows * context_length
     numbers = (step * num_ranks + rank) * batch_size + np.arange(batch_size)
     starts = np.empty(batch_size, dtype=np.int64)
@@ -457,8 +459,7 @@ def sample_token(logits, temperature, top_k, top_p, generator):
     if temperature == 0:
         return logits.float().argmax(-1)
     if top_k:
-        lowest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
-        logits = logits.masked_fill(logits < lowest, -math.inf)
+        logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -math.inf)
     probabilities = softmax((logits.float() / temperature).nan_to_num())  # so that a diverged model draws tokens too
     if top_p < 1:
         probabilities = probabilities.masked_fill(probabilities < nucleus_floor(probabilities, top_p), 0.0)
@@ -475,8 +476,7 @@ def generate(params, prompt, config, max_new_tokens, temperature=1.0, top_k=0, t
     """Continue prompts token by token, yielding (B) of int64 each time, until each row has drawn stop_token.
 
     prompt (B, T) of int64, T ≥ 1. A row that has stopped repeats stop_token. The model sees at most context_length
-    tokens, of a longer prompt the last; then it drops the older half and reads the newer half again, so that a token
-    costs the same on average however long the text becomes.
+    tokens, of a longer prompt the last; then it drops the older half and reads the newer half again.
     """
     params = weights_for_writing(params, dtype, len(prompt))
     history = fresh = prompt[:, -config.context_length:]
@@ -575,14 +575,14 @@ def rmsnorm_trained(x, gain, eps):
     return RMSNorm.apply(x, gain, eps)
 
 @lru_cache(maxsize=4)
-def rope_table(length, head_dim, theta, device):
+def rope_table(length, head_dim, theta, scaling, device):
     """`rope_angles`, computed once."""
     with torch.inference_mode(False):  # so that what generation has computed can serve training too
-        return rope_angles.definition(length, head_dim, theta, device)
+        return rope_angles.definition(length, head_dim, theta, scaling, device)
 
 @faster(rope_angles, always)
-def rope_angles_once(length, head_dim, theta, device):
-    return rope_table(length, head_dim, theta, device)
+def rope_angles_once(length, head_dim, theta, scaling, device):
+    return rope_table(length, head_dim, theta, scaling, device)
 
 # Compiled code would take the sines again for each head and each layer, so the table is a constant to it. This is what
 # torch.compiler.assume_constant_result says, which would import the compiler for it: a second and more.
