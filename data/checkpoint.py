@@ -98,11 +98,11 @@ HF_SIZES = {
     "vocab_size": "vocab_size", "context_length": "max_position_embeddings", "d_model": "hidden_size",
     "num_layers": "num_hidden_layers", "num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads",
     "d_ff": "intermediate_size", "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps",
-    "tie_embeddings": "tie_word_embeddings",
+    "tie_embeddings": "tie_word_embeddings", "head_dim": "head_dim",
 }
 # What a Llama may ask for and this model has not, with the value that asks for nothing.
-HF_PLAIN = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rope_scaling": None,
-            "sliding_window": None, "quantization_config": None}
+HF_PLAIN = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "sliding_window": None,
+            "quantization_config": None}
 
 def layer_of(path):
     """A parameter's layer and its name with {} for that: blocks.0.mlp.w_up → ("0", "blocks.{}.mlp.w_up")."""
@@ -155,8 +155,8 @@ def from_hf(tensors, config, source):
 def config_to_hf(config, eos_token_id):
     """config.json of a LlamaForCausalLM with these sizes. Raises InputError for a size that it can't say."""
     hf = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "float32",
-          "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "head_dim": config.head_dim,
-          "bos_token_id": eos_token_id, "eos_token_id": eos_token_id}
+          "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "bos_token_id": eos_token_id,
+          "eos_token_id": eos_token_id, "rope_scaling": scaling_to_hf(config.rope_scaling)}
     hf |= {HF_SIZES[field.name]: getattr(config, field.name) for field in fields(Config) if field.name in HF_SIZES}
     read_back = config_from_hf(hf, "config.json")
     for field in fields(Config):
@@ -180,23 +180,45 @@ def config_from_hf(hf, source):
         if hf.get(option, value) not in (value, None):
             raise InputError(f"{source} asks for {option} {hf[option]!r}, which this model has not")
     try:
-        rope = hf.get("rope_parameters") or {}
-        if rope.get("rope_type", "default") != "default":
-            raise InputError(f"{source} asks for rope_type {rope['rope_type']!r}, which this model has not")
+        rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
         hf = {"num_key_value_heads": hf["num_attention_heads"]} | {
             name: value for name, value in (hf | {"rope_theta": rope.get("rope_theta", hf.get("rope_theta"))}).items()
             if value is not None}
         for needed in ("intermediate_size", "rms_norm_eps"):
             hf[needed]  # what Config has by default would be wrong here
-        config = Config(**{name: hf[theirs] for name, theirs in HF_SIZES.items() if theirs in hf})
-    except InputError:
-        raise
+        return Config(**{name: hf[theirs] for name, theirs in HF_SIZES.items() if theirs in hf},
+                      rope_scaling=scaling_from_hf(rope))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{source} is damaged or incomplete ({error})") from None
-    if hf.get("head_dim", config.head_dim) != config.head_dim:
-        raise InputError(f"{source} asks for head_dim {hf['head_dim']}; this model's is d_model / num_heads, "
-                         f"{config.head_dim}")
-    return config
+        raise InputError(f"{source} is damaged, incomplete or of another model ({error})") from None
+
+NO_SCALING = tinylm.Config.__dataclass_fields__["rope_scaling"].default
+
+def scaling_from_hf(rope):
+    """Config.rope_scaling of what a config.json says of RoPE. Raises ValueError for a kind that this model has not."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return NO_SCALING
+    if kind == "linear":
+        scaling = rope["factor"], *NO_SCALING[1:]
+    elif kind == "llama3":
+        scaling = tuple(rope[name] for name in ("factor", "low_freq_factor", "high_freq_factor",
+                                                "original_max_position_embeddings"))
+    else:
+        raise ValueError(f"it asks for rope_type {kind!r}, which this model has not")
+    factor, low, high, context = scaling
+    if not (0 < factor < math.inf and 0 < low < high < math.inf and 0 <= context < math.inf):
+        raise ValueError(f"rope_type {kind!r} has factors {scaling}")
+    return scaling
+
+def scaling_to_hf(scaling):
+    """What config.json says of a Config.rope_scaling."""
+    factor, low, high, context = scaling
+    if scaling == NO_SCALING:
+        return None
+    if not context:
+        return {"rope_type": "linear", "factor": factor}
+    return {"rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high,
+            "original_max_position_embeddings": context}
 
 # ---- Checkpoints ----
 

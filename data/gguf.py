@@ -10,7 +10,7 @@ import torch
 from data import bpe, checkpoint, files
 from data.cli import InputError, Progress, say
 from data.run import find_checkpoint
-from tinylm import tree_leaves
+from tinylm import rope_angles, tree_leaves
 
 # Of a parameter, with its layer as {}. The layout is ours: llama.cpp rotates pairs of neighbours too.
 GGUF_NAMES = {
@@ -73,7 +73,7 @@ def gguf_name(path):
         raise InputError(f"the parameter {general} has no name in a GGUF file of a Llama model")
     return GGUF_NAMES[general].format(layer)
 
-def dtype_of(path, shape, dtype):
+def dtype_of(shape, dtype):
     """The dtype of a parameter in a file of some dtype: norms stay float32, rows of no whole blocks become float16."""
     if len(shape) == 1:
         return "f32"
@@ -93,6 +93,7 @@ def description(config, tokenizer, dtype, name):
         "llama.block_count": config.num_layers, "llama.feed_forward_length": config.d_ff,
         "llama.attention.head_count": config.num_heads, "llama.attention.head_count_kv": config.num_kv_heads,
         "llama.attention.layer_norm_rms_epsilon": float(config.norm_eps),
+        "llama.attention.key_length": config.head_dim, "llama.attention.value_length": config.head_dim,
         "llama.rope.dimension_count": config.head_dim, "llama.rope.freq_base": float(config.rope_theta),
         "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2",
         "tokenizer.ggml.tokens": tokens + [f"[unused {i}]" for i in unused],
@@ -106,13 +107,17 @@ def description(config, tokenizer, dtype, name):
 def write_gguf(path, params, config, tokenizer, dtype, name):
     """Write a model as GGUF, version 3: a header, what it says of itself, the tensors' places, their bytes."""
     said = description(config, tokenizer, dtype, name)
-    leaves = [(leaf_path, w, dtype_of(leaf_path, w.shape, dtype)) for leaf_path, w in tree_leaves(params)]
+    leaves = [(gguf_name(leaf_path), w, dtype_of(w.shape, dtype)) for leaf_path, w in tree_leaves(params)]
+    if config.rope_scaling != checkpoint.NO_SCALING:
+        plain, scaled = (rope_angles.definition(2, config.head_dim, config.rope_theta, scaling, "cpu")
+                         for scaling in (checkpoint.NO_SCALING, config.rope_scaling))
+        leaves.append(("rope_freqs.weight", torch.atan2(*plain[::-1])[1] / torch.atan2(*scaled[::-1])[1], "f32"))
     header = [b"GGUF", struct.pack("<IQQ", 3, len(leaves), len(said))]
     header += [string(key) + value(data) for key, data in said.items()]
     offset = 0
-    for leaf_path, w, kind in leaves:
+    for tensor_name, w, kind in leaves:
         number, _, (values, size) = DTYPES[kind]
-        header += [string(gguf_name(leaf_path)), struct.pack("<I", w.ndim), struct.pack(f"<{w.ndim}Q", *w.shape[::-1]),
+        header += [string(tensor_name), struct.pack("<I", w.ndim), struct.pack(f"<{w.ndim}Q", *w.shape[::-1]),
                    struct.pack("<IQ", number, offset)]
         offset += w.numel() // values * size
         offset += len(padding(offset))
@@ -122,7 +127,7 @@ def write_gguf(path, params, config, tokenizer, dtype, name):
     try:
         with open(partial, "wb") as file:
             file.write(header + padding(len(header)))
-            for leaf_path, w, kind in leaves:
+            for _, w, kind in leaves:
                 data = as_bytes(w, kind)
                 file.write(data + padding(len(data)))
                 progress.update(done := done + len(data))
