@@ -9,7 +9,7 @@ import torch
 
 import tinylm
 from data import bpe, cli, gguf, machine
-from data.checkpoint import load_checkpoint
+from data.checkpoint import load_checkpoint, load_tokenizer, special_ids
 from data.cli import InputError, flag
 from data.run import find_checkpoint
 
@@ -29,7 +29,8 @@ class Settings:
     checkpoint: str = flag("", "a run of train.py, of which it takes the checkpoint with the lowest validation loss; a "
                            "checkpoint, such as RUN/latest; or a Llama folder from elsewhere", stated="newest run")
     device: str = flag("", "cpu, cuda or cuda:NUMBER", stated="cuda where there is one")
-    dtype: str = flag("float32", "what to compute in, float32 or bfloat16", choices=machine.DTYPES)
+    dtype: str = flag(None, "what to compute in, float32 or bfloat16", choices=machine.DTYPES,
+                      stated="bfloat16 where the weights are, else float32")
 
 def check_prompt(prompt):
     """Raise InputError where the bytes on the command line were no text, for which Python puts lone surrogates."""
@@ -63,42 +64,41 @@ class Writer:
 
 @cli.command(Settings)
 def sample(given):
-    """Continue a prompt, and print it as it is written; it ends at <|endoftext|>, or after max_new_tokens."""
+    """Continue a prompt, and print it as it is written; it ends where the model ends it, or after max_new_tokens."""
     settings = cli.complete(Settings, given)
     device, folder = machine.choose_device(settings.device), find_checkpoint(settings.checkpoint)
-    prompt, dtype = settings.prompt, machine.DTYPES[settings.dtype]
+    prompt, dtype = settings.prompt, machine.DTYPES.get(settings.dtype)
     machine.keep_freed_memory()
-    params, config = load_checkpoint(folder)
-    tokenizer = bpe.load(folder / "tokenizer.json")
+    tokenizer = load_tokenizer(folder)
+    begin_ids, ends, empty = special_ids(folder, tokenizer)
+    check_prompt(prompt)
+    ids = begin_ids + bpe.encode(tokenizer, prompt).tolist() or empty
+    if not ids:
+        raise InputError("this model has no token to begin a text from; give a --prompt")
+    params, config = load_checkpoint(folder, dtype)
+    dtype = dtype or params["embedding"].dtype
     if tokenizer.vocab_size > config.vocab_size:
         raise InputError(f"{folder}: its tokenizer has {tokenizer.vocab_size} tokens, its model {config.vocab_size}; "
                          "they do not belong together")
-    stop = tokenizer.special_tokens.get(bpe.END_OF_TEXT)
-    # In training every document but the first follows the end of another.
-    start = [] if stop is None else [stop]
-    check_prompt(prompt)
-    ids = start + bpe.encode(tokenizer, prompt).tolist()
-    if not ids:
-        raise InputError(f"this tokenizer has no {bpe.END_OF_TEXT} to begin from; give a --prompt")
     params = tinylm.tree_map(lambda p: p.to(device), params)
     generator = torch.Generator(device).manual_seed(settings.seed)
     prompts = torch.tensor([ids] * settings.num_samples, device=device)
     tokens = tinylm.generate(params, prompts, config, settings.max_new_tokens, settings.temperature, settings.top_k,
-                             settings.top_p, stop, generator, dtype)
+                             settings.top_p, ends, generator, dtype)
 
     begin, rows, writer = time.perf_counter(), [], Writer(tokenizer, prompt)
     for row in tokens:  # the first text is written as it comes, the others when all are done
         rows.append(row.tolist())
-        if rows[-1][0] != stop:
+        if rows[-1][0] not in ends:
             writer.token(rows[-1][0])
     writer.end()
     seconds = time.perf_counter() - begin
     texts = [list(column) for column in zip(*rows)]
-    texts = [text[:text.index(stop) + 1] if stop in text else text for text in texts]
+    texts = [text[:next((i + 1 for i, token in enumerate(text) if token in ends), None)] for text in texts]
     for text in texts[1:]:
         writer = Writer(tokenizer, f"---\n{prompt}")
         for token in text:
-            if token != stop:
+            if token not in ends:
                 writer.token(token)
         writer.end()
     count = sum(map(len, texts))

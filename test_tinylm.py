@@ -328,7 +328,7 @@ def test_defaults_follow_from_the_text_and_the_width(tmp_path, capsys):
             chosen = complete(tokens, optimizer=optimizer, **given)
             assert chosen.lr_max * chosen.weight_decay <= 0.21
             assert "num_steps" in given or chosen.num_steps == max(100, round(32 * tokens / 1024))
-    assert (complete(1000, weight_decay=0.5, num_steps=7).weight_decay, complete(1000, num_steps=7).num_steps) == (0.5, 7)
+    assert complete(1000, weight_decay=0.5).weight_decay == 0.5 and complete(1000, num_steps=7).num_steps == 7
     pretrained = train.Settings.complete({"device": "cpu"}, train_tokens=80_000, is_pretrained=True)
     assert (pretrained.num_steps, pretrained.weight_decay, pretrained.lr_max) == (234, 0.1, complete().lr_max / 20)
     layers = [complete(d_model=d).num_layers for d in (64, 128, 256, 512, 768, 1024)]
@@ -560,7 +560,7 @@ def test_generate_slides_and_stops():
         assert tinylm.forward(params, window, config)[:, -1].argmax(-1).equal(tokens[:, i])
         window = torch.cat((window, tokens[:, i:i + 1]), 1)
     stop = tokens[0, 8].item()
-    stopping = tinylm.generate(params, prompt[:1], config, 20, temperature=0, stop_token=stop)
+    stopping = tinylm.generate(params, prompt[:1], config, 20, temperature=0, stop_tokens=(-1, stop))
     row = torch.stack(list(stopping), 1)[0].tolist()
     assert row == tokens[0, 5:5 + len(row)].tolist() and row.index(stop) == len(row) - 1
 
@@ -885,7 +885,8 @@ def train_on(text, folder, vocab_size, special_tokens=(END,), **options):
 known = st.characters(exclude_categories=["Cs", "Cn"])
 nasty = st.lists(st.one_of(
     st.text(known, max_size=6), st.text("aab 'sltver\n", max_size=12), st.sampled_from(
-        ["'s", "'ll", "'re", "'", " '", "'S", "'LL", "'ſ", "!\n\n", " !a", "\t!é", "12345", "  ", "\r\n", "\t", "\u00a0", "\u3000", "\u2003 ", "\x1c", "\x85",
+        ["'s", "'ll", "'re", "'", " '", "'S", "'LL", "'ſ", "!\n\n", " !a", "\t!é", "12345",
+         "  ", "\r\n", "\t", "\u00a0", "\u3000", "\u2003 ", "\x1c", "\x85",
          "١٢", "½", "Ⅷ", "e\u0301", "👩‍👩‍👧", "🇫🇷", "你好，", "Привет", "ß", "ﬁ",
          END, END[:5], "<|end" + END, "a" * 40, " " * 20, "ab" * 50, "\0", "\U0010fffd", "𝒳"])),
     max_size=12).map("".join)
@@ -906,16 +907,17 @@ MISSING = [0xC0, 0xC1, *range(0xF1, 0x100), 0x00, 0x01, 0x02, 0x03]  # 21 bytes,
 def tokenizer_like(kind, folder):
     """A tokenizer of the kind of another family's, by the library: theirs and, read from its file, ours."""
     from tokenizers import decoders, models, pre_tokenizers, processors, trainers
-    steps = {"smollm": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
+    steps = {"smollm": [pre_tokenizers.Digits(individual_digits=True),
+                        pre_tokenizers.ByteLevel(add_prefix_space=False)],
              "llama3": [pre_tokenizers.Split(tokenizers.Regex(bpe.SPLIT_PATTERNS["llama3"]), "isolated"),
                         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]}[kind]
     theirs = tokenizers.Tokenizer(models.BPE(ignore_merges=kind == "llama3"))
     theirs.pre_tokenizer, theirs.decoder = pre_tokenizers.Sequence(steps), decoders.ByteLevel()
     special = {"smollm": [END, "<|im_start|>", "<|im_end|>"], "llama3": ["<|begin_of_text|>", "<|eot_id|>", END]}[kind]
     characters = [c for b, c in enumerate(bpe.byte_alphabet()) if kind == "llama3" or b not in MISSING]
-    trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=special, initial_alphabet=characters, show_progress=False)
-    theirs.train_from_iterator(["".join(stories.story(3, i) for i in range(100)) + "12345 I'LL We'RE 你好 naïve!\n\n" * 20],
-                               trainer)
+    text = "".join(stories.story(3, i) for i in range(100)) + "12345 I'LL We'RE 你好 naïve!\n\n" * 20
+    theirs.train_from_iterator([text], trainers.BpeTrainer(
+        vocab_size=900, special_tokens=special, initial_alphabet=characters, show_progress=False))
     if kind == "llama3":
         theirs.post_processor = processors.TemplateProcessing(
             single=f"{special[0]} $A", pair=f"{special[0]} $A {special[0]} $B", special_tokens=[(special[0], 0)])
@@ -1342,7 +1344,7 @@ def test_samples_show_the_model_learning(tmp_path, capsys):
     assert len(samples) == 2 and samples[0] != samples[1] and " ".join(samples[1].split()) in capsys.readouterr().out
     params, config = checkpoint.load_checkpoint(tmp_path / "run/latest")
     tokenizer = bpe.load(data / "tokenizer.json")
-    written = tinylm.generate(params, torch.tensor([[256]]), config, 64, 0.8, 0, 0.95, 256, generator(0))
+    written = tinylm.generate(params, torch.tensor([[256]]), config, 64, 0.8, 0, 0.95, (256,), generator(0))
     tokens = [t.item() for t in written]
     assert samples[1] == bpe.decode(tokenizer, [t for t in tokens if t != 256])
 
@@ -2442,6 +2444,109 @@ def test_init_from_goes_on_with_the_model(tmp_path):
                     tokenizer=str(tmp_path / "run/latest"))
     assert (tmp_path / "again/train.bin").read_bytes() == (data / "train.bin").read_bytes()
 
+def other_model(kind, folder):
+    """A random model of transformers with the shape of another family's, and its tokenizer, as their folders have them."""
+    theirs, ours = tokenizer_like(kind, folder)
+    special = list(ours.special_tokens)
+    shape = dict(vocab_size=ours.vocab_size, hidden_size=36, intermediate_size=96, num_hidden_layers=3,
+                 num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=64, tie_word_embeddings=True,
+                 rms_norm_eps=1e-5, bos_token_id=0, eos_token_id=0)
+    if kind == "llama3":
+        rope = dict(rope_type="llama3", rope_theta=5e5, factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                    original_max_position_embeddings=16)
+        shape |= dict(num_attention_heads=4, num_key_value_heads=2, head_dim=16, eos_token_id=[1, 2], rope_parameters=rope)
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, initializer_range=0.2)).bfloat16()
+    model.save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=theirs, bos_token=special[0], eos_token=special[0 if kind == "smollm" else 1],
+        chat_template="{{ messages }}").save_pretrained(folder)
+    return folder
+
+def transformers_text(folder, prompt, count=20):
+    """What generate writes greedily after a plain prompt, in float32, special tokens left out."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    inputs = tokenizer(prompt, return_tensors="pt")
+    tokens = model.generate(**inputs, max_new_tokens=count, do_sample=False)[0, inputs.input_ids.shape[1]:]
+    return tokenizer.decode(tokens, skip_special_tokens=True)
+
+@pytest.mark.parametrize("kind", ["smollm", "llama3"])
+def test_models_of_other_families(tmp_path, monkeypatch, capsys, kind):
+    """They open, write what transformers writes, are fine-tuned on a text file, saved as they were, and open there."""
+    (tmp_path / "theirs").mkdir()
+    folder = other_model(kind, tmp_path / "theirs")
+    params, config = checkpoint.load_checkpoint(folder)
+    tokens = random_tokens(config, 2, 60)
+    model = hf_model(folder).float()
+    with torch.no_grad():
+        same(tinylm.forward(params, tokens, config), model(tokens).logits, 1e-4)
+    prompt = "Once upon 12 time, I'LL"
+    sample.sample(checkpoint=folder, prompt=prompt, temperature=0, max_new_tokens=20, dtype="float32")
+    assert capsys.readouterr().out == prompt + transformers_text(folder, prompt) + "\n"
+
+    monkeypatch.setattr(prepare, "DATA", tmp_path / "data")
+    text = tmp_path / "book.txt"
+    text.write_text("".join(stories.story(0, i) + END for i in range(40)))
+    train.train(init_from=folder, data=text, output_dir=tmp_path / "run", num_steps=5, eval_interval=5, device="cpu",
+                context_length=32)
+    new = tmp_path / "run/latest"
+    assert (tmp_path / "data/book-theirs/meta.json").is_file()
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
+        assert (new / name).read_bytes() == (folder / name).read_bytes()
+    ids = json.loads((new / "config.json").read_text())
+    assert all(ids[name] == getattr(model.config, name) for name in ("bos_token_id", "eos_token_id"))
+    assert {t.dtype for t in load_file(new / "model.safetensors").values()} == {torch.bfloat16}
+    before, after = checkpoint.load_checkpoint(folder), checkpoint.load_checkpoint(new)
+    assert before[1] == tinylm.Config(**vars(after[1]) | {"context_length": 64})
+    assert not before[0]["embedding"].equal(after[0]["embedding"])
+    sample.sample(checkpoint=tmp_path / "run", prompt=prompt, temperature=0, max_new_tokens=20, dtype="float32")
+    assert capsys.readouterr().out.endswith(prompt + transformers_text(new, prompt) + "\n")
+    meta, ids = prepare.open_data(tmp_path / "data/book-theirs")
+    assert np.count_nonzero(ids["train"] == meta["end_of_text_id"]) >= 35
+
+def test_sixteen_bits_resume_exactly(tmp_path):
+    """The model is saved in bfloat16, and training goes on from float32."""
+    flags = TINY | dict(data=prepared(tmp_path), save_dtype="bfloat16")
+    train.train(output_dir=tmp_path / "whole", **flags)
+    train.train(output_dir=tmp_path / "stopped", **flags)
+    shutil.rmtree(tmp_path / "stopped/step-0000006")
+    train.train(resume=tmp_path / "stopped")
+    for name in ("model.safetensors", checkpoint.MASTER, "training/optimizer.safetensors"):
+        whole = (tmp_path / "whole/step-0000006" / name).read_bytes()
+        assert whole == (tmp_path / "stopped/step-0000006" / name).read_bytes()
+    master, model = (load_file(tmp_path / "whole/latest" / name) for name in (checkpoint.MASTER, "model.safetensors"))
+    assert all(model[name].equal(master[name].bfloat16()) for name in master)
+
+def test_a_text_file_is_prepared_anew_when_it_has_changed(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "DATA", tmp_path / "data")
+    text = tmp_path / "book.txt"
+    sizes = []
+    for content in ("Once upon a time. " * 200, "Once upon a time. " * 200, "There was a fox. " * 300):
+        if not text.exists() or text.read_text() != content:
+            text.write_text(content)
+        stamps = [prepare.find_data(str(text)).stat().st_mtime_ns]
+        sizes.append((prepare.open_data(tmp_path / "data/book")[0]["train"], stamps))
+    assert sizes[0] == sizes[1] != sizes[2]
+
+def test_what_is_refused_is_named(tmp_path, tokenizer_file):
+    """Before weights are read."""
+    folder = tmp_path / "m"
+    checkpoint.save_checkpoint(folder, tinylm.init_params(small_config(), generator()), small_config(), tokenizer_file,
+                               (END, 256))
+    os.rename(folder / "tokenizer.json", folder / "tokenizer.model")
+    with pytest.raises(cli.InputError, match="SentencePiece"):
+        sample.sample(checkpoint=folder)
+    description = json.loads(Path(tokenizer_file).read_text())
+    description["model"]["byte_fallback"] = True
+    (folder / "tokenizer.json").write_text(json.dumps(description))
+    with pytest.raises(cli.InputError, match="it is a SentencePiece tokenizer"):
+        sample.sample(checkpoint=folder)
+    shutil.copy(tokenizer_file, folder / "tokenizer.json")
+    os.rename(folder / "model.safetensors", folder / "pytorch_model.bin")
+    with pytest.raises(cli.InputError, match="pickles, pytorch_model.bin.*save_pretrained"):
+        sample.sample(checkpoint=folder)
+
 # ---- Files that are damaged or hostile ----
 
 @pytest.fixture(scope="module")
@@ -2495,8 +2600,10 @@ def open_state(folder):
         run.load_state(resumed)
 
 DAMAGED = {"run/step-0000001/model.safetensors": open_model, "run/step-0000001/config.json": open_model,
-           "run/step-0000001/tokenizer.json": open_tokenizer, "run/step-0000001/training/optimizer.safetensors": open_state,
-           "run/step-0000001/training/train_state.json": open_state, "data/train.bin": open_data, "data/val.bin": open_data,
+           "run/step-0000001/tokenizer.json": open_tokenizer,
+           "run/step-0000001/training/optimizer.safetensors": open_state,
+           "run/step-0000001/training/train_state.json": open_state,
+           "data/train.bin": open_data, "data/val.bin": open_data,
            "data/tokenizer.json": open_data, "data/meta.json": open_data}
 
 def resident(kind):
@@ -2711,7 +2818,8 @@ def measure_tokenizer(*, file: str = "", vocab_size: int = 10000):
         their_seconds, _ = timed(tokenizers.ByteLevelBPETokenizer().train, [file], vocab_size, 0, False, [END])
     special, text = ours.special_tokens, Path(file).read_bytes().decode()
     ranks = {token: i for i, token in enumerate(ours.tokens) if i not in special.values()}
-    theirs = tiktoken.Encoding("same", pat_str=bpe.SPLIT_PATTERNS["gpt2"], mergeable_ranks=ranks, special_tokens=special)
+    theirs = tiktoken.Encoding("same", pat_str=bpe.SPLIT_PATTERNS["gpt2"], mergeable_ranks=ranks,
+                               special_tokens=special)
     assert bpe.encode(ours, text).tolist() == theirs.encode(text, allowed_special="all")
     ratios = [timed(theirs.encode_ordinary, text)[0] / timed(bpe.encode, ours, text)[0] for _ in range(9)]
     return {f"learn {len(ours.tokens):,} tokens, times as fast as tokenizers": their_seconds / our_seconds,

@@ -161,7 +161,7 @@ class Config:
         if self.head_dim % 2:
             raise ValueError(f"{heads} is odd, and RoPE turns pairs; choose d_model / num_heads even")
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}; choose one")
+            raise ValueError(f"num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}")
 
 @operation
 def init_cache(config, batch_size, length, dtype, device):
@@ -471,12 +471,12 @@ def weights_for_writing(params, dtype, num_texts):
     return tree_map(lambda w: w.to(dtype) if w.ndim == 2 else w, params)
 
 @torch.inference_mode()
-def generate(params, prompt, config, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop_token=None,
+def generate(params, prompt, config, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop_tokens=(),
              generator=None, dtype=torch.float32):
-    """Continue prompts token by token, yielding (B) of int64 each time, until each row has drawn stop_token.
+    """Continue prompts token by token, yielding (B) of int64 each time, until each row has drawn a stop token.
 
-    prompt (B, T) of int64, T ≥ 1. A row that has stopped repeats stop_token. The model sees at most context_length
-    tokens, of a longer prompt the last; then it drops the older half and reads the newer half again.
+    prompt (B, T) of int64, T ≥ 1. A row that has stopped repeats the first stop token. The model sees context_length
+    tokens at most, of a longer prompt the last; then it drops the older half and reads the newer half again.
     """
     params = weights_for_writing(params, dtype, len(prompt))
     history = fresh = prompt[:, -config.context_length:]
@@ -489,9 +489,9 @@ def generate(params, prompt, config, max_new_tokens, temperature=1.0, top_k=0, t
             cache = cache | {"filled": 0}
         x, cache = hidden_states(params, fresh, config, dtype, cache)
         token = sample_token(to_logits(params, x[:, -1]), temperature, top_k, top_p, generator)  # (B)
-        if stop_token is not None:
-            token = token.masked_fill(stopped, stop_token)
-            stopped = stopped | (token == stop_token)
+        if stop_tokens:
+            token = token.masked_fill(stopped, stop_tokens[0])
+            stopped = torch.stack([stopped, *(token == stop for stop in stop_tokens)]).any(0)
         yield token
         if stopped.all():
             return

@@ -15,7 +15,7 @@ import tinylm
 from data import bpe, checkpoint, cli, machine, plot, prepare
 from data.cli import InputError, flag
 from data.log import Log, check_wandb
-from data.machine import DTYPES
+from data.machine import DTYPES, DTYPES_OF_FILES
 from data.run import conclude, data_of, newest, open_run, state_of, try_to_save
 
 # ---- Settings ----
@@ -76,8 +76,8 @@ def own_flag(name, meaning, within):
 @dataclass
 class Settings:
     # Data
-    data: str = flag("stories", "a name below data/, or a folder that data/prepare.py wrote; known corpora prepare "
-                     "themselves", may_change=True)
+    data: str = flag("stories", "a name below data/, a folder that data/prepare.py wrote, or a text file; corpora and "
+                     "texts are prepared first, for --init_from with the tokenizer of that", may_change=True)
     context_length: int = flag(256, "tokens the model sees at once", "[1, inf)")
     # Model
     d_model: int = flag({"cpu": 128, "cuda": 512}, "features of a token", "[1, inf)")
@@ -132,6 +132,9 @@ class Settings:
                             "[1, inf)", may_change=True)
     checkpoint_interval: int = flag(lambda settings: settings.eval_interval, "steps between checkpoints", "[1, inf)",
                                     stated="eval_interval", may_change=True)
+    save_dtype: str = flag(lambda settings: settings.weights_dtype, "of a checkpoint's model, float32, bfloat16 or "
+                           "float16; beside 16 bits, training/ keeps float32 to go on from",
+                           choices=DTYPES_OF_FILES, stated="float32; with --init_from what that has", may_change=True)
     keep_checkpoints: int = flag(2, "the newest ones kept, beside the best", "[1, inf)", may_change=True)
     sample_tokens: int = flag(64, "tokens that the model writes at each evaluation, to see it learn", "[0, inf)",
                               may_change=True)
@@ -172,7 +175,8 @@ class Settings:
 
     is_compiled = property(lambda self: self.compile and not self.shard)
     tokens_per_step = property(lambda self: self.batch_size * self.grad_accum_steps * self.context_length)
-    train_tokens, is_pretrained = math.inf, False  # what defaults depend on, once it is known
+    # What defaults depend on, once it is known.
+    train_tokens, is_pretrained, weights_dtype = math.inf, False, "float32"
     epochs = property(lambda self: self.num_steps * self.tokens_per_step / self.train_tokens)
 
 # ---- The loop ----
@@ -315,7 +319,7 @@ def write_sample(run):
         return ""
     device = settings.device
     tokens = [token.item() for token in tinylm.generate(
-        run.params, torch.tensor([[end]], device=device), run.config, settings.sample_tokens, 0.8, 0, 0.95, end,
+        run.params, torch.tensor([[end]], device=device), run.config, settings.sample_tokens, 0.8, 0, 0.95, (end,),
         torch.Generator(device).manual_seed(0), DTYPES[settings.dtype])]
     known = [token for token in tokens if token != end and token < run.tokenizer.vocab_size]
     return bpe.decode(run.tokenizer, known)

@@ -57,9 +57,8 @@ def ascii_of_same_class(character):
 
 def ascii_pattern(pattern):
     """A split pattern for ASCII alone, as Python's `re` knows neither \\p{L} nor \\p{N}."""
-    for theirs, ours in ((r"\p{N}]", "0-9]"), (r"\p{L}0-9]", "A-Za-z0-9]"), (r"\p{L}", "[A-Za-z]"), (r"\p{N}", "[0-9]")):
-        pattern = pattern.replace(theirs, ours)
-    return pattern
+    pattern = pattern.replace(r"\p{N}]", "0-9]").replace(r"\p{L}0-9]", "A-Za-z0-9]")  # inside of brackets
+    return pattern.replace(r"\p{L}", "[A-Za-z]").replace(r"\p{N}", "[0-9]")
 
 def plain_split(text, special_tokens=(), split="gpt2"):
     """Cut text into words: the special tokens, and what a split pattern finds between them; yields str."""
@@ -510,8 +509,8 @@ class Encoder:
         """Raise InputError where some bytes have no token."""
         if len(missing):
             self.forget()  # the table has words by now whose ids it will not get
-            raise InputError(f"the text has the byte {missing[0]:#04x}, for which this tokenizer has no token; remove it, "
-                             "or use another tokenizer")
+            raise InputError(f"the text has the byte {missing[0]:#04x}, for which this tokenizer has no token; remove "
+                             "it, or use another tokenizer")
 
     def ids_of_words(self, words, lengths):
         """`merge_words`, but where the tokenizer says so a word that is a token stays whole."""
@@ -577,7 +576,8 @@ class Encoder:
             self.forget()
         known, found = len(self.table), []
         for piece in cut_text(text, PIECE_BYTES, self.tokenizer.special_tokens):
-            starts, lengths, which_long = split_words(piece, find_spans(self.special_pattern, piece), self.tokenizer.split)
+            special_spans = find_spans(self.special_pattern, piece)
+            starts, lengths, which_long = split_words(piece, special_spans, self.tokenizer.split)
             numbers = self.table.find_or_add(word_keys(piece, starts, lengths))
             found.append((numbers, cut_words(piece, starts, lengths, which_long)))
         if len(self.table) > known:
@@ -979,7 +979,8 @@ def save(tokenizer, path):
                           "normalized": False, "special": True} for text, i in tokenizer.special_tokens.items()],
         "normalizer": None, "pre_tokenizer": pre_tokenizer, "post_processor": None, "decoder": byte_level,
         "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": tokenizer.whole_words,
+                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+                  "ignore_merges": tokenizer.whole_words,
                   "vocab": {token: i for i, token in enumerate(spelled)},
                   "merges": [[spelled[left], spelled[right]] for left, right, _ in tokenizer.merges.tolist()]},
     }
@@ -1051,7 +1052,7 @@ def split_of(steps):
         if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits"):
             return "digits"
     if kinds == ["Split", "ByteLevel"] and not last.get("use_regex", True):
-        pattern, how = steps[0].get("pattern", {}).get("Regex"), (steps[0].get("behavior"), steps[0].get("invert", False))
-        if pattern in spelled and how == ("Isolated", False):
+        pattern, is_plain = steps[0].get("pattern", {}).get("Regex"), steps[0].get("behavior") == "Isolated"
+        if pattern in spelled and is_plain and not steps[0].get("invert"):
             return spelled[pattern]
     raise ValueError(f"its split pattern is none of {', '.join(SPLIT_PATTERNS)}")

@@ -1,9 +1,11 @@
 """A model ↔ the folder that any Llama tool opens: safetensors and JSON, no pickle; and the optimiser beside it."""
 
+import itertools
 import json
 import math
 import os
 import struct
+from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import numpy as np
 import torch
 
 import tinylm
-from data import files
+from data import bpe, files
 from data.cli import InputError
 from tinylm import Config, tree_build, tree_leaves
 
@@ -38,8 +40,11 @@ def write_safetensors(path, tensors, contents=None):
             file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         files.flush(file)
 
-def read_safetensors(path):
-    """Read a safetensors file → {name: tensor}. Raises InputError where it is damaged; never runs code from it."""
+def read_header(path):
+    """The header of a safetensors file: {name: (start, end, dtype, shape)}, in its order, and where the bytes begin.
+
+    Raises InputError where it can't be that of this file.
+    """
     path = Path(path)
     size = path.stat().st_size
 
@@ -54,7 +59,7 @@ def read_safetensors(path):
             raise ValueError(f"{name}: sizes that can't be")
         if math.prod(shape) * SAFETENSORS_DTYPES[dtype].itemsize != end - start:
             raise ValueError(f"{name}: {end - start} bytes for shape {shape} of {dtype}")
-        return start, end, name, SAFETENSORS_DTYPES[dtype], shape
+        return start, end, SAFETENSORS_DTYPES[dtype], shape
 
     try:
         with open(path, "rb") as file:
@@ -62,21 +67,31 @@ def read_safetensors(path):
             if length > size - 8:
                 raise ValueError("its header is longer than the file")
             header = json.loads(file.read(length), object_pairs_hook=unique)
-            header.pop("__metadata__", None)
-            entries = sorted((entry(name, **header[name]) for name in header), key=lambda e: e[:3])
-            tensors, position = {}, 0
-            for start, end, name, dtype, shape in entries:
-                if start != position:
-                    raise ValueError(f"{name}: its bytes overlap others or leave a gap")
-                data = np.fromfile(file, dtype=np.uint8, count=end - start)
-                tensor = torch.from_numpy(data).view(dtype) if len(data) else torch.empty(0, dtype=dtype)
-                tensors[name] = tensor.view(shape)
-                position = end
-            if position != size - 8 - length:
-                raise ValueError(f"it has {size - 8 - length} bytes of numbers, its header speaks of {position}")
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, RuntimeError) as error:
+        header.pop("__metadata__", None)
+        entries, position = {name: entry(name, **header[name]) for name in header}, 0
+        for name, (start, end, _, _) in sorted(entries.items(), key=lambda item: item[1][:2]):
+            if start != position:
+                raise ValueError(f"{name}: its bytes overlap others or leave a gap")
+            position = end
+        if position != size - 8 - length:
+            raise ValueError(f"it has {size - 8 - length} bytes of numbers, its header speaks of {position}")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({error}); take another checkpoint") from None
-    return {name: tensors[name] for name in header}
+    return entries, 8 + length
+
+def read_safetensors(path):
+    """Read a safetensors file → {name: tensor}. Raises InputError where it is damaged; never runs code from it."""
+    entries, begin = read_header(path)
+    tensors = {}
+    with open(path, "rb") as file:
+        for name, (start, end, dtype, shape) in entries.items():
+            file.seek(begin + start)
+            data = np.fromfile(file, dtype=np.uint8, count=end - start)
+            if len(data) < end - start:
+                raise InputError(f"{path} became shorter while it was read; take another checkpoint")
+            tensor = torch.from_numpy(data).view(dtype) if len(data) else torch.empty(0, dtype=dtype)
+            tensors[name] = tensor.view(shape)
+    return tensors
 
 # ---- Names and layout, ours ↔ Hugging Face's ----
 
@@ -129,8 +144,8 @@ def is_rotated(path):
     """Whether a parameter makes what RoPE turns."""
     return path.endswith((".wq", ".wk"))
 
-def from_hf(tensors, config, source):
-    """The tree of parameters, in float32, from Hugging Face's names and layout. `source` is named in errors."""
+def from_hf(tensors, config, source, dtype):
+    """The tree of parameters from Hugging Face's names and layout, which are used up. `source` is named in errors."""
     shapes = tree_leaves(tinylm.param_shapes(config))
     expected = {hf_name(path) for path, _ in shapes}
     # Old files carry the rotary frequencies, and a tied model's may carry the output matrix: both say nothing new.
@@ -142,13 +157,13 @@ def from_hf(tensors, config, source):
                              "config.json speaks of")
     params = []
     for path, shape in shapes:
-        tensor = tensors[hf_name(path)]
+        tensor = tensors.pop(hf_name(path))
         if tensor.shape != shape or not tensor.is_floating_point():
             raise InputError(f"{source}: {hf_name(path)} is {tensor.dtype} {tuple(tensor.shape)}; "
                              f"expected floating-point {shape}")
         if not tensor.isfinite().all():
             raise InputError(f"{source}: {hf_name(path)} has numbers that are not finite; take another checkpoint")
-        tensor = tensor.float()
+        tensor = tensor.to(dtype or (torch.float32 if tensor.dtype == torch.float16 else tensor.dtype))
         params.append((path, halves_to_pairs(tensor, config.head_dim) if is_rotated(path) else tensor))
     return tree_build(params)
 
@@ -222,12 +237,15 @@ def scaling_to_hf(scaling):
 
 # ---- Checkpoints ----
 
-def save_checkpoint(folder, params, config, tokenizer_file, end_token, optimizer=None, train_state=None):
+MASTER = "training/model.safetensors"  # the parameters in float32, where model.safetensors has them in 16 bits
+
+def save_checkpoint(folder, params, config, tokenizer_file, end_token, optimizer=None, train_state=None, others=None,
+                    dtype=torch.float32):
     """Write a checkpoint folder: beside its place, flushed to disk, then renamed, so that readers see all or nothing.
 
     `tokenizer_file` is copied in; `end_token` is its (text, id) that ends a document. `optimizer` (a tree of tensors)
-    and `train_state` (JSON) are what a run needs to go on. Tensors that are split over ranks are gathered one by one,
-    for which the other ranks call `take_part_in_saving`.
+    and `train_state` (JSON) are what a run needs to go on, `others` the `files_for_others` of the model it came from.
+    Tensors that are split over ranks are gathered one by one, for which the other ranks call `take_part_in_saving`.
     """
     folder = Path(folder)
     beside = folder.with_name(f".{folder.name}.partial")
@@ -236,7 +254,8 @@ def save_checkpoint(folder, params, config, tokenizer_file, end_token, optimizer
     gathered = map(tinylm.all_gather, [leaf for _, leaf in leaves])
     finite = (check_finite(path, tensor) for (path, _), tensor in zip(leaves, gathered))
     try:
-        write_checkpoint(beside, params, config, tokenizer_file, end_token, optimizer, train_state, finite)
+        write_checkpoint(beside, params, config, tokenizer_file, end_token, optimizer, train_state, others or {}, dtype,
+                         finite)
         files.remove(folder)
         os.replace(beside, folder)
         files.flush_folder(folder.parent)
@@ -272,15 +291,22 @@ def tokenizer_for_others(tokenizer_file, text, end_id):
                 "special_tokens": {text: {"id": text, "ids": [end_id], "tokens": [text]}}}
     return description | {"post_processor": template}
 
-def write_checkpoint(folder, params, config, tokenizer_file, end_token, optimizer, train_state, gathered):
+def write_checkpoint(folder, params, config, tokenizer_file, end_token, optimizer, train_state, others, dtype,
+                     gathered):
     """Write the files of a checkpoint into a new folder, and flush them. `gathered` yields its tensors, none split."""
-    folder.mkdir(parents=True)
+    (folder / "training").mkdir(parents=True)
     text, end_id = end_token
     leaves = tree_leaves(params)
-    write_safetensors(folder / "model.safetensors", {hf_name(path): w for path, w in leaves},
+    is_half = dtype != torch.float32
+    write_safetensors(folder / (MASTER if is_half else "model.safetensors"), {hf_name(path): w for path, w in leaves},
                       (pairs_to_halves(w, config.head_dim) if is_rotated(path) else w
                        for (path, _), w in zip(leaves, gathered)))
-    files.write_json(folder / "config.json", config_to_hf(config, end_id))
+    if is_half:
+        write_safetensors(folder / "model.safetensors", {
+            name: w.to(dtype) for name, w in read_safetensors(folder / MASTER).items()})
+    ids = json.loads(others["config.json"]) if "config.json" in others else {}
+    files.write_json(folder / "config.json", config_to_hf(config, end_id) | {"torch_dtype": str(dtype)[6:]} | {
+        name: ids[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in ids})
     files.write_json(folder / "generation_config.json", {
         "bos_token_id": end_id, "eos_token_id": end_id, "pad_token_id": end_id})
     files.write_json(folder / "tokenizer_config.json", {
@@ -288,26 +314,95 @@ def write_checkpoint(folder, params, config, tokenizer_file, end_token, optimize
         "padding_side": "left", "add_bos_token": True, "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": config.context_length, "clean_up_tokenization_spaces": False})
     files.write_json(folder / "tokenizer.json", tokenizer_for_others(tokenizer_file, text, end_id))
-    if optimizer is not None:  # in a folder of its own, for tools that read all safetensors beside config.json
-        (folder / "training").mkdir()
+    for name in others.keys() - {"config.json"}:
+        with open(folder / name, "wb") as file:
+            file.write(others[name])
+            files.flush(file)
+    if optimizer is None:
+        files.remove(folder / "training")
+    else:  # in a folder of its own, for tools that read all safetensors beside config.json
         write_safetensors(folder / "training/optimizer.safetensors", dict(tree_leaves(optimizer)), gathered)
         files.write_json(folder / "training/train_state.json", train_state)
         files.flush_folder(folder / "training")
     files.flush_folder(folder)
 
-def load_checkpoint(folder):
-    """Read (params in float32, config) from a Llama folder, of ours or of `transformers`, in one file or sharded.
-
-    Raises InputError where it is no such folder, is damaged, or asks for what this model has not.
+def files_for_others(folder):
+    """What other tools read of a model beside its weights: {name: bytes}. Nothing of checkpoints of ours from before
+    they said how a text begins.
     """
+    if not (folder / "tokenizer.json").is_file() or for_training(folder, "train_state.json").is_file() and not (
+            files.read_json(folder / "tokenizer.json").get("post_processor")):
+        return {}
+    names = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
+             "special_tokens_map.json", "chat_template.jinja", "vocab.json", "merges.txt")
+    return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
+
+def weights_dtype(folder):
+    """The name of the dtype of most numbers in a Llama folder: float32, bfloat16 or float16."""
+    path = next(iter(sorted(Path(folder).glob("model*.safetensors"))), None)
+    if path is None:
+        return "float32"
+    sizes = Counter()
+    for name, (_, _, dtype, shape) in read_header(path)[0].items():
+        sizes[dtype] += math.prod(shape)
+    dtype = sizes.most_common(1)[0][0] if sizes else torch.float32
+    return {torch.bfloat16: "bfloat16", torch.float16: "float16"}.get(dtype, "float32")
+
+def load_config(folder):
+    """The Config of a Llama folder. Raises InputError where it is none, or asks for what this model has not."""
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         steps = sorted(folder.glob("step-*"))
         advice = f"give {steps[-1]}" if steps else "expected a Llama folder"
         raise InputError(f"{folder} is not a checkpoint (no config.json in it); {advice}")
-    config = config_from_hf(files.read_json(folder / "config.json"), folder / "config.json")
+    return config_from_hf(files.read_json(folder / "config.json"), folder / "config.json")
+
+def load_tokenizer(folder):
+    """The tokenizer of a Llama folder. Raises InputError where it has none that this project can use."""
+    if not (folder / "tokenizer.json").is_file() and (folder / "tokenizer.model").is_file():
+        raise InputError(f"{folder} has a SentencePiece tokenizer, tokenizer.model; expected a byte-level BPE in "
+                         "tokenizer.json")
+    return bpe.load(folder / "tokenizer.json")
+
+def special_ids(folder, tokenizer):
+    """How a model begins and ends texts: ids put before a prompt, ids that end a text, ids to begin an empty one with.
+
+    Prompts begin as tokenizer.json says, which other tools follow; checkpoints of ours from before it did, with
+    <|endoftext|>.
+    """
+    read = lambda name: files.read_json(folder / name) if (folder / name).is_file() else {}
+    generation, config, processor = read("generation_config.json"), read("config.json"), read("tokenizer.json")
+    try:
+        processor = processor.get("post_processor") or {}
+        templates = [step for step in processor.get("processors", [processor]) if "single" in step]
+        begin, template = [], templates[0] if templates else {"single": []}
+        for step in itertools.takewhile(lambda step: "SpecialToken" in step, template["single"]):
+            begin += template["special_tokens"][step["SpecialToken"]["id"]]["ids"]
+        end = tokenizer.special_tokens.get(bpe.END_OF_TEXT)
+        ends = generation.get("eos_token_id", config.get("eos_token_id", end))
+        ends = tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
+        first = generation.get("bos_token_id", config.get("bos_token_id", end))
+        if not templates and end is not None and for_training(folder, "train_state.json").is_file():
+            begin = [end]
+        empty = [] if first is None else [first]
+        if not all(type(i) is int and 0 <= i < tokenizer.vocab_size for i in (*begin, *ends, *empty)):
+            raise ValueError(f"ids {(*begin, *ends, *empty)} of {tokenizer.vocab_size} tokens")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{folder}: how texts begin and end is damaged ({type(error).__name__}: {error})") from None
+    return begin, ends, empty
+
+def load_checkpoint(folder, dtype=torch.float32, name="model.safetensors"):
+    """Read (params, config) from a Llama folder, of ours or of `transformers`, in one file or sharded.
+
+    Parameters are in `dtype`, or with None as they were saved, but float32 in place of float16. Raises InputError where
+    the folder is no such, is damaged, or asks for what this model has not. `name` is the file, where that is there.
+    """
+    folder, config = Path(folder), load_config(folder)
     index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
+    names = [name if (folder / name).is_file() else "model.safetensors"]
+    if not index.is_file() and not (folder / names[0]).is_file() and any(folder.glob("pytorch_model*.bin")):
+        raise InputError(f"{folder} has its weights as pickles, pytorch_model.bin, which can run code; convert it by "
+                         f"AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(…) of transformers")
     if index.is_file() and not (folder / names[0]).is_file():
         try:
             names = sorted(set(files.read_json(index)["weight_map"].values()))
@@ -315,12 +410,12 @@ def load_checkpoint(folder):
             raise InputError(f"{index} is damaged ({type(error).__name__}: {error})") from None
     tensors = {}
     for name in names:
-        if Path(name).name != name or not (folder / name).is_file():
+        if name != MASTER and Path(name).name != name or not (folder / name).is_file():
             raise InputError(f"{folder} lacks {name}; take another checkpoint")
         tensors |= read_safetensors(folder / name)
     if config.num_layers > len(tensors):  # before anything is made for each layer
         raise InputError(f"{folder}/config.json speaks of {config.num_layers} layers; its tensors are {len(tensors)}")
-    return from_hf(tensors, config, folder), config
+    return from_hf(tensors, config, folder, dtype), config
 
 def load_optimizer(folder, like):
     """Read the optimiser state from a checkpoint folder of ours. `like`: a fresh state, whose shapes it must have."""

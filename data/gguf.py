@@ -23,6 +23,7 @@ GGUF_NAMES = {
 }
 # Of a dtype: its number for a tensor, its number for a file, and how many bytes so many values take.
 DTYPES = {"f32": (0, 0, (1, 4)), "f16": (1, 1, (1, 2)), "bf16": (30, 32, (1, 2)), "q8_0": (8, 7, (32, 34))}
+PRE_TOKENIZERS = {"gpt2": "gpt-2", "digits": "smollm", "llama3": "llama-bpe"}  # llama.cpp's names
 ALIGNMENT = 32  # bytes, of every tensor
 NORMAL, CONTROL, UNUSED = 1, 3, 5  # kinds of tokens
 
@@ -79,13 +80,13 @@ def dtype_of(shape, dtype):
         return "f32"
     return "f16" if shape[1] % DTYPES[dtype][2][0] else dtype
 
-def description(config, tokenizer, dtype, name):
-    """What the file says of a model: {key: value}."""
+def description(config, tokenizer, dtype, name, begin, ends, empty):
+    """What the file says of a model: {key: value}. `begin`, `ends` and `empty` are its `special_ids`."""
     special = set(tokenizer.special_tokens.values())
     unused = range(tokenizer.vocab_size, config.vocab_size)
     tokens = bpe.spelled_tokens(tokenizer)
     merges = [f"{tokens[left]} {tokens[right]}" for left, right, _ in tokenizer.merges.tolist()]
-    end = tokenizer.special_tokens[bpe.END_OF_TEXT]
+    ids = {"bos": begin or empty, "eos": ends, "padding": ends}
     return {
         "general.architecture": "llama", "general.name": name, "general.alignment": ALIGNMENT,
         "general.file_type": DTYPES[dtype][1], "llama.vocab_size": config.vocab_size,
@@ -95,18 +96,17 @@ def description(config, tokenizer, dtype, name):
         "llama.attention.layer_norm_rms_epsilon": float(config.norm_eps),
         "llama.attention.key_length": config.head_dim, "llama.attention.value_length": config.head_dim,
         "llama.rope.dimension_count": config.head_dim, "llama.rope.freq_base": float(config.rope_theta),
-        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": PRE_TOKENIZERS[tokenizer.split],
         "tokenizer.ggml.tokens": tokens + [f"[unused {i}]" for i in unused],
         "tokenizer.ggml.token_type": [CONTROL if i in special else NORMAL for i in range(len(tokens))]
         + [UNUSED] * len(unused),
         # llama.cpp wants a merge; this one is of a byte that no text has.
         "tokenizer.ggml.merges": merges or [" ".join(tokens[tokenizer.tokens.index(b"\xff")] * 2)],
-        "tokenizer.ggml.bos_token_id": end, "tokenizer.ggml.eos_token_id": end,
-        "tokenizer.ggml.padding_token_id": end, "tokenizer.ggml.add_bos_token": True}
+        "tokenizer.ggml.add_bos_token": bool(begin),
+        **{f"tokenizer.ggml.{use}_token_id": ids[use][0] for use in ids if ids[use]}}
 
-def write_gguf(path, params, config, tokenizer, dtype, name):
+def write_gguf(path, params, config, dtype, said):
     """Write a model as GGUF, version 3: a header, what it says of itself, the tensors' places, their bytes."""
-    said = description(config, tokenizer, dtype, name)
     leaves = [(gguf_name(leaf_path), w, dtype_of(w.shape, dtype)) for leaf_path, w in tree_leaves(params)]
     if config.rope_scaling != checkpoint.NO_SCALING:
         plain, scaled = (rope_angles.definition(2, config.head_dim, config.rope_theta, scaling, "cpu")
@@ -148,12 +148,14 @@ def export(*model, output: str = "", dtype: str = "f16"):
     if dtype not in DTYPES:
         raise InputError(f"--dtype={dtype}: expected one of {', '.join(DTYPES)}")
     folder, path = find_checkpoint(str(model[0]) if model else ""), Path(output or "model.gguf")
+    tokenizer = checkpoint.load_tokenizer(folder)
+    begin, ends, empty = checkpoint.special_ids(folder, tokenizer)
     params, config = checkpoint.load_checkpoint(folder)
-    tokenizer = bpe.load(folder / "tokenizer.json")
-    if bpe.END_OF_TEXT not in tokenizer.special_tokens or tokenizer.vocab_size > config.vocab_size:
-        raise InputError(f"{folder}: its tokenizer has {tokenizer.vocab_size} tokens; expected no more than the model, "
-                         f"{config.vocab_size}, and {bpe.END_OF_TEXT} among them")
+    if tokenizer.vocab_size > config.vocab_size:
+        raise InputError(f"{folder}: its tokenizer has {tokenizer.vocab_size} tokens, its model {config.vocab_size}; "
+                         "they do not belong together")
     if dtype == "f16" and max(w.abs().max().item() for _, w in tree_leaves(params)) > torch.finfo(torch.float16).max:
         raise InputError(f"{folder} has numbers that float16 can't hold; give --dtype=bf16")
-    write_gguf(path, params, config, tokenizer, dtype, folder.resolve().parent.name)
+    said = description(config, tokenizer, dtype, folder.resolve().parent.name, begin, ends, empty)
+    write_gguf(path, params, config, dtype, said)
     say(f"wrote {path}, {path.stat().st_size / 1e6:,.1f} MB, of {folder}")

@@ -19,7 +19,8 @@ import torch.distributed as dist
 
 from data.cli import InputError
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # to compute in
+DTYPES_OF_FILES = DTYPES | {"float16": torch.float16}
 # What data sheets promise in bfloat16 without sparsity: FLOP/s by a part of the device's name, the first that fits.
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "A10G": 70e12,
               "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12}

@@ -9,7 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -17,7 +17,7 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from data import bpe, cli, files, stories
+from data import bpe, checkpoint, cli, files, stories
 from data.cli import InputError, flag
 
 DATA = Path(__file__).resolve().parent
@@ -175,9 +175,13 @@ def text_sizes(tokenizer):
     special = set(tokenizer.special_tokens.values())
     return np.array([0 if i in special else len(token) for i, token in enumerate(tokenizer.tokens)])
 
-def write_ids(tokenizer, spans, path, workers, errors):
-    """Encode spans into a file of ids, each file's text ended by the end-of-text token; returns what is in it."""
-    end = np.array([tokenizer.special_tokens[bpe.END_OF_TEXT]], tokenizer.dtype)
+def with_end(tokenizer, end):
+    """The tokenizer, <|endoftext|> in a text read as the id that ends one."""
+    return replace(tokenizer, special_tokens={bpe.END_OF_TEXT: end} | tokenizer.special_tokens)
+
+def write_ids(tokenizer, end, spans, path, workers, errors):
+    """Encode spans into a file of ids, each file's text ended by the id `end`; returns what is in it."""
+    tokenizer, end = with_end(tokenizer, end), np.array([end], tokenizer.dtype)
     sizes, counts, digest = text_sizes(tokenizer), {"tokens": 0, "bytes": 0}, hashlib.sha256()
     before, last = None, end
     with open(path, "wb") as file:
@@ -208,7 +212,7 @@ def prepare(given):
         raise InputError(f"--val_input={val_input} goes with --input, and without --val_fraction")
     if settings.tokenizer and settings.vocab_size:
         raise InputError(f"--tokenizer={settings.tokenizer} has its own vocabulary; leave out --vocab_size")
-    tokenizer = load_tokenizer(settings.tokenizer) if settings.tokenizer else None
+    tokenizer, end = load_tokenizer(settings.tokenizer) if settings.tokenizer else (None, None)
     dataset = dataset or ("" if source else "stories")
     vocab_size = tokenizer.vocab_size if tokenizer else settings.vocab_size or VOCAB_SIZES.get(dataset, 2048)
     output = Path(settings.output or DATA / (dataset or Path(source).resolve().stem))
@@ -226,7 +230,7 @@ def prepare(given):
     with files.wait_for_lock(output / ".lock", wait) as waited:
         if not (waited and dataset and (output / "meta.json").is_file()):
             try:
-                write_beside(output / ".partial", sources, settings, dataset, tokenizer, vocab_size)
+                write_beside(output / ".partial", sources, settings, dataset, tokenizer, end, vocab_size)
                 put_in_place(output / ".partial", output)
             except BaseException:
                 files.remove(output / ".partial")
@@ -235,7 +239,7 @@ def prepare(given):
                 raise
     report(output, vocab_size)
 
-def write_beside(partial, sources, settings, dataset, tokenizer, vocab_size):
+def write_beside(partial, sources, settings, dataset, tokenizer, end, vocab_size):
     """Write all that a data folder has into `partial`."""
     files.remove(partial)
     partial.mkdir()
@@ -252,7 +256,8 @@ def write_beside(partial, sources, settings, dataset, tokenizer, vocab_size):
                          "use more text or another --val_fraction")
     check_room(partial, sum(end - start for _, start, end in train + val), vocab_size)
     tokenizer = tokenizer or bpe.train(train, vocab_size, workers=settings.workers, errors=settings.errors)
-    write_data(partial, dataset or settings.input, train, val, tokenizer, settings.workers, settings.errors)
+    end = tokenizer.special_tokens[bpe.END_OF_TEXT] if end is None else end
+    write_data(partial, dataset or settings.input, train, val, tokenizer, end, settings.workers, settings.errors)
 
 def put_in_place(partial, output):
     """Move new data over old. The folder itself stays, as it may be a mount point; without meta.json it is no data."""
@@ -265,37 +270,61 @@ def put_in_place(partial, output):
 def is_data(folder):
     return (folder / "meta.json").is_file()
 
-def find_data(name):
-    """The data folder of this path, or of this name below data/. A known corpus that is missing is prepared first."""
+def is_made_of(folder, text, model):
+    """Whether a data folder was made of this text file, with the tokenizer of this model where there is one."""
+    if not is_data(folder):
+        return False
+    if files.read_json(folder / "meta.json").get("source_stamp") != [*stamp(text)[1:]]:
+        return False
+    return not model or bpe.are_same(bpe.load(folder / "tokenizer.json"), load_tokenizer(model)[0])
+
+def find_data(name, model=None):
+    """The data folder of this path, or of this name below data/, or made of this text file, for a model to go on from.
+
+    What is missing, or was made of an older text or with another tokenizer than the model's, is prepared first.
+    """
     folder = next(filter(is_data, (Path(name), DATA / name)), None)
     if folder is None and name in VOCAB_SIZES:
         prepare(dataset=name)
         folder = DATA / name
+    if folder is None and Path(name).is_file():
+        folder = DATA / (Path(name).stem + (f"-{Path(model).resolve().name}" if model else ""))
+        if not is_made_of(folder, name, model):
+            prepare(input=str(name), output=str(folder), **{"tokenizer": str(model)} if model else {})
     if folder is None:
-        raise InputError(f"--data={name}: no such data folder; make one with data/prepare.py --input=YOUR_TEXT, or use "
-                         f"one of {', '.join(VOCAB_SIZES)}")
+        raise InputError(f"--data={name}: no such data folder or text file; make one with data/prepare.py "
+                         f"--input=YOUR_TEXT, or use one of {', '.join(VOCAB_SIZES)}")
     return folder
 
 def load_tokenizer(path):
-    """The tokenizer in a file or folder. Raises InputError where it can't end a document."""
-    path = Path(path)
-    tokenizer = bpe.load(path / "tokenizer.json" if path.is_dir() else path)
-    if bpe.END_OF_TEXT not in tokenizer.special_tokens:
-        raise InputError(f"{path} has no special token {bpe.END_OF_TEXT} to end documents with; use a tokenizer that "
-                         "has")
-    return tokenizer
+    """The tokenizer in a file or a model's folder, and the id that ends a document, as <|endoftext|> does in texts.
 
-def write_data(folder, source, train, val, tokenizer, workers, errors):
+    Raises InputError where it has none.
+    """
+    path = Path(path)
+    tokenizer = checkpoint.load_tokenizer(path) if path.is_dir() else bpe.load(path)
+    end = tokenizer.special_tokens.get(bpe.END_OF_TEXT)
+    if end is None:  # a family with a token of another name
+        _, ends, _ = checkpoint.special_ids(path if path.is_dir() else path.parent, tokenizer)
+        if not ends:
+            raise InputError(f"{path} has no special token {bpe.END_OF_TEXT} to end documents with, and no config.json "
+                             "beside it names another; use a tokenizer that has")
+        end = ends[0]
+    return tokenizer, end
+
+def write_data(folder, source, train, val, tokenizer, end, workers, errors):
     """Write tokenizer.json, train.bin, val.bin and, when all is there, meta.json."""
     bpe.save(tokenizer, folder / "tokenizer.json")
     meta = {"source": str(source), "vocab_size": tokenizer.vocab_size, "dtype": tokenizer.dtype.name,
-            "end_of_text_id": tokenizer.special_tokens[bpe.END_OF_TEXT],
+            "end_of_text_id": end,
             "tokenizer_sha256": hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()}
     for split, spans in (("train", train), ("val", val)):
-        meta[split] = write_ids(tokenizer, spans, folder / f"{split}.bin", workers, errors)
+        meta[split] = write_ids(tokenizer, end, spans, folder / f"{split}.bin", workers, errors)
         if not meta[split]["bytes"]:
             raise InputError(f"{source}: the part for {split}.bin has nothing but special tokens; expected text "
                              "(--val_input and --val_fraction choose what to validate on)")
+    if source not in VOCAB_SIZES and Path(source).is_file():
+        meta["source_stamp"] = stamp(source)[1:]
     (folder / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
 
 def check_room(folder, num_bytes, vocab_size):
@@ -369,10 +398,10 @@ def ids_of(name, folder, split):
 
     Raises InputError where there is no text, or it was prepared with another tokenizer than the model's.
     """
-    tokenizer = load_tokenizer(folder)
+    tokenizer, end = load_tokenizer(folder)
     if Path(name).is_file():
-        pieces = [ids for _, ids in bpe.encode_pieces(tokenizer, [Path(name)])]
-        ids = np.concatenate([[tokenizer.special_tokens[bpe.END_OF_TEXT]], *pieces]).astype(tokenizer.dtype)
+        pieces = [ids for _, ids in bpe.encode_pieces(with_end(tokenizer, end), [Path(name)])]
+        ids = np.concatenate([[end], *pieces]).astype(tokenizer.dtype)
         num_bytes = int(text_sizes(tokenizer)[ids].sum())
     else:
         data = find_data(name)

@@ -13,6 +13,7 @@ import torch
 
 import tinylm
 from data import bpe, checkpoint, cli, files, machine, prepare
+from data.checkpoint import MASTER
 from data.cli import InputError
 
 @dataclass
@@ -37,6 +38,7 @@ class Run:
     config: tinylm.Config | None = None
     params: dict | None = None
     optimizer: dict | None = None
+    others: dict | None = None  # what other tools read of a model that it came from: {name of a file: bytes}
 
 # Of a run, what the first rank finds out and tells the others.
 SHARED = ("folder", "data", "source", "step", "seconds", "lowest", "best_step", "wandb_id")
@@ -71,7 +73,7 @@ def best_step_of(latest):
         "best_step", int(link[5:]) if link.startswith("step-") else None)
 
 def best(folder):
-    """The checkpoint of a run with the lowest validation loss, the newest where none was evaluated; None without any."""
+    """The checkpoint of a run with the lowest validation loss, or the newest where none was evaluated; None without."""
     return newest(folder) and checkpoints(folder).get(best_step_of(newest(folder)), newest(folder))
 
 def find_checkpoint(name):
@@ -175,20 +177,22 @@ def new_folder(settings):
 def start_run(given, init_from, folder, table, claims):
     """A new run: settings chosen, data and room checked, the folder claimed."""
     sizes = {}
+    known = {"is_pretrained": bool(init_from)}
     if init_from:
-        _, config = checkpoint.load_checkpoint(init_from)
+        config = checkpoint.load_config(init_from)
+        known["weights_dtype"] = checkpoint.weights_dtype(init_from)
         sizes = {name: value for name, value in vars(config).items() if name in cli.flags_of(table)}
         for flag, value in sizes.items():
             if given.get(flag, value) != value and not (flag == "context_length" and given[flag] < value):
                 raise InputError(f"--{flag}={given[flag]}: the model of --init_from={init_from} has {flag} {value}; "
                                  "leave the flag out" + ", or give a smaller one" * (flag == "context_length"))
-    settings = table.complete(sizes | given, is_pretrained=bool(init_from))
-    model_config(settings, 1)  # raises where sizes don't fit, before any work
+    settings = table.complete(sizes | given, **known)
+    model_config(settings, 1, init_from)  # raises where sizes don't fit, before any work
     folder = folder or new_folder(settings)
-    data = prepare.find_data(settings.data)
+    data = prepare.find_data(settings.data, init_from)
     meta, ids = prepare.open_data(data)
-    settings = table.complete(sizes | given, is_pretrained=bool(init_from), train_tokens=meta["train"]["tokens"])
-    config = model_config(settings, meta["vocab_size"])
+    settings = table.complete(sizes | given, **known, train_tokens=meta["train"]["tokens"])
+    config = model_config(settings, meta["vocab_size"], init_from)
     checkpoint.check_can_be_saved(config)
     if init_from and (Path(init_from) / "tokenizer.json").is_file():
         prepare.check_tokenizer(data, Path(init_from))
@@ -207,7 +211,8 @@ def resume_run(folder, given, table, claims, done=InputError):
     latest = newest(folder)
     if not latest:
         is_one = checkpoint.for_training(folder, "train_state.json").is_file()
-        advice = f"give the run's folder, --resume={folder.parent}" if is_one else "expected a folder that train.py wrote"
+        advice = f"give the run's folder, --resume={folder.parent}" if is_one else (
+            "expected a folder that train.py wrote")
         raise InputError(f"--resume={folder}: no checkpoint there; {advice}")
     claims.enter_context(hold(folder))
     with state_of(latest) as state:
@@ -221,8 +226,8 @@ def resume_run(folder, given, table, claims, done=InputError):
                 raise InputError(f"--{flag}={value}: the run has {flag} {before}, which can't change on resuming; "
                                  "start a new run for that")
         for name in kept.keys() - cli.flags_of(table):
-            raise InputError(f"{latest} was written with a setting {name}, which this code has not; go on with the code "
-                             "that began the run")
+            raise InputError(f"{latest} was written with a setting {name}, which this code has not; go on with the "
+                             "code that began the run")
         settings = table.complete(kept | given)
         lowest = math.inf if state["best"] is None else state["best"]
         data = prepare.find_data(given["data"]) if "data" in given else data_of(state)
@@ -264,22 +269,26 @@ def check_same_data(run, before, latest):
                 "as many tokens, but others")
             raise InputError(f"{run.data} has other data than the run began with: {split}.bin has {change}; {advice}")
 
-def model_config(settings, data_vocab_size):
-    """The model's Config. The vocabulary is that of the data, or a larger one."""
+def model_config(settings, data_vocab_size, source=None):
+    """The model's Config, what is no setting from a checkpoint to go on from. The vocabulary has that of the data, or
+    more.
+    """
     vocab_size = settings.vocab_size or data_vocab_size
     if vocab_size < data_vocab_size:
         raise InputError(f"--vocab_size={vocab_size}: the data has {data_vocab_size} tokens; expected that or more "
                          "(data/prepare.py --vocab_size chooses it)")
-    names = [field.name for field in fields(tinylm.Config) if hasattr(settings, field.name)]
+    given = {"vocab_size": vocab_size} | {
+        field.name: getattr(settings, field.name) for field in fields(tinylm.Config)
+        if hasattr(settings, field.name) and field.name != "vocab_size"}
     with cli.as_input_error():
-        return tinylm.Config(**{name: getattr(settings, name) for name in names} | {"vocab_size": vocab_size})
+        return replace(checkpoint.load_config(source), **given) if source else tinylm.Config(**given)
 
 def load_state(run):
     """Add to a run its model: parameters and optimiser, drawn or loaded, on the device, split over ranks if asked."""
-    settings, config = run.settings, model_config(run.settings, run.meta["vocab_size"])
+    settings, config = run.settings, model_config(run.settings, run.meta["vocab_size"], run.source)
     init_optimizer, _ = tinylm.OPTIMIZERS[settings.optimizer]
     if run.source:
-        params, saved = checkpoint.load_checkpoint(run.source)
+        params, saved = checkpoint.load_checkpoint(run.source, name=MASTER if run.step else "model.safetensors")
         if replace(saved, context_length=config.context_length) != config:  # it may begin from that of a longer one
             raise InputError(f"{run.source} holds another model, {saved}, than the settings of the run say, {config}; "
                              "go on with the code that began the run")
@@ -291,6 +300,7 @@ def load_state(run):
     move = lambda tree: tinylm.tree_map(lambda tensor: tensor.to(settings.device), tree)
     split = lambda tree: tinylm.shard(tree, machine.mesh_of_ranks(settings.device)) if settings.shard else tree
     run.config, run.params, run.optimizer = config, split(move(params)), split(move(optimizer))
+    run.others = checkpoint.files_for_others(Path(run.source)) if run.source else {}
 
 def keep_metrics(path, last_step):
     """Drop from a run's metrics what it measured after `last_step`, a line cut short by its death included."""
@@ -336,9 +346,10 @@ def save(run, step, seconds, val_loss):
     state = {"step": step, "settings": cli.kept(run.settings), "seconds": seconds, "wandb_id": run.wandb_id,
              "best": lowest if lowest < math.inf else None, "best_step": best_step,
              "data_folder": str(run.data.resolve()), "data": {split: run.meta[split] for split in run.ids}}
-    end_token = bpe.END_OF_TEXT, run.meta["end_of_text_id"]
-    tokenizer_file = run.data / "tokenizer.json"
-    checkpoint.save_checkpoint(target, run.params, run.config, tokenizer_file, end_token, run.optimizer, state)
+    end_id = run.meta["end_of_text_id"]
+    end_token = run.tokenizer.tokens[end_id].decode(), end_id
+    checkpoint.save_checkpoint(target, run.params, run.config, run.data / "tokenizer.json", end_token, run.optimizer,
+                               state, run.others, machine.DTYPES_OF_FILES[run.settings.save_dtype])
     run.lowest, run.best_step = lowest, best_step
     for name in ["latest"] + ["best"] * (best_step == step):
         point(folder, name, target.name)
@@ -364,7 +375,8 @@ def conclude(run, step, problem):
     if problem:
         good = newest(run.folder)
         then = f"go on from {good.name} with --resume={run.folder}" if good else "run it again"
-        raise InputError(f"{run.folder}: the run ended without its last checkpoint ({problem}); see to that, and {then}")
+        raise InputError(f"{run.folder}: the run ended without its last checkpoint ({problem}); see to that, and "
+                         f"{then}")
     if step < run.settings.num_steps:
         cli.say(f"stopped after step {step}; go on with: python train.py --resume={run.folder}")
     else:
