@@ -2505,6 +2505,24 @@ def test_models_of_other_families(tmp_path, monkeypatch, capsys, kind):
     meta, ids = prepare.open_data(tmp_path / "data/book-theirs")
     assert np.count_nonzero(ids["train"] == meta["end_of_text_id"]) >= 35
 
+def test_a_plain_prompt_is_continued_alike_elsewhere(trained, capsys, caplog, recwarn):
+    """In transformers by generate, by its pipeline, and in a batch of unequal prompts; without a warning."""
+    folder, prompts = trained / "runs/tiny/latest", ["Once upon a time", "It was", "There was a small fox and"]
+    for prompt in prompts:
+        sample.sample(checkpoint=folder, prompt=prompt, temperature=0, max_new_tokens=20)
+    ours = capsys.readouterr().out
+    recwarn.clear()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    flags = dict(max_new_tokens=20, do_sample=False)
+    texts = lambda rows: "".join(tokenizer.decode(row, skip_special_tokens=True) + "\n" for row in rows)
+    assert texts(model.generate(**tokenizer(prompt, return_tensors="pt"), **flags)[0] for prompt in prompts) == ours
+    assert texts(model.generate(**tokenizer(prompts, return_tensors="pt", padding=True), **flags)) == ours
+    pipe = transformers.pipeline("text-generation", model=str(folder), device="cpu")
+    assert "".join(pipe(prompt, **flags)[0]["generated_text"] + "\n" for prompt in prompts) == ours
+    assert not [record for record in caplog.records if record.levelname != "INFO"]
+    assert not [w for w in recwarn if "torch" not in str(w.filename)]
+
 def test_sixteen_bits_resume_exactly(tmp_path):
     """The model is saved in bfloat16, and training goes on from float32."""
     flags = TINY | dict(data=prepared(tmp_path), save_dtype="bfloat16")
