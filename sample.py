@@ -5,11 +5,13 @@ import sys
 import time
 from dataclasses import dataclass
 
+import data  # before torch, for what it sets
+
 import torch
 
 import tinylm
 from data import bpe, cli, gguf, machine
-from data.checkpoint import load_checkpoint, load_tokenizer, special_ids
+from data.checkpoint import load_checkpoint
 from data.cli import InputError, flag
 from data.run import find_checkpoint
 
@@ -69,8 +71,8 @@ def sample(given):
     device, folder = machine.choose_device(settings.device), find_checkpoint(settings.checkpoint)
     prompt, dtype = settings.prompt, machine.DTYPES.get(settings.dtype)
     machine.keep_freed_memory()
-    tokenizer = load_tokenizer(folder)
-    begin_ids, ends, empty = special_ids(folder, tokenizer)
+    tokenizer = bpe.load(folder)
+    begin_ids, ends, empty = bpe.special_ids(folder, tokenizer)
     check_prompt(prompt)
     ids = begin_ids + bpe.encode(tokenizer, prompt).tolist() or empty
     if not ids:

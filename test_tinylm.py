@@ -34,6 +34,8 @@ from pathlib import Path
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import data  # before torch, for what it sets
+
 import numpy as np
 import pytest
 import tiktoken
@@ -745,6 +747,26 @@ def test_what_is_imported():
     assert loaded("from data import bpe, cli, prepare, stories", ["torch", "fire", "wandb"]) == "[]"
     assert loaded("import tinylm", ["torch.distributed.tensor", "triton", "fire", "wandb", "data"]) == "[]"
     assert loaded("import sample", ["train", "fire", "wandb", "triton"]) == "[]"
+
+@pytest.mark.parametrize("module", ["train", "sample"])
+@pytest.mark.parametrize("given, expected", [({}, "2000 None"), ({"GOMP_SPINCOUNT": "7"}, "7 None"),
+                                             ({"OMP_WAIT_POLICY": "active"}, "None active")])
+def test_threads_do_not_wait_for_each_other_for_long(module, given, expected):
+    """What OpenMP reads when torch loads it is set before, unless the user has."""
+    program = f"""if True:
+        import builtins, os, sys
+        genuine = builtins.__import__
+        def watch(name, *rest):
+            if name == "torch" and name not in sys.modules:
+                print(os.environ.get("GOMP_SPINCOUNT"), os.environ.get("OMP_WAIT_POLICY"))
+                sys.exit()
+            return genuine(name, *rest)
+        builtins.__import__ = watch
+        import {module}
+        """
+    env = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, env=env | given)
+    assert done.stdout.strip() == expected, done.stderr
 
 # ---- Checkpoints ----
 

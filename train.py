@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import data  # before torch, for what it sets
+
 import numpy as np
 import torch
 

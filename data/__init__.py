@@ -4,6 +4,7 @@ Text and tokens   bpe.py         the tokenizer
                   prepare.py     a corpus → tokens
                   stories.py     the built-in corpus
 A model           checkpoint.py  as the folder that other tools open: safetensors and JSON
+                  gguf.py        as one file, for llama.cpp
 A run             run.py         its folder, from start to resumption; what is newest and best
                   log.py         what it measured
                   plot.py        an SVG of that
@@ -11,5 +12,12 @@ The machine       machine.py     devices, a compiler, signals, the ranks of torc
                   files.py       files that are there whole, or not, and belong to one process
 The command line  cli.py         settings, flags, help, errors in one line, progress
 
-bpe, prepare, stories, files and cli import no torch.
+bpe, prepare, stories, files and cli import no torch. This is imported before torch is, for what it sets.
 """
+
+import os
+
+# GNU's OpenMP, which torch for Linux uses, reads this when it is loaded: how often a thread looks whether the others are
+# done before it sleeps. By default it looks for so long that with another busy process a step takes 20 times as long.
+if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
+    os.environ["GOMP_SPINCOUNT"] = "2000"

@@ -16,6 +16,7 @@ processes, and the result is the same for any number of them.
 
 import codecs
 import heapq
+import itertools
 import json
 import multiprocessing
 import os
@@ -30,6 +31,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data import files
 from data.cli import InputError, Progress
 
 # How text is split into words, as tiktoken and tokenizers write it: \p{L} is a letter, \p{N} a number.
@@ -989,10 +991,16 @@ def save(tokenizer, path):
 def load(path):
     """Read a tokenizer.json of a byte-level BPE with one of our split patterns.
 
-    Raises InputError where it is missing, damaged, or of a kind this tokenizer is not, named.
+    `path`: the file, or the folder of a model. Raises InputError where it is missing, damaged, or of a kind this
+    tokenizer is not, named.
     """
+    path = Path(path)
+    if path.is_dir() and not (path / "tokenizer.json").is_file() and (path / "tokenizer.model").is_file():
+        raise InputError(f"{path} has a SentencePiece tokenizer, tokenizer.model; expected a byte-level BPE in "
+                         "tokenizer.json")
+    path = path / "tokenizer.json" if path.is_dir() else path
     try:
-        description = json.loads(Path(path).read_text(encoding="utf-8"))
+        description = json.loads(path.read_text(encoding="utf-8"))
         return from_description(description)
     except FileNotFoundError:
         raise InputError(f"{path} is missing; expected a tokenizer.json that data/prepare.py wrote") from None
@@ -1056,3 +1064,30 @@ def split_of(steps):
         if pattern in spelled and is_plain and not steps[0].get("invert"):
             return spelled[pattern]
     raise ValueError(f"its split pattern is none of {', '.join(SPLIT_PATTERNS)}")
+
+def special_ids(folder, tokenizer):
+    """How a model begins and ends texts: ids put before a prompt, ids that end a text, ids to begin an empty one with.
+
+    Prompts begin as tokenizer.json says, which other tools follow; checkpoints of ours from before it did, with
+    <|endoftext|>.
+    """
+    read = lambda name: files.read_json(folder / name) if (folder / name).is_file() else {}
+    generation, config, processor = read("generation_config.json"), read("config.json"), read("tokenizer.json")
+    try:
+        processor = processor.get("post_processor") or {}
+        templates = [step for step in processor.get("processors", [processor]) if "single" in step]
+        begin, template = [], templates[0] if templates else {"single": []}
+        for step in itertools.takewhile(lambda step: "SpecialToken" in step, template["single"]):
+            begin += template["special_tokens"][step["SpecialToken"]["id"]]["ids"]
+        end = tokenizer.special_tokens.get(END_OF_TEXT)
+        ends = generation.get("eos_token_id", config.get("eos_token_id", end))
+        ends = tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
+        first = generation.get("bos_token_id", config.get("bos_token_id", end))
+        if not templates and end is not None and any(map(Path.is_file, (folder / "train_state.json", folder / "training/train_state.json"))):
+            begin = [end]
+        empty = [] if first is None else [first]
+        if not all(type(i) is int and 0 <= i < tokenizer.vocab_size for i in (*begin, *ends, *empty)):
+            raise ValueError(f"ids {(*begin, *ends, *empty)} of {tokenizer.vocab_size} tokens")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{folder}: how texts begin and end is damaged ({type(error).__name__}: {error})") from None
+    return begin, ends, empty

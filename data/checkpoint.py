@@ -1,6 +1,5 @@
 """A model ↔ the folder that any Llama tool opens: safetensors and JSON, no pickle; and the optimiser beside it."""
 
-import itertools
 import json
 import math
 import os
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 
 import tinylm
-from data import bpe, files
+from data import files
 from data.cli import InputError
 from tinylm import Config, tree_build, tree_leaves
 
@@ -361,40 +360,6 @@ def load_config(folder):
         advice = f"give {steps[-1]}" if steps else "expected a Llama folder"
         raise InputError(f"{folder} is not a checkpoint (no config.json in it); {advice}")
     return config_from_hf(files.read_json(folder / "config.json"), folder / "config.json")
-
-def load_tokenizer(folder):
-    """The tokenizer of a Llama folder. Raises InputError where it has none that this project can use."""
-    if not (folder / "tokenizer.json").is_file() and (folder / "tokenizer.model").is_file():
-        raise InputError(f"{folder} has a SentencePiece tokenizer, tokenizer.model; expected a byte-level BPE in "
-                         "tokenizer.json")
-    return bpe.load(folder / "tokenizer.json")
-
-def special_ids(folder, tokenizer):
-    """How a model begins and ends texts: ids put before a prompt, ids that end a text, ids to begin an empty one with.
-
-    Prompts begin as tokenizer.json says, which other tools follow; checkpoints of ours from before it did, with
-    <|endoftext|>.
-    """
-    read = lambda name: files.read_json(folder / name) if (folder / name).is_file() else {}
-    generation, config, processor = read("generation_config.json"), read("config.json"), read("tokenizer.json")
-    try:
-        processor = processor.get("post_processor") or {}
-        templates = [step for step in processor.get("processors", [processor]) if "single" in step]
-        begin, template = [], templates[0] if templates else {"single": []}
-        for step in itertools.takewhile(lambda step: "SpecialToken" in step, template["single"]):
-            begin += template["special_tokens"][step["SpecialToken"]["id"]]["ids"]
-        end = tokenizer.special_tokens.get(bpe.END_OF_TEXT)
-        ends = generation.get("eos_token_id", config.get("eos_token_id", end))
-        ends = tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
-        first = generation.get("bos_token_id", config.get("bos_token_id", end))
-        if not templates and end is not None and for_training(folder, "train_state.json").is_file():
-            begin = [end]
-        empty = [] if first is None else [first]
-        if not all(type(i) is int and 0 <= i < tokenizer.vocab_size for i in (*begin, *ends, *empty)):
-            raise ValueError(f"ids {(*begin, *ends, *empty)} of {tokenizer.vocab_size} tokens")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{folder}: how texts begin and end is damaged ({type(error).__name__}: {error})") from None
-    return begin, ends, empty
 
 def load_checkpoint(folder, dtype=torch.float32, name="model.safetensors"):
     """Read (params, config) from a Llama folder, of ours or of `transformers`, in one file or sharded.

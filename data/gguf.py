@@ -148,8 +148,8 @@ def export(*model, output: str = "", dtype: str = "f16"):
     if dtype not in DTYPES:
         raise InputError(f"--dtype={dtype}: expected one of {', '.join(DTYPES)}")
     folder, path = find_checkpoint(str(model[0]) if model else ""), Path(output or "model.gguf")
-    tokenizer = checkpoint.load_tokenizer(folder)
-    begin, ends, empty = checkpoint.special_ids(folder, tokenizer)
+    tokenizer = bpe.load(folder)
+    begin, ends, empty = bpe.special_ids(folder, tokenizer)
     params, config = checkpoint.load_checkpoint(folder)
     if tokenizer.vocab_size > config.vocab_size:
         raise InputError(f"{folder}: its tokenizer has {tokenizer.vocab_size} tokens, its model {config.vocab_size}; "

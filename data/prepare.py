@@ -17,7 +17,7 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from data import bpe, checkpoint, cli, files, stories
+from data import bpe, cli, files, stories
 from data.cli import InputError, flag
 
 DATA = Path(__file__).resolve().parent
@@ -302,10 +302,10 @@ def load_tokenizer(path):
     Raises InputError where it has none.
     """
     path = Path(path)
-    tokenizer = checkpoint.load_tokenizer(path) if path.is_dir() else bpe.load(path)
+    tokenizer = bpe.load(path)
     end = tokenizer.special_tokens.get(bpe.END_OF_TEXT)
     if end is None:  # a family with a token of another name
-        _, ends, _ = checkpoint.special_ids(path if path.is_dir() else path.parent, tokenizer)
+        _, ends, _ = bpe.special_ids(path if path.is_dir() else path.parent, tokenizer)
         if not ends:
             raise InputError(f"{path} has no special token {bpe.END_OF_TEXT} to end documents with, and no config.json "
                              "beside it names another; use a tokenizer that has")
