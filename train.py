@@ -53,14 +53,14 @@ def default_lr_max(settings):
 def default_weight_decay(settings):
     """The optimiser's own, and more where a text is read so often that the model would learn it by heart.
 
-    AdamW forgets in 1/(lr · decay) steps, best said in readings of the text (Wang and Aitchison 2024). Where it is read
-    E times, this lets it forget in 30/E readings. A step never shrinks a weight by more than a fifth.
+    AdamW forgets in 1/(lr · decay) steps, best said in readings of the text (Wang and Aitchison 2024). From 10 readings
+    on this makes it one reading, and with fewer more. A step never shrinks a weight by more than a fifth.
     """
     own = hyperparameters(settings.optimizer).get("weight_decay")
     if own is None or settings.is_pretrained or not settings.lr_max:
         return own
     steps_per_epoch = settings.train_tokens / settings.tokens_per_step
-    share = min(0.2, settings.epochs / 30 / steps_per_epoch)  # that a step takes from a weight, at the highest rate
+    share = min(0.2, min(1, settings.epochs / 10) / steps_per_epoch)  # of a weight that a step takes, at the top rate
     return max(own, float(f"{share / settings.lr_max:.2g}"))
 
 def hyperparameters(optimizer):
