@@ -11,7 +11,7 @@ import torch
 
 import tinylm
 from data import bpe, cli, gguf, machine
-from data.checkpoint import load_checkpoint
+from data.checkpoint import load_checkpoint, load_config
 from data.cli import InputError, flag
 from data.run import find_checkpoint
 
@@ -66,11 +66,15 @@ class Writer:
 
 @cli.command(Settings)
 def sample(given):
-    """Continue a prompt, and print it as it is written; it ends where the model ends it, or after max_new_tokens."""
+    """Continue a prompt, and print it as it is written; it ends where the model ends it, or after max_new_tokens.
+
+    `python sample.py export --help` is about writing a model as one file for llama.cpp.
+    """
     settings = cli.complete(Settings, given)
     device, folder = machine.choose_device(settings.device), find_checkpoint(settings.checkpoint)
     prompt, dtype = settings.prompt, machine.DTYPES.get(settings.dtype)
     machine.keep_freed_memory()
+    load_config(folder)  # raises where it is no model
     tokenizer = bpe.load(folder)
     begin_ids, ends, empty = bpe.special_ids(folder, tokenizer)
     check_prompt(prompt)

@@ -328,8 +328,9 @@ def test_defaults_follow_from_the_text_and_the_width(tmp_path, capsys):
     for tokens, optimizer in itertools.product((10, 1000, 30_000), tinylm.OPTIMIZERS):
         for given in ({}, {"num_steps": 100_000}, {"lr_max": 1.0}, {"lr_max": 0}):
             chosen = complete(tokens, optimizer=optimizer, **given)
-            assert chosen.lr_max * chosen.weight_decay <= 0.21
-            assert "num_steps" in given or chosen.num_steps == max(100, round(32 * tokens / 1024))
+            assert chosen.lr_max * chosen.weight_decay <= max(0.041, 0.1 * chosen.lr_max) and chosen.context_length < max(3, tokens)
+            assert "num_steps" in given or chosen.num_steps == max(
+                100, round(32 * tokens / (4 * chosen.context_length)))
     assert complete(1000, weight_decay=0.5).weight_decay == 0.5 and complete(1000, num_steps=7).num_steps == 7
     pretrained = train.Settings.complete({"device": "cpu"}, train_tokens=80_000, is_pretrained=True)
     assert (pretrained.num_steps, pretrained.weight_decay, pretrained.lr_max) == (234, 0.1, complete().lr_max / 20)
@@ -878,6 +879,8 @@ def test_export_as_a_command(trained, tmp_path, monkeypatch, capsys):
     assert call(monkeypatch, capsys, gguf.export, "runs/tiny", output, "--dtype=q8_0")[0] == 0
     assert os.listdir(tmp_path) == ["m.gguf"]
     for arguments, message in (([output, "--dtype=q4"], "expected one of f32, f16"), (["a", "b"], "2 models given"),
+                               (["runs/tiny", "--output=no/x"], "there is no folder no"),
+                               (["runs/tiny", f"--output={tmp_path}"], "is a folder"),
                                (["nowhere"], "is not there"), (["runs/tiny", "--out=x"], "did you mean --output")):
         code, error = call(monkeypatch, capsys, gguf.export, *arguments)
         assert code == 2 and message in error and error.count("\n") == 1, error
@@ -1044,8 +1047,7 @@ def test_ids_of_long_texts_in_pieces_and_processes(three_tokenizers, tmp_path, m
     path = tmp_path / "long.txt"
     path.write_bytes(text.encode())
     for workers in (1, 2):
-        assert bpe.encode_file(ours, path, tmp_path / "ids", workers=workers) == len(expected)
-        assert np.fromfile(tmp_path / "ids", np.uint16).tolist() == expected
+        assert np.concatenate([ids for _, ids in bpe.encode_pieces(ours, [path], workers)]).tolist() == expected
     monkeypatch.setattr(bpe, "multiprocessing", multiprocessing.get_context("spawn"))
     assert np.concatenate([ids for _, ids in bpe.encode_pieces(ours, [path], workers=2)]).tolist() == expected
     again = [bpe.train([path], 500, workers=workers) for workers in (1, 2)]
@@ -1409,7 +1411,8 @@ def test_plot_draws_what_was_measured(tmp_path, trained, monkeypatch, capsys):
     assert np.corrcoef(heights, losses)[0, 1] < -0.999, "height falls as the loss rises, for y points down"
     mark, = root.iter("{http://www.w3.org/2000/svg}circle")
     assert (float(mark.get("cx")), float(mark.get("cy"))) == lines[1][0] and f"at {len(losses)}" in " ".join(texts)
-    for arguments, message in (([], "no run given"), ([str(tmp_path)], "no metrics.jsonl")):
+    for arguments, message in (([], "no run given"), ([str(tmp_path)], "no metrics.jsonl"),
+                               ([str(trained / "runs/tiny"), "--output=no/x.svg"], "there is no folder no")):
         code, error = call(monkeypatch, capsys, plot.plot, *arguments)
         assert code == 2 and message in error
 
@@ -2108,7 +2111,7 @@ def test_tokenizers_are_compared_by_what_they_mean(tmp_path):
     train.train(eval_only=True, init_from=model, data=data[0])
     flags = dict(num_steps=2, device="cpu", output_dir=tmp_path / "next")
     for mistaken in (dict(flags), dict(eval_only=True)):
-        with pytest.raises(cli.InputError, match=f"another tokenizer .*; prepare the text with .*--tokenizer={model}"):
+        with pytest.raises(cli.InputError, match=f"another tokenizer .*--tokenizer={model}"):
             train.train(init_from=model, data=data[1], **mistaken)
     assert not (tmp_path / "next").exists()
     prepare.prepare(input=str(tmp_path / "b/corpus.txt"), output=str(tmp_path / "d"), tokenizer=str(model))
@@ -2144,6 +2147,18 @@ def test_init_from_takes_a_smaller_context(tmp_path):
         train.train(data=data, context_length=128, **flags)
     train.train(data=data, context_length=16, **flags)
     assert checkpoint.load_checkpoint(tmp_path / "next/latest")[1].context_length == 16
+
+def test_a_learning_rate_far_below_goes_on_too(tmp_path):
+    train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", **TINY)
+    train.train(resume=tmp_path / "run", lr_max=1e-5, num_steps=8)
+    assert metrics(tmp_path / "run")[-2]["lr"] <= 1e-5
+
+def test_float16_that_cannot_hold_a_model(tmp_path, tokenizer_file):
+    params = tinylm.init_params(small_config(), generator())
+    params["final_norm"] *= 1e5
+    with pytest.raises(cli.InputError, match="not finite in float16; .*--save_dtype=bfloat16"):
+        checkpoint.save_checkpoint(tmp_path / "m", params, small_config(), tokenizer_file, (END, 256),
+                                   dtype=torch.float16)
 
 def test_after_diverging_a_smaller_learning_rate_goes_on(tmp_path, monkeypatch, capsys):
     data = prepared(tmp_path)
@@ -2246,11 +2261,13 @@ def test_gpus_that_cannot_be_used_are_named(monkeypatch):
         warnings.warn("CUDA initialization: The NVIDIA driver on your system is too old\n(found version 11040).")
         return False
 
+    machine.count_devices.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_available", old_driver)
     for device in ("", "cuda"):
         with pytest.raises(cli.InputError, match=r"driver on your system is too old \(found .*--device=cpu"):
             machine.choose_device(device)
     assert machine.choose_device("cpu") == "cpu"
+    machine.count_devices.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: "Tesla V100")
@@ -2263,6 +2280,7 @@ def test_gpus_that_cannot_be_used_are_named(monkeypatch):
         else:
             with pytest.raises(cli.InputError, match="Tesla V100 has compute capability .* no code .*--device=cpu"):
                 machine.choose_device("cuda:0")
+    machine.count_devices.cache_clear()
 
 def test_a_byte_order_mark_is_no_text(tmp_path, capsys):
     text = "Once upon a time there was a cat. " * 50
@@ -2467,7 +2485,7 @@ def test_init_from_goes_on_with_the_model(tmp_path):
     assert (tmp_path / "again/train.bin").read_bytes() == (data / "train.bin").read_bytes()
 
 def other_model(kind, folder):
-    """A random model of transformers with the shape of another family's, and its tokenizer, as their folders have them."""
+    """A random model of transformers, with the shape of another family's and its tokenizer, as their folders are."""
     theirs, ours = tokenizer_like(kind, folder)
     special = list(ours.special_tokens)
     shape = dict(vocab_size=ours.vocab_size, hidden_size=36, intermediate_size=96, num_hidden_layers=3,
@@ -2476,7 +2494,8 @@ def other_model(kind, folder):
     if kind == "llama3":
         rope = dict(rope_type="llama3", rope_theta=5e5, factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0,
                     original_max_position_embeddings=16)
-        shape |= dict(num_attention_heads=4, num_key_value_heads=2, head_dim=16, eos_token_id=[1, 2], rope_parameters=rope)
+        shape |= dict(num_attention_heads=4, num_key_value_heads=2, head_dim=16, eos_token_id=[1, 2],
+                      rope_parameters=rope)
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, initializer_range=0.2)).bfloat16()
     model.save_pretrained(folder)
@@ -2513,7 +2532,7 @@ def test_models_of_other_families(tmp_path, monkeypatch, capsys, kind):
     train.train(init_from=folder, data=text, output_dir=tmp_path / "run", num_steps=5, eval_interval=5, device="cpu",
                 context_length=32)
     new = tmp_path / "run/latest"
-    assert (tmp_path / "data/book-theirs/meta.json").is_file()
+    prepared_folder, = (tmp_path / "data").iterdir()
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
         assert (new / name).read_bytes() == (folder / name).read_bytes()
     ids = json.loads((new / "config.json").read_text())
@@ -2524,7 +2543,7 @@ def test_models_of_other_families(tmp_path, monkeypatch, capsys, kind):
     assert not before[0]["embedding"].equal(after[0]["embedding"])
     sample.sample(checkpoint=tmp_path / "run", prompt=prompt, temperature=0, max_new_tokens=20, dtype="float32")
     assert capsys.readouterr().out.endswith(prompt + transformers_text(new, prompt) + "\n")
-    meta, ids = prepare.open_data(tmp_path / "data/book-theirs")
+    meta, ids = prepare.open_data(prepared_folder)
     assert np.count_nonzero(ids["train"] == meta["end_of_text_id"]) >= 35
 
 def test_a_plain_prompt_is_continued_alike_elsewhere(trained, capsys, caplog, recwarn):
@@ -2558,16 +2577,51 @@ def test_sixteen_bits_resume_exactly(tmp_path):
     master, model = (load_file(tmp_path / "whole/latest" / name) for name in (checkpoint.MASTER, "model.safetensors"))
     assert all(model[name].equal(master[name].bfloat16()) for name in master)
 
-def test_a_text_file_is_prepared_anew_when_it_has_changed(tmp_path, monkeypatch):
+def test_each_version_of_a_text_has_its_own_data(tmp_path, monkeypatch):
+    """So a run whose text has changed, or whose text has the name of a corpus or of another text, loses nothing."""
     monkeypatch.setattr(prepare, "DATA", tmp_path / "data")
-    text = tmp_path / "book.txt"
-    sizes = []
-    for content in ("Once upon a time. " * 200, "Once upon a time. " * 200, "There was a fox. " * 300):
-        if not text.exists() or text.read_text() != content:
-            text.write_text(content)
-        stamps = [prepare.find_data(str(text)).stat().st_mtime_ns]
-        sizes.append((prepare.open_data(tmp_path / "data/book")[0]["train"], stamps))
-    assert sizes[0] == sizes[1] != sizes[2]
+    (tmp_path / "a").mkdir()
+    text, namesake, corpus = tmp_path / "book.txt", tmp_path / "a/book.txt", tmp_path / "stories.txt"
+    for path in (text, namesake, corpus):
+        path.write_text("Once upon a time there was a cat. " * 100)
+    flags = dict(data=text, output_dir=tmp_path / "run", resume="auto") | TINY
+    train.train(**flags | dict(num_steps=3))
+    first = prepare.find_data(str(text))
+    assert prepare.find_data(str(text)) == first and len(list((tmp_path / "data").iterdir())) == 1
+    text.write_text("There was a fox. " * 300)
+    folders = {first, *(prepare.find_data(str(path)) for path in (text, namesake, corpus))}
+    assert len(folders) == 4 and tmp_path / "data/stories" not in folders
+    train.train(**flags)  # on the first version
+    other = prepare.find_data(str(text), tmp_path / "run/latest")
+    assert bpe.are_same(bpe.load(other), bpe.load(first)) and other not in folders
+
+def test_a_fine_tuning_restarts(tmp_path, monkeypatch):
+    """As a scheduler does it, with the same flags; and a corpus is prepared with the model's tokenizer."""
+    monkeypatch.setattr(prepare, "DATA", tmp_path / "data")
+    monkeypatch.setattr(prepare, "NUM_STORIES", {"train.txt": 60, "val.txt": 10})
+    train.train(data=prepared(tmp_path), output_dir=tmp_path / "base", **TINY)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text/book.txt").write_text("Once upon a time there was a cat. " * 100)
+    for data in (tmp_path / "text/book.txt", "stories"):
+        flags = dict(init_from=tmp_path / "base/latest", data=data, resume="auto", device="cpu", eval_interval=3)
+        output = tmp_path / f"run of {Path(data).name}"
+        train.train(output_dir=output, num_steps=3, **flags)
+        train.train(output_dir=output, num_steps=6, **flags)
+        assert run.newest(output).name == "step-0000006"
+
+def test_two_processes_want_one_text(tmp_path):
+    (tmp_path / "book.txt").write_text("".join(stories.story(0, i) for i in range(2000)))
+    program = f"""if True:
+        from data import prepare
+        from pathlib import Path
+        prepare.DATA = Path({str(tmp_path)!r}) / "data"
+        meta, ids = prepare.open_data(prepare.find_data({str(tmp_path / "book.txt")!r}))
+        prepare.check_unchanged(ids["train"]), __import__("time").sleep(1), prepare.check_unchanged(ids["train"])
+        """
+    start = lambda: subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE,
+                                     stderr=subprocess.PIPE, text=True)
+    both = [start(), start()]
+    assert [(process.communicate(timeout=120)[1], process.returncode) for process in both] == [("", 0), ("", 0)]
 
 def test_what_is_refused_is_named(tmp_path, tokenizer_file):
     """Before weights are read."""

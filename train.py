@@ -31,10 +31,14 @@ def default_num_heads(settings):
     most = max(1, settings.d_model // (64 if settings.d_model >= 768 else 32))
     return next((heads for heads in range(most, 0, -1) if settings.d_model % (2 * heads) == 0), 1)
 
+def default_context_length(settings):
+    """256, or for a text of under 2,048 tokens a power of two that goes into it 8 times or more."""
+    return 256 if settings.train_tokens >= 2048 else 2 ** max(1, int(math.log2(max(1, settings.train_tokens / 8))))
+
 def default_batch_size(settings):
-    """On CUDA 64 · d_model tokens, at most a 25th of the text, in a multiple of 4 sequences for ranks to share."""
-    tokens = min(64 * settings.d_model, settings.train_tokens / 25)
-    return max(4, round(tokens / settings.context_length / 4) * 4)
+    """On CUDA 64 · d_model tokens, at most a 25th of the text, in sequences that ranks can share."""
+    tokens, unit = min(64 * settings.d_model, settings.train_tokens / 25), math.lcm(4, machine.num_ranks())
+    return max(unit, round(tokens / settings.context_length / unit) * unit)
 
 def default_num_steps(most):
     """`most`, but no more than read the text 32 times, or 3 times where a model was trained before."""
@@ -54,13 +58,13 @@ def default_weight_decay(settings):
     """The optimiser's own, and more where a text is read so often that the model would learn it by heart.
 
     AdamW forgets in 1/(lr · decay) steps, best said in readings of the text (Wang and Aitchison 2024). From 10 readings
-    on this makes it one reading, and with fewer more. A step never shrinks a weight by more than a fifth.
+    on this makes it one reading, and with fewer more, but never less than 25 steps.
     """
     own = hyperparameters(settings.optimizer).get("weight_decay")
     if own is None or settings.is_pretrained or not settings.lr_max:
         return own
     steps_per_epoch = settings.train_tokens / settings.tokens_per_step
-    share = min(0.2, min(1, settings.epochs / 10) / steps_per_epoch)  # of a weight that a step takes, at the top rate
+    share = min(1, settings.epochs / 10) / max(25, steps_per_epoch)  # of a weight that a step takes, at the top rate
     return max(own, float(f"{share / settings.lr_max:.2g}"))
 
 def hyperparameters(optimizer):
@@ -80,7 +84,8 @@ class Settings:
     # Data
     data: str = flag("stories", "a name below data/, a folder that data/prepare.py wrote, or a text file; corpora and "
                      "texts are prepared first, for --init_from with the tokenizer of that", may_change=True)
-    context_length: int = flag(256, "tokens the model sees at once", "[1, inf)")
+    context_length: int = flag(default_context_length, "tokens the model sees at once", "[1, inf)",
+                               stated="256, less for a text of under 2,048 tokens")
     # Model
     d_model: int = flag({"cpu": 128, "cuda": 512}, "features of a token", "[1, inf)")
     num_layers: int = flag(default_num_layers, "blocks", "[1, inf)", stated="d_model / 64, 4 or more")
@@ -332,16 +337,18 @@ def evaluate_only(resume, init_from, given):
         raise InputError("--eval_only needs a model: give --resume=RUN, or --init_from=LLAMA_FOLDER")
     for name in given.keys() - {"data", "split", "eval_tokens", "batch_size", "device", "dtype"}:
         raise InputError(f"--{name}={given[name]}: --eval_only does not use it; leave it out")
-    folder = newest(resume) if resume else Path(init_from)
-    if not folder:
+    folder = newest(resume) or Path(resume) if resume else Path(init_from)
+    if resume and not checkpoint.for_training(folder, "train_state.json").is_file():
         raise InputError(f"--resume={resume}: no checkpoint there; expected a folder that train.py wrote")
     params, config = checkpoint.load_checkpoint(folder)
     kept = {}
     if checkpoint.for_training(folder, "train_state.json").is_file():
         with state_of(folder) as state:
             kept = {name: state["settings"][name] for name in ("batch_size", "dtype")}
-            kept["data"] = given.get("data") or str(data_of(state))
+            kept["data"] = given.get("data") or str(data_of(state, folder))
     settings = Settings.complete(kept | given | {"context_length": config.context_length, "compile": False})
+    if settings.split and Path(settings.data).is_file():
+        raise InputError(f"--split={settings.split}: {settings.data} is a text, which has no parts; leave it out")
     ids, num_bytes = prepare.ids_of(settings.data, folder, settings.split or "val")
     count = settings.eval_tokens = min(len(ids) - 1, given.get("eval_tokens", len(ids) - 1))
     num_bytes *= count / (len(ids) - 1)

@@ -17,7 +17,7 @@ bpe, prepare, stories, files and cli import no torch. This is imported before to
 
 import os
 
-# GNU's OpenMP, which torch for Linux uses, reads this when it is loaded: how often a thread looks whether the others are
-# done before it sleeps. By default it looks for so long that with another busy process a step takes 20 times as long.
+# GNU's OpenMP, which torch for Linux uses, reads this when it is loaded: how often a thread looks whether others are
+# done before it sleeps. By default it looks for so long that beside a busy process a step takes 20 times as long.
 if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
     os.environ["GOMP_SPINCOUNT"] = "2000"

@@ -766,15 +766,6 @@ def encode_pieces(tokenizer, paths, workers=None, errors="strict"):
     for span, ids in zip(spans, spread(encode_span, spans, setup, workers, "encoding")):
         yield span[0], ids
 
-def encode_file(tokenizer, path, out, workers=None, errors="strict"):
-    """Encode a file of any size into `out`, a file of ids in tokenizer.dtype; returns how many."""
-    num_tokens = 0
-    with open(out, "wb") as file:
-        for _, ids in encode_pieces(tokenizer, [path], workers, errors):
-            file.write(ids.data)
-            num_tokens += len(ids)
-    return num_tokens
-
 # ---- Training ----
 
 def count_corpus(paths, special_tokens, workers, errors):
@@ -1003,7 +994,7 @@ def load(path):
         description = json.loads(path.read_text(encoding="utf-8"))
         return from_description(description)
     except FileNotFoundError:
-        raise InputError(f"{path} is missing; expected a tokenizer.json that data/prepare.py wrote") from None
+        raise InputError(f"{path} is missing; put the tokenizer.json there that belongs to the model or data") from None
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         reason = error if type(error) is ValueError else f"{type(error).__name__}: {error}"
         raise InputError(f"{path} can't be used ({reason}); expected a byte-level BPE tokenizer.json") from None
@@ -1083,7 +1074,7 @@ def special_ids(folder, tokenizer):
         ends = generation.get("eos_token_id", config.get("eos_token_id", end))
         ends = tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
         first = generation.get("bos_token_id", config.get("bos_token_id", end))
-        if not templates and end is not None and any(map(Path.is_file, (folder / "train_state.json", folder / "training/train_state.json"))):
+        if not templates and end is not None and (folder / "train_state.json").is_file():
             begin = [end]
         empty = [] if first is None else [first]
         if not all(type(i) is int and 0 <= i < tokenizer.vocab_size for i in (*begin, *ends, *empty)):

@@ -80,8 +80,11 @@ def read_header(path):
 
 def read_safetensors(path):
     """Read a safetensors file → {name: tensor}. Raises InputError where it is damaged; never runs code from it."""
+    return dict(read_tensors(path))
+
+def read_tensors(path):
+    """`read_safetensors`, tensor by tensor: yields (name, tensor)."""
     entries, begin = read_header(path)
-    tensors = {}
     with open(path, "rb") as file:
         for name, (start, end, dtype, shape) in entries.items():
             file.seek(begin + start)
@@ -89,8 +92,7 @@ def read_safetensors(path):
             if len(data) < end - start:
                 raise InputError(f"{path} became shorter while it was read; take another checkpoint")
             tensor = torch.from_numpy(data).view(dtype) if len(data) else torch.empty(0, dtype=dtype)
-            tensors[name] = tensor.view(shape)
-    return tensors
+            yield name, tensor.view(shape)
 
 # ---- Names and layout, ours ↔ Hugging Face's ----
 
@@ -273,7 +275,8 @@ def save_checkpoint(folder, params, config, tokenizer_file, end_token, optimizer
 def check_finite(path, tensor):
     """The tensor. Raises InputError where it has numbers that are not finite: training could not go on from them."""
     if not is_finite(tensor):
-        raise InputError(f"{path} has numbers that are not finite; a smaller --lr_max may help")
+        raise InputError(f"{path} has numbers that are not finite in {str(tensor.dtype)[6:]}; a smaller --lr_max may "
+                         "help" + ", or --save_dtype=bfloat16" * (tensor.dtype == torch.float16))
     return tensor
 
 def take_part_in_saving(params, optimizer):
@@ -306,8 +309,9 @@ def write_checkpoint(folder, params, config, tokenizer_file, end_token, optimize
                       (pairs_to_halves(w, config.head_dim) if is_rotated(path) else w
                        for (path, _), w in zip(leaves, gathered)))
     if is_half:
-        write_safetensors(folder / "model.safetensors", {
-            name: w.to(dtype) for name, w in read_safetensors(folder / MASTER).items()})
+        shapes = {hf_name(path): torch.empty(w.shape, dtype=dtype, device="meta") for path, w in leaves}
+        write_safetensors(folder / "model.safetensors", shapes, (
+            check_finite(name, w.to(dtype)) for name, w in read_tensors(folder / MASTER)))
     ids = json.loads(others["config.json"]) if "config.json" in others else {}
     files.write_json(folder / "config.json", config_to_hf(config, end_id) | {"torch_dtype": str(dtype)[6:]} | {
         name: ids[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in ids})
@@ -334,8 +338,7 @@ def files_for_others(folder):
     """What other tools read of a model beside its weights: {name: bytes}. Nothing of checkpoints of ours from before
     they said how a text begins.
     """
-    if not (folder / "tokenizer.json").is_file() or for_training(folder, "train_state.json").is_file() and not (
-            files.read_json(folder / "tokenizer.json").get("post_processor")):
+    if (folder / "train_state.json").is_file():
         return {}
     names = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
              "special_tokens_map.json", "chat_template.jinja", "vocab.json", "merges.txt")
@@ -343,12 +346,10 @@ def files_for_others(folder):
 
 def weights_dtype(folder):
     """The name of the dtype of most numbers in a Llama folder: float32, bfloat16 or float16."""
-    path = next(iter(sorted(Path(folder).glob("model*.safetensors"))), None)
-    if path is None:
-        return "float32"
     sizes = Counter()
-    for name, (_, _, dtype, shape) in read_header(path)[0].items():
-        sizes[dtype] += math.prod(shape)
+    for name in weights_files(Path(folder)):
+        for _, _, dtype, shape in read_header(Path(folder) / name)[0].values():
+            sizes[dtype] += math.prod(shape)
     dtype = sizes.most_common(1)[0][0] if sizes else torch.float32
     return {torch.bfloat16: "bfloat16", torch.float16: "float16"}.get(dtype, "float32")
 
@@ -367,9 +368,16 @@ def load_checkpoint(folder, dtype=torch.float32, name="model.safetensors"):
     Parameters are in `dtype`, or with None as they were saved, but float32 in place of float16. Raises InputError where
     the folder is no such, is damaged, or asks for what this model has not. `name` is the file, where that is there.
     """
-    folder, config = Path(folder), load_config(folder)
-    index = folder / "model.safetensors.index.json"
-    names = [name if (folder / name).is_file() else "model.safetensors"]
+    folder, config, tensors = Path(folder), load_config(folder), {}
+    for name in [name] if (folder / name).is_file() else weights_files(folder):
+        tensors |= read_safetensors(folder / name)
+    if config.num_layers > len(tensors):  # before anything is made for each layer
+        raise InputError(f"{folder}/config.json speaks of {config.num_layers} layers; its tensors are {len(tensors)}")
+    return from_hf(tensors, config, folder, dtype), config
+
+def weights_files(folder):
+    """The names of the files with the weights of a Llama folder. Raises InputError where they are not all there."""
+    index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
     if not index.is_file() and not (folder / names[0]).is_file() and any(folder.glob("pytorch_model*.bin")):
         raise InputError(f"{folder} has its weights as pickles, pytorch_model.bin, which can run code; convert it by "
                          f"AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(…) of transformers")
@@ -378,14 +386,10 @@ def load_checkpoint(folder, dtype=torch.float32, name="model.safetensors"):
             names = sorted(set(files.read_json(index)["weight_map"].values()))
         except (KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{index} is damaged ({type(error).__name__}: {error})") from None
-    tensors = {}
     for name in names:
-        if name != MASTER and Path(name).name != name or not (folder / name).is_file():
+        if Path(name).name != name or not (folder / name).is_file():
             raise InputError(f"{folder} lacks {name}; take another checkpoint")
-        tensors |= read_safetensors(folder / name)
-    if config.num_layers > len(tensors):  # before anything is made for each layer
-        raise InputError(f"{folder}/config.json speaks of {config.num_layers} layers; its tensors are {len(tensors)}")
-    return from_hf(tensors, config, folder, dtype), config
+    return names
 
 def load_optimizer(folder, like):
     """Read the optimiser state from a checkpoint folder of ours. `like`: a fresh state, whose shapes it must have."""

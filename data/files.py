@@ -42,6 +42,12 @@ def read_json(path):
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({error})") from None
 
+def check_output(path):
+    """Raise InputError where a file can't be written at a path, before what would go into it is made."""
+    if path.is_dir() or not path.parent.is_dir():
+        problem = f"{path} is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+        raise InputError(f"--output={path}: {problem}; give the name of a file in a folder that is there")
+
 def remove(path):
     """Remove a file, a link or a whole folder, if it is there."""
     path = Path(path)

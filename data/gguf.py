@@ -138,7 +138,9 @@ def write_gguf(path, params, config, dtype, said):
         files.remove(partial)
 
 def export(*model, output: str = "", dtype: str = "f16"):
-    """Write a model, of train.py or a Llama folder from elsewhere, as one GGUF file, for llama.cpp and Ollama.
+    """Write a model as one GGUF file, for llama.cpp: python sample.py export MODEL [flags].
+
+    MODEL is a run of train.py, a checkpoint, or a Llama folder from elsewhere; without it the newest run.
 
     output: the file to write [model.gguf]
     dtype: of its matrices, f32, f16, bf16 or q8_0, which takes 8.5 bits a number
@@ -148,6 +150,8 @@ def export(*model, output: str = "", dtype: str = "f16"):
     if dtype not in DTYPES:
         raise InputError(f"--dtype={dtype}: expected one of {', '.join(DTYPES)}")
     folder, path = find_checkpoint(str(model[0]) if model else ""), Path(output or "model.gguf")
+    files.check_output(path)
+    checkpoint.load_config(folder)  # raises where it is no model
     tokenizer = bpe.load(folder)
     begin, ends, empty = bpe.special_ids(folder, tokenizer)
     params, config = checkpoint.load_checkpoint(folder)
@@ -156,6 +160,8 @@ def export(*model, output: str = "", dtype: str = "f16"):
                          "they do not belong together")
     if dtype == "f16" and max(w.abs().max().item() for _, w in tree_leaves(params)) > torch.finfo(torch.float16).max:
         raise InputError(f"{folder} has numbers that float16 can't hold; give --dtype=bf16")
-    said = description(config, tokenizer, dtype, folder.resolve().parent.name, begin, ends, empty)
+    place = folder.resolve()
+    name = place.parent.name if place.name.startswith("step-") else place.name
+    said = description(config, tokenizer, dtype, name, begin, ends, empty)
     write_gguf(path, params, config, dtype, said)
-    say(f"wrote {path}, {path.stat().st_size / 1e6:,.1f} MB, of {folder}")
+    say(f"wrote {path}, {path.stat().st_size / 1e6:,.2f} MB, of {folder}")

@@ -187,7 +187,7 @@ class Log:
 
     def evaluation(self, step, val_loss, sample):
         """Keep and show the state of the model."""
-        bits_per_byte = val_loss / math.log(2) * self.run.meta["val"]["tokens"] / self.run.meta["val"]["bytes"]
+        bits_per_byte = val_loss / math.log(2) * (len(self.run.ids["val"]) - 1) / self.run.meta["val"]["bytes"]
         self.write(step, val_loss=val_loss, val_perplexity=math.exp(min(val_loss, 700)),
                    val_bits_per_byte=bits_per_byte, **{"sample": sample} if sample else {})
         self.screen.close()

@@ -12,6 +12,7 @@ import sysconfig
 import threading
 import warnings
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -38,12 +39,9 @@ def choose_device(device):
         raise InputError(f"--device={device}: expected cpu, cuda or cuda:NUMBER")
     if device == "cpu":
         return device
-    with warnings.catch_warnings(record=True) as told:  # in these torch says what is wrong with a driver
-        warnings.simplefilter("always")
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if told and not count:
-        raise InputError(f"the GPU can't be used: {' '.join(str(told[0].message).split())}; see to that, or give "
-                         "--device=cpu")
+    count, problem = count_devices()
+    if problem:
+        raise InputError(f"the GPU can't be used: {problem}; see to that, or give --device=cpu")
     if device and int(number or 0) >= count:
         raise InputError(f"--device={device}: this machine has {count} CUDA device(s); use --device=cpu, or leave the "
                          "flag out")
@@ -51,10 +49,20 @@ def choose_device(device):
         check_architecture(int(number or 0))
     return device or ("cuda" if count else "cpu")
 
+@lru_cache(maxsize=1)  # as torch warns once
+def count_devices():
+    """How many CUDA devices there are, and what is wrong with the driver where torch warns of that."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return count, " ".join(str(told[0].message).split()) if told and not count else None
+
 def check_architecture(number):
     """Raise InputError where this build of torch has no code for a GPU: its own, of an older minor, or PTX to compile.
     """
     capability = torch.cuda.get_device_capability(number)
+    if torch.version.hip:
+        return  # whose architectures have other names
     for name in torch.cuda.get_arch_list():
         kind, digits = re.fullmatch(r"(sm|compute)_(\d+)\D?", name).groups()
         major, minor = int(digits[:-1]), int(digits[-1])

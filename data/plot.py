@@ -4,6 +4,7 @@ import math
 from html import escape
 from pathlib import Path
 
+from data import files
 from data.cli import InputError, json_lines, say
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, GAP = 840, 560, 70, 20, 30, 50  # pixels
@@ -87,6 +88,7 @@ def plot(*runs, output: str = ""):
         raise InputError("no run given; write python train.py plot runs/NAME")
     runs = [str(run) for run in runs]  # a name such as 2024 comes as a number
     path = Path(output) if output else Path(runs[0]) / "loss.svg"
+    files.check_output(path)
     svg = svg_of({run: read_metrics(run) for run in runs})
     path.write_text(svg, encoding="utf-8")
     say(f"wrote {path}")

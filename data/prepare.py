@@ -224,13 +224,14 @@ def prepare(given):
     for paths in sources:
         whole_spans(paths)
 
+    asked = cli.kept(settings) | {"dataset": dataset, "workers": None, "output": None}
     is_new = not output.exists()
     output.mkdir(parents=True, exist_ok=True)
     wait = lambda holder: cli.say(f"{output} is being prepared by {holder}; waiting for it")
     with files.wait_for_lock(output / ".lock", wait) as waited:
-        if not (waited and dataset and (output / "meta.json").is_file()):
+        if not (waited and is_data(output) and files.read_json(output / "meta.json").get("asked") == asked):
             try:
-                write_beside(output / ".partial", sources, settings, dataset, tokenizer, end, vocab_size)
+                write_beside(output / ".partial", sources, settings, dataset, tokenizer, end, vocab_size, asked)
                 put_in_place(output / ".partial", output)
             except BaseException:
                 files.remove(output / ".partial")
@@ -239,7 +240,7 @@ def prepare(given):
                 raise
     report(output, vocab_size)
 
-def write_beside(partial, sources, settings, dataset, tokenizer, end, vocab_size):
+def write_beside(partial, sources, settings, dataset, tokenizer, end, vocab_size, asked):
     """Write all that a data folder has into `partial`."""
     files.remove(partial)
     partial.mkdir()
@@ -257,7 +258,7 @@ def write_beside(partial, sources, settings, dataset, tokenizer, end, vocab_size
     check_room(partial, sum(end - start for _, start, end in train + val), vocab_size)
     tokenizer = tokenizer or bpe.train(train, vocab_size, workers=settings.workers, errors=settings.errors)
     end = tokenizer.special_tokens[bpe.END_OF_TEXT] if end is None else end
-    write_data(partial, dataset or settings.input, train, val, tokenizer, end, settings.workers, settings.errors)
+    write_data(partial, asked, train, val, tokenizer, end, settings.workers, settings.errors)
 
 def put_in_place(partial, output):
     """Move new data over old. The folder itself stays, as it may be a mount point; without meta.json it is no data."""
@@ -270,27 +271,28 @@ def put_in_place(partial, output):
 def is_data(folder):
     return (folder / "meta.json").is_file()
 
-def is_made_of(folder, text, model):
-    """Whether a data folder was made of this text file, with the tokenizer of this model where there is one."""
-    if not is_data(folder):
-        return False
-    if files.read_json(folder / "meta.json").get("source_stamp") != [*stamp(text)[1:]]:
-        return False
-    return not model or bpe.are_same(bpe.load(folder / "tokenizer.json"), load_tokenizer(model)[0])
-
 def find_data(name, model=None):
-    """The data folder of this path, or of this name below data/, or made of this text file, for a model to go on from.
+    """The data folder of this path, or of this name below data/, or one made of this text file.
 
-    What is missing, or was made of an older text or with another tokenizer than the model's, is prepared first.
+    A known corpus or text that was not prepared yet is, with the tokenizer of a `model` that training goes on from where
+    one is given. A text has a folder for each of its versions and tokenizers, so that no run loses its data.
     """
-    folder = next(filter(is_data, (Path(name), DATA / name)), None)
-    if folder is None and name in VOCAB_SIZES:
-        prepare(dataset=name)
-        folder = DATA / name
-    if folder is None and Path(name).is_file():
-        folder = DATA / (Path(name).stem + (f"-{Path(model).resolve().name}" if model else ""))
-        if not is_made_of(folder, name, model):
-            prepare(input=str(name), output=str(folder), **{"tokenizer": str(model)} if model else {})
+    tokenizer = load_tokenizer(model)[0] if model else None
+    fits = lambda folder: is_data(folder) and not (tokenizer and name in VOCAB_SIZES and not bpe.are_same(
+        tokenizer, bpe.load(folder)))
+    folder = next(filter(fits, (Path(name), DATA / name)), None)
+    is_text = Path(name).is_file()
+    if folder is None and (is_text or name in VOCAB_SIZES):
+        folder, flags = DATA / Path(name).stem, {"input": str(name)} if is_text else {"dataset": name}
+        told_apart = [str(Path(name).resolve()), *stamp(name)[1:]] if is_text else []
+        if model:
+            flags["tokenizer"] = str(model)
+            told_apart += [tokenizer.split, [token.hex() for token in tokenizer.tokens], tokenizer.merges.tolist()]
+        if told_apart:
+            digest = hashlib.sha256(json.dumps(told_apart).encode()).hexdigest()
+            folder = folder.with_name(f"{folder.name}-{digest[:8]}")
+        if not is_data(folder):
+            prepare(**flags, output=str(folder))
     if folder is None:
         raise InputError(f"--data={name}: no such data folder or text file; make one with data/prepare.py "
                          f"--input=YOUR_TEXT, or use one of {', '.join(VOCAB_SIZES)}")
@@ -312,19 +314,18 @@ def load_tokenizer(path):
         end = ends[0]
     return tokenizer, end
 
-def write_data(folder, source, train, val, tokenizer, end, workers, errors):
-    """Write tokenizer.json, train.bin, val.bin and, when all is there, meta.json."""
+def write_data(folder, asked, train, val, tokenizer, end, workers, errors):
+    """Write tokenizer.json, train.bin, val.bin and, when all is there, meta.json with what was asked for."""
     bpe.save(tokenizer, folder / "tokenizer.json")
-    meta = {"source": str(source), "vocab_size": tokenizer.vocab_size, "dtype": tokenizer.dtype.name,
+    source = asked["dataset"] or asked["input"]
+    meta = {"source": source, "asked": asked, "vocab_size": tokenizer.vocab_size, "dtype": tokenizer.dtype.name,
             "end_of_text_id": end,
             "tokenizer_sha256": hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()}
     for split, spans in (("train", train), ("val", val)):
         meta[split] = write_ids(tokenizer, end, spans, folder / f"{split}.bin", workers, errors)
         if not meta[split]["bytes"]:
             raise InputError(f"{source}: the part for {split}.bin has nothing but special tokens; expected text "
-                             "(--val_input and --val_fraction choose what to validate on)")
-    if source not in VOCAB_SIZES and Path(source).is_file():
-        meta["source_stamp"] = stamp(source)[1:]
+                             "(data/prepare.py has --val_input and --val_fraction to choose it)")
     (folder / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
 
 def check_room(folder, num_bytes, vocab_size):
@@ -415,8 +416,8 @@ def ids_of(name, folder, split):
 def check_tokenizer(data, model):
     """Raise InputError where the data in a folder was prepared with another tokenizer than that of a model's folder."""
     if not bpe.are_same(*(bpe.load(folder / "tokenizer.json") for folder in (data, model))):
-        raise InputError(f"{data} was prepared with another tokenizer than that of the model in {model}; prepare the "
-                         f"text with data/prepare.py --tokenizer={model}")
+        raise InputError(f"{data} was prepared with another tokenizer than that of the model in {model}; give the text "
+                         f"itself as --data, or prepare it with data/prepare.py --tokenizer={model} --output=NEW")
 
 def stamp(path):
     """What tells a file from another one, or an older one, in its place."""

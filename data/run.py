@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 import shutil
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
@@ -158,7 +159,9 @@ def find_run(resume, init_from, given, table, claims):
 
 def folder_named(settings):
     """The folder that the flags name: runs/NAME, NAME that of the data unless given."""
-    return Path(settings.output_dir or Path("runs") / (settings.run_name or Path(settings.data).name))
+    data = Path(settings.data)
+    name = settings.run_name or (data.stem if data.is_file() else data.name)
+    return Path(settings.output_dir or Path("runs") / name)
 
 def new_folder(settings):
     """The folder of a new run: the one named, or runs/NAME with a number behind it where NAME is taken."""
@@ -189,15 +192,16 @@ def start_run(given, init_from, folder, table, claims):
     settings = table.complete(sizes | given, **known)
     model_config(settings, 1, init_from)  # raises where sizes don't fit, before any work
     folder = folder or new_folder(settings)
-    data = prepare.find_data(settings.data, init_from)
+    has_tokenizer = bool(init_from) and (Path(init_from) / "tokenizer.json").is_file()
+    data = prepare.find_data(settings.data, init_from if has_tokenizer else None)
     meta, ids = prepare.open_data(data)
     settings = table.complete(sizes | given, **known, train_tokens=meta["train"]["tokens"])
-    config = model_config(settings, meta["vocab_size"], init_from)
-    checkpoint.check_can_be_saved(config)
-    if init_from and (Path(init_from) / "tokenizer.json").is_file():
+    if init_from and has_tokenizer:
         prepare.check_tokenizer(data, Path(init_from))
     elif init_from:
         cli.say(f"{init_from} has no tokenizer.json to compare with that of {data}; they must be the same")
+    config = model_config(settings, meta["vocab_size"], init_from)
+    checkpoint.check_can_be_saved(config)
     with cli.as_input_error():
         tinylm.get_batch(ids["train"], 1, config.context_length, 0, 0)  # raises where the text is too short
     check_room(folder, checkpoint_bytes(config) * (settings.keep_checkpoints + 2), "the checkpoints of this run need")
@@ -228,10 +232,15 @@ def resume_run(folder, given, table, claims, done=InputError):
         for name in kept.keys() - cli.flags_of(table):
             raise InputError(f"{latest} was written with a setting {name}, which this code has not; go on with the "
                              "code that began the run")
+        if "lr_max" in given and "lr_min" not in given:  # in proportion
+            given = given | {"lr_min": kept["lr_min"] * given["lr_max"] / (kept["lr_max"] or 1)}
         settings = table.complete(kept | given)
-        lowest = math.inf if state["best"] is None else state["best"]
-        data = prepare.find_data(given["data"]) if "data" in given else data_of(state)
-        run = Run(settings, folder, data, str(latest), step, seconds, lowest, best_step_of(latest), state["wandb_id"])
+        lowest, best_step = math.inf if state["best"] is None else state["best"], best_step_of(latest)
+        is_moved = given.get("data", kept["data"]) != kept["data"]
+        data = prepare.find_data(given["data"], latest) if is_moved else data_of(state, latest)
+        if given.get("eval_tokens", kept["eval_tokens"]) != kept["eval_tokens"]:
+            lowest, best_step = math.inf, None  # what was measured so far is of another part of the text
+        run = Run(settings, folder, data, str(latest), step, seconds, lowest, best_step, state["wandb_id"])
         if step >= settings.num_steps:
             raise done(f"--resume={folder}: the run has done its {step} steps; give a larger --num_steps to extend it")
         run.meta, run.ids = prepare.open_data(run.data)
@@ -247,14 +256,14 @@ def state_of(folder):
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is damaged ({type(error).__name__}: {error}); take another checkpoint") from None
 
-def data_of(state):
+def data_of(state, latest):
     """The data folder of a run with this state: where it was, or, in a copy of the project, of the same name."""
     name = state["settings"]["data"]
     folder = Path(state.get("data_folder", name))
     if prepare.is_data(folder):
         return folder
     try:
-        return prepare.find_data(name)
+        return prepare.find_data(name, latest)
     except InputError:
         raise InputError(f"the run's data is not at {folder} any more; say where it is with --data") from None
 
@@ -323,8 +332,8 @@ def hold(folder):
 # ---- Save ----
 
 def checkpoint_bytes(config):
-    """The most a checkpoint takes: parameters and two moments, of 4 bytes each."""
-    return 3 * 4 * tinylm.num_params(config)
+    """The most a checkpoint takes: parameters and two moments, of 4 bytes each, and the model in 16 bits."""
+    return (3 * 4 + 2) * tinylm.num_params(config)
 
 def check_room(folder, needed, purpose):
     """Raise InputError where the disk below `folder` has less than `needed` bytes free."""
@@ -378,9 +387,9 @@ def conclude(run, step, problem):
         raise InputError(f"{run.folder}: the run ended without its last checkpoint ({problem}); see to that, and "
                          f"{then}")
     if step < run.settings.num_steps:
-        cli.say(f"stopped after step {step}; go on with: python train.py --resume={run.folder}")
+        cli.say(f"stopped after step {step}; go on with: python train.py --resume={shlex.quote(str(run.folder))}")
     else:
-        cli.say(f"done; write with: python sample.py --checkpoint={run.folder}")
+        cli.say(f"done; write with: python sample.py --checkpoint={shlex.quote(str(run.folder))}")
         if run.best_step not in (None, step):
             cli.say(f"  that takes step {run.best_step}, whose validation loss, {run.lowest:.4f}, is the lowest; "
                     f"--checkpoint={run.folder}/latest is the last one")
