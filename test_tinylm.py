@@ -330,8 +330,8 @@ def test_defaults_follow_from_the_text_and_the_width(tmp_path, capsys):
             chosen = complete(tokens, optimizer=optimizer, **given)
             assert chosen.lr_max * chosen.weight_decay <= max(0.041, 0.1 * chosen.lr_max)
             assert chosen.context_length < tokens
-            assert "num_steps" in given or chosen.num_steps == max(
-                100, round(16 * tokens / (4 * chosen.context_length)))
+            assert "num_steps" in given or chosen.num_steps == 800
+    assert complete(80_000).num_steps == round(16 * 80_000 / 1024)
     assert complete(1000, weight_decay=0.5).weight_decay == 0.5 and complete(1000, num_steps=7).num_steps == 7
     pretrained = train.Settings.complete({"device": "cpu"}, train_tokens=80_000, is_pretrained=True)
     assert (pretrained.num_steps, pretrained.weight_decay, pretrained.lr_max) == (234, 0.1, complete().lr_max / 20)
@@ -1209,7 +1209,8 @@ def test_thirty_steps_lower_the_loss(tmp_path, capsys):
     last = lines[-1]
     assert last["step"] == 30 and last["tokens"] == 30 * 4 * 32 and last["val_loss"] < losses[0] - 0.8
     meta = json.loads((data / "meta.json").read_text())["val"]
-    assert last["val_bits_per_byte"] == pytest.approx(last["val_loss"] / math.log(2) * meta["tokens"] / meta["bytes"])
+    bits = last["val_loss"] * (meta["tokens"] - 1) / math.log(2)  # the first token is no target
+    assert last["val_bits_per_byte"] == pytest.approx(bits / meta["bytes"])
     out = capsys.readouterr().out
     for word in ("parameters", "cpu, float32", "128 tokens", str(tmp_path / "run"), "tokens/s", "left",
                  "bits per byte"):
@@ -2169,7 +2170,7 @@ def test_after_diverging_a_smaller_learning_rate_goes_on(tmp_path, monkeypatch, 
             train.train(data=data, output_dir=tmp_path / "run", **TINY | dict(num_steps=20))
     flags = re.search(r"--resume=(\S+) --lr_max=(\S+),", str(error.value))
     train.train(resume=flags[1], lr_max=float(flags[2]), num_steps=6)
-    assert metrics(tmp_path / "run")[-2]["lr"] < train.default_lr_max(types.SimpleNamespace(d_model=32)) / 2
+    assert metrics(tmp_path / "run")[-2]["lr"] < train.Settings.complete(TINY).lr_max / 2
 
 def test_numbers_that_are_not_finite_are_never_saved(tmp_path, capsys):
     """A step may take finite gradients to parameters that are none."""

@@ -41,10 +41,10 @@ def default_batch_size(settings):
     return max(unit, round(tokens / settings.context_length / unit) * unit)
 
 def default_num_steps(most):
-    """`most`, but no more than read the text 16 times, or 3 times where a model was trained before."""
+    """`most`, or as many as read the text 16 times, but 800; or 3 times, but 100, where a model was trained before."""
     def default(settings):
-        epochs = 3 if settings.is_pretrained else 16
-        return round(min(most, max(100, epochs * settings.train_tokens / settings.tokens_per_step)))
+        least, epochs = (100, 3) if settings.is_pretrained else (800, 16)
+        return round(min(most, max(least, epochs * settings.train_tokens / settings.tokens_per_step)))
     return default
 
 def default_lr_max(settings):
@@ -101,7 +101,7 @@ class Settings:
                            stated="CPU 4, CUDA 64 d_model tokens, at most a 25th of the text")
     grad_accum_steps: int = flag(1, "batches in a step", "[1, inf)")
     num_steps: int = flag({"cpu": default_num_steps(2500), "cuda": default_num_steps(5000)}, "steps in all", "[1, inf)",
-                          stated="CPU 2500, CUDA 5000, or what reads the text 16 times; 3 times with --init_from",
+                          stated="CPU 2500, CUDA 5000, fewer where they read the text 16 times, or 3 with --init_from",
                           may_change=True)
     schedule: str = flag("cosine", "course of the learning rate", choices=tinylm.SCHEDULES)
     lr_max: float = flag(default_lr_max, "learning rate after the warm-up", "[0, inf)",
