@@ -751,7 +751,7 @@ def test_what_is_imported():
     assert loaded("import sample", ["train", "fire", "wandb", "triton"]) == "[]"
 
 @pytest.mark.parametrize("module", ["train", "sample"])
-@pytest.mark.parametrize("given, expected", [({}, "2000 None"), ({"GOMP_SPINCOUNT": "7"}, "7 None"),
+@pytest.mark.parametrize("given, expected", [({}, "10000 None"), ({"GOMP_SPINCOUNT": "7"}, "7 None"),
                                              ({"OMP_WAIT_POLICY": "active"}, "None active")])
 def test_threads_do_not_wait_for_each_other_for_long(module, given, expected):
     """What OpenMP reads when torch loads it is set before, unless the user has."""

@@ -20,4 +20,4 @@ import os
 # GNU's OpenMP, which torch for Linux uses, reads this when it is loaded: how often a thread looks whether others are
 # done before it sleeps. By default it looks for so long that beside a busy process a step takes 20 times as long.
 if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
-    os.environ["GOMP_SPINCOUNT"] = "2000"
+    os.environ["GOMP_SPINCOUNT"] = "10000"
