@@ -274,8 +274,8 @@ def is_data(folder):
 def find_data(name, model=None):
     """The data folder of this path, or of this name below data/, or one made of this text file.
 
-    A known corpus or text that was not prepared yet is, with the tokenizer of a `model` that training goes on from where
-    one is given. A text has a folder for each of its versions and tokenizers, so that no run loses its data.
+    A known corpus or text that was not prepared yet is, with the tokenizer of the `model` that training goes on from,
+    if there is one. A text has a folder for each of its versions and tokenizers, so that no run loses its data.
     """
     tokenizer = load_tokenizer(model)[0] if model else None
     fits = lambda folder: is_data(folder) and not (tokenizer and name in VOCAB_SIZES and not bpe.are_same(

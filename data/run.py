@@ -279,7 +279,7 @@ def check_same_data(run, before, latest):
             raise InputError(f"{run.data} has other data than the run began with: {split}.bin has {change}; {advice}")
 
 def model_config(settings, data_vocab_size, source=None):
-    """The model's Config, with the settings' sizes; of a model to go on from the rest too. Its vocabulary has the data's."""
+    """The model's Config: sizes by the settings, the rest by the model to go on from; no fewer tokens than the data."""
     vocab_size = settings.vocab_size or data_vocab_size
     if vocab_size < data_vocab_size:
         raise InputError(f"--vocab_size={vocab_size}: the data has {data_vocab_size} tokens; expected that or more "
