@@ -2480,8 +2480,10 @@ def test_init_from_goes_on_with_the_model(tmp_path):
     same(after, before, 0)
     with pytest.raises(cli.InputError, match="--d_model=64.*has d_model 32"):
         train.train(init_from=str(tmp_path / "llama"), d_model=64, **flags)
-    with pytest.raises(cli.InputError, match="run is not a checkpoint .*; give .*/run/step-"):
-        train.train(init_from=str(tmp_path / "run"), **flags)
+    train.train(init_from=str(tmp_path / "run"), output_dir=str(tmp_path / "next"), **flags)
+    same(checkpoint.load_checkpoint(tmp_path / "next/latest")[0], before, 0)
+    with pytest.raises(cli.InputError, match="--init_from=.*/nowhere is not there; expected a run"):
+        train.train(init_from=str(tmp_path / "nowhere"), **flags)
     prepare.prepare(input=str(tmp_path / "corpus.txt"), output=str(tmp_path / "again"),
                     tokenizer=str(tmp_path / "run/latest"))
     assert (tmp_path / "again/train.bin").read_bytes() == (data / "train.bin").read_bytes()
@@ -2546,7 +2548,18 @@ def test_models_of_other_families(tmp_path, monkeypatch, capsys, kind):
     sample.sample(checkpoint=tmp_path / "run", prompt=prompt, temperature=0, max_new_tokens=20, dtype="float32")
     assert capsys.readouterr().out.endswith(prompt + transformers_text(new, prompt) + "\n")
     meta, ids = prepare.open_data(prepared_folder)
-    assert np.count_nonzero(ids["train"] == meta["end_of_text_id"]) >= 35
+    theirs, end = transformers.AutoTokenizer.from_pretrained(folder), meta["end_of_text_id"]
+    expected = [i for n in range(40) for i in theirs(stories.story(0, n)).input_ids + [end]]  # each begins as a prompt
+    assert len(ids["train"]) >= 0.85 * len(expected) and ids["train"].tolist() == expected[:len(ids["train"])]
+    train.train(eval_only=True, init_from=tmp_path / "run", data=text)
+    tokens = f"{len(expected) - (kind == 'llama3'):,} tokens"  # the first has nothing before it, or one more end
+    assert tokens in capsys.readouterr().out
+
+    train.train(data=prepared_folder, output_dir=tmp_path / "new", d_model=32, num_steps=2, device="cpu")
+    capsys.readouterr()
+    sample.sample(checkpoint=tmp_path / "new", prompt=prompt, temperature=0, max_new_tokens=20)
+    out = capsys.readouterr().out.replace("<|begin_of_text|>", "")  # special tokens are shown here, and not there
+    assert out == prompt + transformers_text(tmp_path / "new/latest", prompt) + "\n"
 
 def test_a_plain_prompt_is_continued_alike_elsewhere(trained, capsys, caplog, recwarn):
     """In transformers by generate, by its pipeline, and in a batch of unequal prompts; without a warning."""

@@ -18,7 +18,7 @@ from data import bpe, checkpoint, cli, machine, plot, prepare
 from data.cli import InputError, flag
 from data.log import Log, check_wandb
 from data.machine import DTYPES, DTYPES_OF_FILES
-from data.run import conclude, data_of, newest, open_run, state_of, try_to_save
+from data.run import conclude, data_of, find_checkpoint, newest, open_run, state_of, try_to_save
 
 # ---- Settings ----
 
@@ -132,7 +132,7 @@ class Settings:
     run_name: str = flag(None, "name of the run", stated="that of the data")
     resume: str = flag(None, "folder of a run to go on with, its flags kept; or auto, to go on where there is one and "
                        "else start it")
-    init_from: str = flag(None, "Llama folder to take the model from, its sizes kept")
+    init_from: str = flag(None, "run (its best checkpoint) or Llama folder to take the model from, its sizes kept")
     log_interval: int = flag(10, "steps between lines of the log", "[1, inf)", may_change=True)
     eval_interval: int = flag(500, "steps between evaluations", "[1, inf)", may_change=True)
     eval_tokens: int = flag({"cpu": 131072, "cuda": 4194304}, "tokens of the validation split to evaluate on at most",
@@ -325,9 +325,9 @@ def write_sample(run):
     if not settings.sample_tokens or (run.rank and not settings.shard):  # where split, all ranks must take part
         return ""
     device = settings.device
-    tokens = [token.item() for token in tinylm.generate(
-        run.params, torch.tensor([[end]], device=device), run.config, settings.sample_tokens, 0.8, 0, 0.95, (end,),
-        torch.Generator(device).manual_seed(0), DTYPES[settings.dtype])]
+    prompt, randomness = torch.tensor([run.begin_ids], device=device), torch.Generator(device).manual_seed(0)
+    tokens = [token.item() for token in tinylm.generate(run.params, prompt, run.config, settings.sample_tokens, 0.8, 0,
+                                                        0.95, (end,), randomness, DTYPES[settings.dtype])]
     known = [token for token in tokens if token != end and token < run.tokenizer.vocab_size]
     return bpe.decode(run.tokenizer, known)
 
@@ -337,7 +337,7 @@ def evaluate_only(resume, init_from, given):
         raise InputError("--eval_only needs a model: give --resume=RUN, or --init_from=LLAMA_FOLDER")
     for name in given.keys() - {"data", "split", "eval_tokens", "batch_size", "device", "dtype"}:
         raise InputError(f"--{name}={given[name]}: --eval_only does not use it; leave it out")
-    folder = newest(resume) or Path(resume) if resume else Path(init_from)
+    folder = newest(resume) or Path(resume) if resume else find_checkpoint(init_from, "init_from")
     if resume and not checkpoint.for_training(folder, "train_state.json").is_file():
         raise InputError(f"--resume={resume}: no checkpoint there; expected a folder that train.py wrote")
     params, config = checkpoint.load_checkpoint(folder)

@@ -173,10 +173,10 @@ def from_hf(tensors, config, source, dtype):
         params.append((path, halves_to_pairs(tensor, config.head_dim) if is_rotated(path) else tensor))
     return tree_build(params)
 
-def config_to_hf(config, eos_token_id):
+def config_to_hf(config, bos_token_id, eos_token_id):
     """config.json of a LlamaForCausalLM with these sizes. Raises InputError for a size that it can't say."""
     hf = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "float32",
-          "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "bos_token_id": eos_token_id,
+          "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "bos_token_id": bos_token_id,
           "eos_token_id": eos_token_id, "rope_scaling": scaling_to_hf(config.rope_scaling)}
     hf |= {HF_SIZES[field.name]: getattr(config, field.name) for field in fields(Config) if field.name in HF_SIZES}
     read_back = config_from_hf(hf, "config.json")
@@ -189,7 +189,7 @@ def config_to_hf(config, eos_token_id):
 
 def check_can_be_saved(config):
     """Raise InputError where a checkpoint can't hold all of a model, before any work goes into it."""
-    config_to_hf(config, 0)
+    config_to_hf(config, 0, 0)
     for path, _ in tree_leaves(tinylm.param_shapes(config)):
         hf_name(path)
 
@@ -246,11 +246,12 @@ def scaling_to_hf(scaling):
 MASTER = "training/model.safetensors"  # the parameters in float32, where model.safetensors has them in 16 bits
 
 def save_checkpoint(folder, params, config, tokenizer_file, end_token, optimizer=None, train_state=None, others=None,
-                    dtype=torch.float32):
+                    dtype=torch.float32, begin_tokens=None):
     """Write a checkpoint folder: beside its place, flushed to disk, then renamed, so that readers see all or nothing.
 
-    `tokenizer_file` is copied in; `end_token` is its (text, id) that ends a document. `optimizer` (a tree of tensors)
-    and `train_state` (JSON) are what a run needs to go on, `others` the `files_for_others` of the model it came from.
+    `tokenizer_file` is copied in; `end_token` is its (text, id) that ends a document, `begin_tokens` are those that
+    begin one, by default the same. `optimizer` (a tree of tensors) and `train_state` (JSON) are what a run needs to go
+    on, `others` the `files_for_others` of the model it came from.
     Tensors that are split over ranks are gathered one by one, for which the other ranks call `take_part_in_saving`.
     """
     folder = Path(folder)
@@ -260,8 +261,8 @@ def save_checkpoint(folder, params, config, tokenizer_file, end_token, optimizer
     gathered = map(tinylm.all_gather, [leaf for _, leaf in leaves])
     finite = (check_finite(path, tensor) for (path, _), tensor in zip(leaves, gathered))
     try:
-        write_checkpoint(beside, params, config, tokenizer_file, end_token, optimizer, train_state, others or {}, dtype,
-                         finite)
+        write_checkpoint(beside, params, config, tokenizer_file, begin_tokens or [end_token], end_token, optimizer,
+                         train_state, others or {}, dtype, finite)
         files.remove(folder)
         os.replace(beside, folder)
         files.flush_folder(folder.parent)
@@ -289,20 +290,19 @@ def for_training(folder, name):
     beside = Path(folder) / name
     return beside if beside.is_file() else Path(folder) / "training" / name
 
-def tokenizer_for_others(tokenizer_file, text, end_id):
-    """tokenizer.json, for tools that should begin a text as training did: with `text`, the token that ends another."""
-    description = files.read_json(tokenizer_file)
-    begin, first, second = ({"SpecialToken": {"id": text, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}},
-                            {"Sequence": {"id": "B", "type_id": 0}})
-    template = {"type": "TemplateProcessing", "single": [begin, first], "pair": [begin, first, second],
-                "special_tokens": {text: {"id": text, "ids": [end_id], "tokens": [text]}}}
-    return description | {"post_processor": template}
+def tokenizer_for_others(tokenizer_file, begin_tokens):
+    """tokenizer.json, for tools that should begin a text as training did: with these tokens, (text, id) each."""
+    begin = [{"SpecialToken": {"id": text, "type_id": 0}} for text, _ in begin_tokens]
+    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    template = {"type": "TemplateProcessing", "single": [*begin, first], "pair": [*begin, first, second],
+                "special_tokens": {text: {"id": text, "ids": [i], "tokens": [text]} for text, i in begin_tokens}}
+    return files.read_json(tokenizer_file) | {"post_processor": template}
 
-def write_checkpoint(folder, params, config, tokenizer_file, end_token, optimizer, train_state, others, dtype,
-                     gathered):
+def write_checkpoint(folder, params, config, tokenizer_file, begin_tokens, end_token, optimizer, train_state, others,
+                     dtype, gathered):
     """Write the files of a checkpoint into a new folder, and flush them. `gathered` yields its tensors, none split."""
     (folder / "training").mkdir(parents=True)
-    text, end_id = end_token
+    (text, end_id), (begin_text, begin_id) = end_token, begin_tokens[0]
     leaves = tree_leaves(params)
     is_half = dtype != torch.float32
     write_safetensors(folder / (MASTER if is_half else "model.safetensors"), {hf_name(path): w for path, w in leaves},
@@ -313,15 +313,16 @@ def write_checkpoint(folder, params, config, tokenizer_file, end_token, optimize
         write_safetensors(folder / "model.safetensors", shapes, (
             check_finite(name, w.to(dtype)) for name, w in read_tensors(folder / MASTER)))
     ids = json.loads(others["config.json"]) if "config.json" in others else {}
-    files.write_json(folder / "config.json", config_to_hf(config, end_id) | {"torch_dtype": str(dtype)[6:]} | {
-        name: ids[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in ids})
+    ids = {name: ids[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in ids}
+    files.write_json(folder / "config.json",
+                     config_to_hf(config, begin_id, end_id) | {"torch_dtype": str(dtype)[6:]} | ids)
     files.write_json(folder / "generation_config.json", {
-        "bos_token_id": end_id, "eos_token_id": end_id, "pad_token_id": end_id})
+        "bos_token_id": begin_id, "eos_token_id": end_id, "pad_token_id": end_id})
     files.write_json(folder / "tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": text, "eos_token": text, "pad_token": text,
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": begin_text, "eos_token": text, "pad_token": text,
         "padding_side": "left", "add_bos_token": True, "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": config.context_length, "clean_up_tokenization_spaces": False})
-    files.write_json(folder / "tokenizer.json", tokenizer_for_others(tokenizer_file, text, end_id))
+    files.write_json(folder / "tokenizer.json", tokenizer_for_others(tokenizer_file, begin_tokens))
     for name in others.keys() - {"config.json"}:
         with open(folder / name, "wb") as file:
             file.write(others[name])

@@ -179,8 +179,20 @@ def with_end(tokenizer, end):
     """The tokenizer, <|endoftext|> in a text read as the id that ends one."""
     return replace(tokenizer, special_tokens={bpe.END_OF_TEXT: end} | tokenizer.special_tokens)
 
-def write_ids(tokenizer, end, spans, path, workers, errors):
-    """Encode spans into a file of ids, each file's text ended by the id `end`; returns what is in it."""
+def begun(ids, is_start, begin, end):
+    """`ids` of texts that each `end`, with the ids `begin` in front of each text that has none; is_start says whether
+    they start with one."""
+    if not begin:
+        return ids
+    starts = np.append(is_start, ids[:-1] == end)[:len(ids)] & (ids != end) & (ids != begin[0])
+    places = np.flatnonzero(starts)
+    return np.insert(ids, places.repeat(len(begin)), np.tile(begin, len(places)).astype(ids.dtype))
+
+def write_ids(tokenizer, begin, end, spans, path, workers, errors):
+    """Encode spans into a file of ids; returns what is in it.
+
+    Each file's text is ended by the id `end`, and texts begin with the ids `begin`, where the model has such.
+    """
     tokenizer, end = with_end(tokenizer, end), np.array([end], tokenizer.dtype)
     sizes, counts, digest = text_sizes(tokenizer), {"tokens": 0, "bytes": 0}, hashlib.sha256()
     before, last = None, end
@@ -195,7 +207,8 @@ def write_ids(tokenizer, end, spans, path, workers, errors):
         for source, ids in bpe.encode_pieces(tokenizer, spans, workers, errors):
             if source != before and last[-1:] != end:
                 write(end)
-            write(ids)
+                last = end
+            write(begun(ids, last[-1:] == end, begin, end))
             before, last = source, ids if len(ids) else last
         if last[-1:] != end:
             write(end)
@@ -212,7 +225,7 @@ def prepare(given):
         raise InputError(f"--val_input={val_input} goes with --input, and without --val_fraction")
     if settings.tokenizer and settings.vocab_size:
         raise InputError(f"--tokenizer={settings.tokenizer} has its own vocabulary; leave out --vocab_size")
-    tokenizer, end = load_tokenizer(settings.tokenizer) if settings.tokenizer else (None, None)
+    tokenizer, begin, end = load_tokenizer(settings.tokenizer) if settings.tokenizer else (None, [], None)
     dataset = dataset or ("" if source else "stories")
     vocab_size = tokenizer.vocab_size if tokenizer else settings.vocab_size or VOCAB_SIZES.get(dataset, 2048)
     output = Path(settings.output or DATA / (dataset or Path(source).resolve().stem))
@@ -231,7 +244,7 @@ def prepare(given):
     with files.wait_for_lock(output / ".lock", wait) as waited:
         if not (waited and is_data(output) and files.read_json(output / "meta.json").get("asked") == asked):
             try:
-                write_beside(output / ".partial", sources, settings, dataset, tokenizer, end, vocab_size, asked)
+                write_beside(output / ".partial", sources, settings, dataset, tokenizer, begin, end, vocab_size, asked)
                 put_in_place(output / ".partial", output)
             except BaseException:
                 files.remove(output / ".partial")
@@ -240,7 +253,7 @@ def prepare(given):
                 raise
     report(output, vocab_size)
 
-def write_beside(partial, sources, settings, dataset, tokenizer, end, vocab_size, asked):
+def write_beside(partial, sources, settings, dataset, tokenizer, begin, end, vocab_size, asked):
     """Write all that a data folder has into `partial`."""
     files.remove(partial)
     partial.mkdir()
@@ -258,7 +271,7 @@ def write_beside(partial, sources, settings, dataset, tokenizer, end, vocab_size
     check_room(partial, sum(end - start for _, start, end in train + val), vocab_size)
     tokenizer = tokenizer or bpe.train(train, vocab_size, workers=settings.workers, errors=settings.errors)
     end = tokenizer.special_tokens[bpe.END_OF_TEXT] if end is None else end
-    write_data(partial, asked, train, val, tokenizer, end, settings.workers, settings.errors)
+    write_data(partial, asked, train, val, tokenizer, begin, end, settings.workers, settings.errors)
 
 def put_in_place(partial, output):
     """Move new data over old. The folder itself stays, as it may be a mount point; without meta.json it is no data."""
@@ -277,7 +290,7 @@ def find_data(name, model=None):
     A known corpus or text that was not prepared yet is, with the tokenizer of the `model` that training goes on from,
     if there is one. A text has a folder for each of its versions and tokenizers, so that no run loses its data.
     """
-    tokenizer = load_tokenizer(model)[0] if model else None
+    tokenizer, begin, end = load_tokenizer(model) if model else (None, [], None)
     fits = lambda folder: is_data(folder) and not (tokenizer and name in VOCAB_SIZES and not bpe.are_same(
         tokenizer, bpe.load(folder)))
     folder = next(filter(fits, (Path(name), DATA / name)), None)
@@ -288,6 +301,7 @@ def find_data(name, model=None):
         if model:
             flags["tokenizer"] = str(model)
             told_apart += [tokenizer.split, [token.hex() for token in tokenizer.tokens], tokenizer.merges.tolist()]
+            told_apart += [begin, end]
         if told_apart:
             digest = hashlib.sha256(json.dumps(told_apart).encode()).hexdigest()
             folder = folder.with_name(f"{folder.name}-{digest[:8]}")
@@ -299,30 +313,29 @@ def find_data(name, model=None):
     return folder
 
 def load_tokenizer(path):
-    """The tokenizer in a file or a model's folder, and the id that ends a document, as <|endoftext|> does in texts.
+    """The tokenizer in a file or a model's folder, the ids that begin a document, if it is not enough that the one
+    before has ended, and the id that ends one, as <|endoftext|> does in texts.
 
-    Raises InputError where it has none.
+    Raises InputError where it has none that ends one.
     """
     path = Path(path)
     tokenizer = bpe.load(path)
-    end = tokenizer.special_tokens.get(bpe.END_OF_TEXT)
-    if end is None:  # a family with a token of another name
-        _, ends, _ = bpe.special_ids(path if path.is_dir() else path.parent, tokenizer)
-        if not ends:
-            raise InputError(f"{path} has no special token {bpe.END_OF_TEXT} to end documents with, and no config.json "
-                             "beside it names another; use a tokenizer that has")
-        end = ends[0]
-    return tokenizer, end
+    begin, ends, _ = bpe.special_ids(path if path.is_dir() else path.parent, tokenizer)
+    end = tokenizer.special_tokens.get(bpe.END_OF_TEXT, *ends[:1] or [None])  # or a family's token of another name
+    if end is None:
+        raise InputError(f"{path} has no special token {bpe.END_OF_TEXT} to end documents with, and no config.json "
+                         "beside it names another; use a tokenizer that has")
+    return tokenizer, [] if begin == [end] else begin, end
 
-def write_data(folder, asked, train, val, tokenizer, end, workers, errors):
+def write_data(folder, asked, train, val, tokenizer, begin, end, workers, errors):
     """Write tokenizer.json, train.bin, val.bin and, when all is there, meta.json with what was asked for."""
     bpe.save(tokenizer, folder / "tokenizer.json")
     source = asked["dataset"] or asked["input"]
     meta = {"source": source, "asked": asked, "vocab_size": tokenizer.vocab_size, "dtype": tokenizer.dtype.name,
-            "end_of_text_id": end,
+            "begin_ids": begin or [end], "end_of_text_id": end,
             "tokenizer_sha256": hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()}
     for split, spans in (("train", train), ("val", val)):
-        meta[split] = write_ids(tokenizer, end, spans, folder / f"{split}.bin", workers, errors)
+        meta[split] = write_ids(tokenizer, begin, end, spans, folder / f"{split}.bin", workers, errors)
         if not meta[split]["bytes"]:
             raise InputError(f"{source}: the part for {split}.bin has nothing but special tokens; expected text "
                              "(data/prepare.py has --val_input and --val_fraction to choose it)")
@@ -399,13 +412,13 @@ def ids_of(name, folder, split):
 
     Raises InputError where there is no text, or it was prepared with another tokenizer than the model's.
     """
-    tokenizer, end = load_tokenizer(folder)
+    tokenizer, begin, end = load_tokenizer(folder)
     if Path(name).is_file():
         pieces = [ids for _, ids in bpe.encode_pieces(with_end(tokenizer, end), [Path(name)])]
-        ids = np.concatenate([[end], *pieces]).astype(tokenizer.dtype)
+        ids = begun(np.concatenate([[] if begin else [end], *pieces]).astype(tokenizer.dtype), True, begin, end)
         num_bytes = int(text_sizes(tokenizer)[ids].sum())
     else:
-        data = find_data(name)
+        data = find_data(name, folder)
         meta, splits = open_data(data)
         check_tokenizer(data, folder)
         ids, num_bytes = splits[split], meta[split]["bytes"]

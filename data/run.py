@@ -41,6 +41,11 @@ class Run:
     optimizer: dict | None = None
     others: dict | None = None  # what other tools read of a model that it came from: {name of a file: bytes}
 
+    @property
+    def begin_ids(self):
+        """The ids that begin a text; in data of before it said so, the one that ends the text before."""
+        return self.meta.get("begin_ids", [self.meta["end_of_text_id"]])
+
 # Of a run, what the first rank finds out and tells the others.
 SHARED = ("folder", "data", "source", "step", "seconds", "lowest", "best_step", "wandb_id")
 
@@ -77,15 +82,15 @@ def best(folder):
     """The checkpoint of a run with the lowest validation loss, or the newest where none was evaluated; None without."""
     return newest(folder) and checkpoints(folder).get(best_step_of(newest(folder)), newest(folder))
 
-def find_checkpoint(name):
-    """The checkpoint folder that --checkpoint means: one itself, a run's best, or that of the newest run in runs/."""
+def find_checkpoint(name, flag="checkpoint"):
+    """The checkpoint folder that a flag means: one itself, a run's best, or that of the newest run in runs/."""
     if name:
         folder = Path(name)
         of_run = {"latest": newest, "best": best}.get(folder.name)  # they are links only where the disk has some
         if not folder.is_dir() and of_run and of_run(folder.parent):
             return of_run(folder.parent)
         if not folder.is_dir():
-            raise InputError(f"--checkpoint={name} is not there; expected a run of train.py or a checkpoint folder")
+            raise InputError(f"--{flag}={name} is not there; expected a run of train.py, a checkpoint, or a Llama folder")
         return best(folder) or folder
     written = sorted(Path("runs").glob("*/step-*/config.json"), key=lambda path: path.stat().st_mtime)
     if not written:
@@ -182,6 +187,7 @@ def start_run(given, init_from, folder, table, claims):
     sizes = {}
     known = {"is_pretrained": bool(init_from)}
     if init_from:
+        init_from = str(find_checkpoint(init_from, "init_from"))
         config = checkpoint.load_config(init_from)
         known["weights_dtype"] = checkpoint.weights_dtype(init_from)
         sizes = {name: value for name, value in vars(config).items() if name in cli.flags_of(table)}
@@ -353,10 +359,9 @@ def save(run, step, seconds, val_loss):
     state = {"step": step, "settings": cli.kept(run.settings), "seconds": seconds, "wandb_id": run.wandb_id,
              "best": lowest if lowest < math.inf else None, "best_step": best_step,
              "data_folder": str(run.data.resolve()), "data": {split: run.meta[split] for split in run.ids}}
-    end_id = run.meta["end_of_text_id"]
-    end_token = run.tokenizer.tokens[end_id].decode(), end_id
-    checkpoint.save_checkpoint(target, run.params, run.config, run.data / "tokenizer.json", end_token, run.optimizer,
-                               state, run.others, machine.DTYPES_OF_FILES[run.settings.save_dtype])
+    *begin, end = ((run.tokenizer.tokens[i].decode(), i) for i in (*run.begin_ids, run.meta["end_of_text_id"]))
+    checkpoint.save_checkpoint(target, run.params, run.config, run.data / "tokenizer.json", end, run.optimizer, state,
+                               run.others, machine.DTYPES_OF_FILES[run.settings.save_dtype], begin)
     run.lowest, run.best_step = lowest, best_step
     for name in ["latest"] + ["best"] * (best_step == step):
         point(folder, name, target.name)
