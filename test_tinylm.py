@@ -156,7 +156,7 @@ def test_linear_of_few_vectors(lead, d_out, intel, dtype, tolerance, monkeypatch
     assert torch.backends.mkldnn.enabled
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("d_in, d_out", [(64, 4000), (4000, 64)])
+@pytest.mark.parametrize("d_in, d_out", [(64, 4000), (4000, 64), (32, 64)])
 def test_linear_of_large_matrices(d_in, d_out, compiled, monkeypatch):
     """Values and gradients, the gradients the same bits each time; that of the result comes transposed."""
     monkeypatch.setattr(tinylm, "IS_INTEL", False)
@@ -167,7 +167,8 @@ def test_linear_of_large_matrices(d_in, d_out, compiled, monkeypatch):
     function = torch.compile(tinylm.linear) if compiled else tinylm.linear
     actual = (y := function(x, w)), *torch.autograd.grad(y, (x, w), upstream)
     again = torch.autograd.grad(function(x, w), (x, w), upstream)
-    assert compiled or not tinylm.HAS_ONEDNN or type(actual[0].grad_fn).__name__ == "LargeLinearBackward"
+    is_large = d_in * d_out > 32 * 64 or tinylm.HAS_AVX512
+    assert compiled or tinylm.HAS_ONEDNN and is_large == (type(actual[0].grad_fn).__name__ == "LargeLinearBackward")
     y = F.linear(x.double(), w.double())
     for a, e in zip(actual, (y, *torch.autograd.grad(y, (x, w), upstream.double()))):
         assert a.shape == e.shape and a.is_contiguous() and (a - e).norm() <= 1e-5 * e.norm()
@@ -291,12 +292,14 @@ def test_orthogonalize_keeps_directions_and_evens_out_singular_values(m, n, size
     for g, result in zip(matrices, tinylm.orthogonalize(matrices)):
         u, values, vt = torch.linalg.svd(g, full_matrices=False)
         core = u.T @ result @ vt.T
-        new = core.diagonal()[values > 0.02 * values.norm()]
-        assert (new > 0.3).all() and (new < 1.3).all()
+        new = core.diagonal()[values > 1e-3 * values.norm()]
+        assert (new > 0.84).all() and (new < 1.15).all()
         same(core, torch.diag(core.diagonal()), 1e-6)
 
-def test_muon_is_that_of_torch():
-    """PyTorch's Muon for the matrices of the blocks, its AdamW for the rest, over 20 steps."""
+def test_muon_is_that_of_torch(monkeypatch):
+    """PyTorch's Muon for the matrices of the blocks, its AdamW for the rest, over 20 steps; orthogonalised as there."""
+    as_there = lambda g: torch.optim._muon._zeropower_via_newtonschulz(g, (3.4445, -4.7750, 2.0315), 5, 1e-7).float()
+    monkeypatch.setattr(tinylm, "orthogonalize", lambda matrices: torch.stack([*map(as_there, matrices)]))
     config = small_config()
     params = tinylm.init_params(config, generator())
     initial = dict(tinylm.tree_leaves(params))
@@ -316,8 +319,7 @@ def test_muon_is_that_of_torch():
         adamw.step()
         params, state = tinylm.muon_update(params, grads, state, 0.01, weight_decay=0.2)
     for path, p in tinylm.tree_leaves(params):
-        # PyTorch orthogonalises in bfloat16.
-        assert (p - theirs[path]).norm() < (0.03 if path.startswith("blocks.") else 1e-5) * (p - initial[path]).norm()
+        assert (p - theirs[path]).norm() < (0.01 if path.startswith("blocks.") else 1e-5) * (p - initial[path]).norm()
 
 def test_defaults_follow_from_the_text_and_the_width(tmp_path, capsys):
     """A text that is read often gets fewer steps and more decay, never too much; what is given stays."""
@@ -655,7 +657,8 @@ def in_a_room(room, operation, arguments, monkeypatch, mesh):
         if room == "GPU":  # what conditions ask, as a tensor there would answer
             asked = [types.SimpleNamespace(is_cuda=True, is_cpu=False, ndim=x.ndim) if is_floating(x) else x
                      for x in arguments]
-        return next((form for fits, form in operation.forms if fits(*asked)), None), arguments
+        with torch.set_grad_enabled(room != "int8"):
+            return next((form for fits, form in operation.forms if fits(*asked)), None), arguments
 
 @pytest.fixture
 def mesh_of_one():
@@ -667,12 +670,15 @@ def mesh_of_one():
 @pytest.mark.parametrize("name", [name for name, operation in tinylm.OPERATIONS.items() if operation.forms])
 def test_every_form_computes_its_definition(name, monkeypatch, mesh_of_one):
     """Values and gradients, in every room: on a CPU, compiled, over ranks, and as on a GPU. No form is left out."""
-    operation, differentiable, reached = tinylm.OPERATIONS[name], name in DIFFERENTIABLE, set()
+    operation, reached = tinylm.OPERATIONS[name], set()
     monkeypatch.setattr(tinylm, "has_kernels", lambda q: False)  # they have a test of their own
     monkeypatch.setattr(tinylm, "IS_INTEL", False)  # where x @ w.T serves
     rooms = [(dtype, "CPU") for dtype in TOLERANCES] + [(torch.float32, room) for room in ("compiled", "ranks", "GPU")]
+    rooms += [(torch.float32, "int8")] if name == "linear" else []
     for dtype, room in rooms:
+        differentiable = name in DIFFERENTIABLE and room != "int8"
         for example in EXAMPLES[name](dtype):
+            example = [example[0], tinylm.to_int8(example[1])] if room == "int8" else example
             form, arguments = in_a_room(room, operation, example, monkeypatch, mesh_of_one)
             if form is None or room == "ranks" and not form.__name__.endswith("over_ranks"):
                 continue
@@ -683,11 +689,28 @@ def test_every_form_computes_its_definition(name, monkeypatch, mesh_of_one):
             for a, e in zip(results(run_form, arguments, differentiable), expected, strict=True):
                 assert a.shape == e.shape and (a.dtype == e.dtype or name == "init_cache")
                 tolerance = max(TOLERANCES[dtype], TOLERANCES.get(e.dtype, 0))
-                if form is tinylm.orthogonalize_on_cuda:  # it computes in bfloat16
-                    tolerance = 0.1
+                if form in (tinylm.orthogonalize_on_cuda, tinylm.linear_in_int8):  # it computes in bfloat16
+                    tolerance = 0.1 if form is tinylm.orthogonalize_on_cuda else 0.01
                 error = (a.double() - e.double()).norm()
                 assert error <= tolerance * e.double().norm(), (form.__name__, room, dtype, e.shape)
     assert reached == {form for _, form in operation.forms}, "a form that no example reaches"
+
+def test_int8_weights_lose_little(trained, capsys):
+    """The loss stays within half a percent, with an output matrix of its own or tied; rows are within half a step."""
+    folder = trained / "runs/tiny/latest"
+    params, config = checkpoint.load_checkpoint(folder)
+    w = randn(50, 64).float()
+    rounded = tinylm.to_int8(w)
+    assert ((rounded.to(torch.float32) - w).abs() <= 0.51 * w.abs().amax(1, keepdim=True) / 127 + 0.004 * w.abs()).all()
+    tokens = torch.from_numpy(prepare.open_data(trained / "data")[1]["val"][:513].astype(np.int64))
+    batch = tokens[:-1].view(-1, config.context_length), tokens[1:].view(-1, config.context_length)
+    tied = {name: w for name, w in params.items() if name != "lm_head"}
+    with torch.no_grad():
+        for params in (params, tied):
+            loss, rounded_loss = (tinylm.loss_fn(p, *batch, config).item() for p in (params, tinylm.quantize(params)))
+            assert rounded_loss == pytest.approx(loss, rel=5e-3) and rounded_loss != loss
+    sample.sample(checkpoint=folder, dtype="int8", max_new_tokens=5, num_samples=2)
+    assert "10 tokens" in capsys.readouterr().err
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("compiled", [False, True])
@@ -1790,7 +1813,7 @@ def kill_and_resume(folder, kills, start):
         processes = start(folder / "killed")
         if kill % 4 and before is not None:  # once it trains; else at any time
             wait_for_step(folder / "killed", before + 2, processes[0])
-        time.sleep(rng.random() * (0.1 if kill % 4 else 1.0))
+        time.sleep(rng.random() * (0.1 if kill % 4 else 0.7))
         assert all(process.is_alive() for process in processes), "it was to be killed before its end"
         for process in rng.sample(processes, len(processes)):
             process.kill()
@@ -1804,8 +1827,8 @@ def kill_and_resume(folder, kills, start):
             and same_bytes("model.safetensors") and same_bytes("training/optimizer.safetensors"))
 
 KILLED = {  # how many steps to each time that a run is killed, on how many ranks, other flags
-    "plain": (120, 1, {}), "accumulating": (80, 1, {"grad_accum_steps": 3}), "compiled": (120, 1, {"compile": True}),
-    "two ranks": (40, 2, {})}
+    "plain": (60, 1, {}), "accumulating": (40, 1, {"grad_accum_steps": 3}), "compiled": (60, 1, {"compile": True}),
+    "two ranks": (30, 2, {})}
 
 def killed(kind, folder, kills):
     """`kill_and_resume` of a kind of run."""
@@ -1856,12 +1879,12 @@ def same_run(a, b, tolerance=1e-5):
 def test_ranks_do_what_one_process_does(tmp_path, flags):
     """2 and 4 ranks, data parallel and sharded: losses, norms, parameters and moments of one process, over 50 steps
     with AdamW. The vocabulary has a prime number of rows, so that they can't be split evenly."""
+    is_muon = "optimizer" in flags
     flags = dict(data=str(prepared(tmp_path)), num_steps=50, eval_interval=25, log_interval=5, lr_max=1e-3) | flags
     train_on_ranks(1, output_dir=str(tmp_path / "one"), **flags)
-    for count in (2, 4):
-        for shard in (False, True):
-            train_on_ranks(count, output_dir=str(tmp_path / f"{count}{shard}"), shard=shard, **flags)
-            same_run(tmp_path / "one", tmp_path / f"{count}{shard}")
+    for count, shard in ((2, False), (4, True)) if is_muon else itertools.product((2, 4), (False, True)):
+        train_on_ranks(count, output_dir=str(tmp_path / f"{count}{shard}"), shard=shard, **flags)
+        same_run(tmp_path / "one", tmp_path / f"{count}{shard}")
 
 def test_a_run_resumes_on_other_ranks(tmp_path):
     """4 ranks sharded, then 2 data parallel, then 1 sharded, then no ranks at all: the run of one process."""
@@ -2029,12 +2052,11 @@ def test_metrics_on_a_full_disk(tmp_path, monkeypatch, capsys):
 def test_a_terminal_that_is_not_utf8(trained, tmp_path, encoding):
     """What it can't show is replaced, and nothing ends for it."""
     (tmp_path / "naïve 🦊.txt").write_text("some text 🦊, and more\n" * 50, encoding="utf-8")
-    for arguments, shown in ((["train.py", "--data=data", f"--output_dir={tmp_path}/run", *tiny_flags()], "it writes:"),
-                             (["sample.py", "--prompt=naïve 🦊", "--max_new_tokens=3"], "na"),
-                             (["train.py", "--help"], "4e-3"),
-                             (["data/prepare.py", f"--input={tmp_path}/naïve 🦊.txt", f"--output={tmp_path}/é🦊"],
-                              "val.bin")):
-        process = command(trained, *arguments, PYTHONIOENCODING=encoding)
+    commands = {"it writes:": ["train.py", "--data=data", f"--output_dir={tmp_path}/run", *tiny_flags()],
+                "na": ["sample.py", "--prompt=naïve 🦊", "--max_new_tokens=3"], "4e-3": ["train.py", "--help"],
+                "val.bin": ["data/prepare.py", f"--input={tmp_path}/naïve 🦊.txt", f"--output={tmp_path}/é🦊"]}
+    processes = [command(trained, *arguments, PYTHONIOENCODING=encoding) for arguments in commands.values()]
+    for shown, process in zip(commands, processes):
         out, error = process.communicate(timeout=60)
         assert process.returncode == 0 and shown in out and "Traceback" not in error, error
     assert run.newest(tmp_path / "run").name == "step-0000006"
@@ -2805,7 +2827,7 @@ def in_new_processes(function, *calls):
 
 def their_model(config):
     """The same model of transformers, with PyTorch's fused attention and random weights of its own."""
-    options = checkpoint.config_to_hf(config, 0) | {"torch_dtype": None, "attn_implementation": "sdpa"}
+    options = checkpoint.config_to_hf(config, 0, 0) | {"torch_dtype": None, "attn_implementation": "sdpa"}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**options))
     assert model.num_parameters() == tinylm.num_params(config)
     return model
@@ -2894,21 +2916,26 @@ def measure_write(*, d_model: int = 288, num_layers: int = 6, num_heads: int = 6
     """
     config = tinylm.Config(vocab_size, max_new_tokens + 1, d_model, num_layers, num_heads)
     params, model = tinylm.init_params(config, generator()), their_model(config).eval()
+    rounded = tinylm.quantize(params)
     machine.keep_freed_memory()
 
     def ours(start, dtype):
-        return torch.stack(list(tinylm.generate(params, start, config, max_new_tokens, temperature=0, dtype=dtype)), 1)
+        weights, dtype = (rounded, "float32") if dtype == "int8" else (params, dtype)
+        return torch.stack(list(tinylm.generate(weights, start, config, max_new_tokens, temperature=0,
+                                                dtype=getattr(torch, dtype))), 1)
 
     def theirs(start, dtype):
-        return model.to(dtype).generate(start, attention_mask=torch.ones_like(start), pad_token_id=0, do_sample=False,
-                                        min_new_tokens=max_new_tokens, max_new_tokens=max_new_tokens)[:, 1:]
+        return model.to(getattr(torch, dtype)).generate(
+            start, attention_mask=torch.ones_like(start), pad_token_id=0, do_sample=False,
+            min_new_tokens=max_new_tokens, max_new_tokens=max_new_tokens)[:, 1:]
 
     def rate(dtype, texts, who):
-        seconds, written = timed(who, torch.ones(texts, 1, dtype=torch.int64), getattr(torch, dtype))
+        seconds, written = timed(who, torch.ones(texts, 1, dtype=torch.int64), dtype)
         assert written.shape == (texts, max_new_tokens)
         return written.numel() / seconds
 
-    ways = list(itertools.product(("float32", "bfloat16"), (1, 16), (ours, theirs)))
+    ways = [*itertools.product(("float32", "bfloat16"), (1, 16), (ours, theirs)),
+            ("int8", 1, ours), ("int8", 16, ours)]
     rates = np.array([[rate(*way) for way in ways] for _ in range(rounds + 1)])[1:]  # (rounds, ways)
     return {f"{who.__name__}, texts {texts}, {dtype}": figures for (dtype, texts, who), *figures in
             zip(ways, np.median(rates, 0), np.median(rates / rates[:, :1], 0))}
