@@ -988,9 +988,11 @@ class tl:
     constexpr = None
 
 def load_rows(matrix, rows, length, D: tl.constexpr, WIDTH: tl.constexpr):
-    """Rows of a matrix (length, D) → (rows, WIDTH), with zeros where it has none."""
+    """Rows of a matrix (length, D) → (rows, WIDTH), with zeros where it has none; a length of None: it has them all."""
     columns = tl.arange(0, WIDTH)
-    inside = (rows[:, None] < length) & (columns[None, :] < D)
+    inside = columns[None, :] < D
+    if length is not None:
+        inside &= rows[:, None] < length
     return tl.load(matrix + rows[:, None] * D + columns[None, :], mask=inside, other=0.0)
 
 def store_rows(matrix, rows, length, values, D: tl.constexpr, WIDTH: tl.constexpr):
@@ -1003,40 +1005,41 @@ def keys_seen(start, S, before, group, ROWS: tl.constexpr, KEYS: tl.constexpr):
     """Of a block of rows: up to which key, a multiple of KEYS, all rows see all, and from which key none sees any."""
     return (before + start // group + 1) // KEYS * KEYS, tl.minimum(S, before + (start + ROWS - 1) // group + 1)
 
-def attention_kernel(q, k, v, out, log_sum, R, S, before, group, scale, D: tl.constexpr, WIDTH: tl.constexpr,
+def attention_kernel(q, k, v, out, log_sum, R, S, before, group, D: tl.constexpr, WIDTH: tl.constexpr,
                      ROWS: tl.constexpr, KEYS: tl.constexpr):
     """A block of rows of attention: keys are met in blocks, and sums so far shrink as higher scores are met.
 
     A row is a query of one head, of R = T · group in each of N; it sees the keys up to before + row // group.
     """
-    n = tl.program_id(0).to(tl.int64)
+    n = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
     q, out, log_sum, k, v = q + n * R * D, out + n * R * D, log_sum + n * R, k + n * S * D, v + n * S * D
     start = (tl.num_programs(1) - 1 - tl.program_id(1)) * ROWS  # the rows that see most begin first
     rows = start + tl.arange(0, ROWS)
     q_rows, last_seen = load_rows(q, rows, R, D, WIDTH), before + rows // group
     highest, total = tl.full([ROWS], -float("inf"), tl.float32), tl.zeros([ROWS], tl.float32)
-    sums = tl.zeros([ROWS, WIDTH], tl.float32)
+    sums, scale = tl.zeros([ROWS, WIDTH], tl.float32), D**-0.5 * LOG2_E
     seen_by_all, seen = keys_seen(start, S, before, group, ROWS, KEYS)
     for masked in tl.static_range(2):
         for key in range(seen_by_all if masked else 0, seen if masked else seen_by_all, KEYS):
             keys = key + tl.arange(0, KEYS)
-            scores = tl.dot(q_rows, tl.trans(load_rows(k, keys, S, D, WIDTH))) * (scale * LOG2_E)
+            k_rows = load_rows(k, keys, S if masked else None, D, WIDTH)
+            scores = tl.dot(q_rows, tl.trans(k_rows))  # (ROWS, KEYS)
             if masked:
                 scores = tl.where(keys[None, :] <= last_seen[:, None], scores, -float("inf"))
-            higher = tl.maximum(highest, tl.max(scores, 1))
-            p = tl.exp2(scores - higher[:, None])  # (ROWS, KEYS)
+            higher = tl.maximum(highest, tl.max(scores, 1) * scale)
+            p = tl.exp2(scores * scale - higher[:, None])  # one instruction scales and subtracts
             shrink = tl.exp2(highest - higher)
-            v_rows = load_rows(v, keys, S, D, WIDTH)
+            v_rows = load_rows(v, keys, S if masked else None, D, WIDTH)
             sums = sums * shrink[:, None] + tl.dot(p.to(v_rows.dtype), v_rows)
             total = total * shrink + tl.sum(p, 1)
             highest = higher
     store_rows(out, rows, R, sums / total[:, None], D, WIDTH)
     tl.store(log_sum + rows, highest + tl.log2(total), mask=rows < R)
 
-def keys_backward_kernel(q, k, v, d_out, log_sum, row_sum, dk, dv, R, S, before, group, scale,
+def keys_backward_kernel(q, k, v, d_out, log_sum, row_sum, dk, dv, R, S, before, group,
                          D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr):
     """The gradients of a block of keys and values, from the rows that see them. Matrices are (KEYS, ROWS)."""
-    n = tl.program_id(0).to(tl.int64)
+    n = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
     q, d_out, log_sum, row_sum = q + n * R * D, d_out + n * R * D, log_sum + n * R, row_sum + n * R
     k, v, dk, dv = k + n * S * D, v + n * S * D, dk + n * S * D, dv + n * S * D
     start = tl.program_id(1) * KEYS
@@ -1052,19 +1055,19 @@ def keys_backward_kernel(q, k, v, d_out, log_sum, row_sum, dk, dv, R, S, before,
             q_rows, d_rows = load_rows(q, rows, R, D, WIDTH), load_rows(d_out, rows, R, D, WIDTH)
             logs = tl.load(log_sum + rows, mask=rows < R, other=0.0)
             sums = tl.load(row_sum + rows, mask=rows < R, other=0.0)
-            p = tl.exp2(tl.dot(k_rows, tl.trans(q_rows)) * (scale * LOG2_E) - logs[None, :])
+            p = tl.exp2(tl.dot(k_rows, tl.trans(q_rows)) * (D**-0.5 * LOG2_E) - logs[None, :])
             if masked:
                 p = tl.where(keys[:, None] <= (before + rows // group)[None, :], p, 0.0)
             dv_sums += tl.dot(p.to(d_rows.dtype), d_rows)
             ds = p * (tl.dot(v_rows, tl.trans(d_rows)) - sums[None, :])
             dk_sums += tl.dot(ds.to(q_rows.dtype), q_rows)
-    store_rows(dk, keys, S, dk_sums * scale, D, WIDTH)
+    store_rows(dk, keys, S, dk_sums * D**-0.5, D, WIDTH)
     store_rows(dv, keys, S, dv_sums, D, WIDTH)
 
-def queries_backward_kernel(q, k, v, d_out, log_sum, row_sum, dq, R, S, before, group, scale,
+def queries_backward_kernel(q, k, v, d_out, log_sum, row_sum, dq, R, S, before, group,
                             D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr):
     """The gradients of a block of queries, from the keys that they see."""
-    n = tl.program_id(0).to(tl.int64)
+    n = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
     q, d_out, log_sum, row_sum = q + n * R * D, d_out + n * R * D, log_sum + n * R, row_sum + n * R
     k, v, dq = k + n * S * D, v + n * S * D, dq + n * R * D
     start = (tl.num_programs(1) - 1 - tl.program_id(1)) * ROWS
@@ -1077,13 +1080,14 @@ def queries_backward_kernel(q, k, v, d_out, log_sum, row_sum, dq, R, S, before, 
     for masked in tl.static_range(2):
         for key in range(seen_by_all if masked else 0, seen if masked else seen_by_all, KEYS):
             keys = key + tl.arange(0, KEYS)
-            k_rows, v_rows = load_rows(k, keys, S, D, WIDTH), load_rows(v, keys, S, D, WIDTH)
-            p = tl.exp2(tl.dot(q_rows, tl.trans(k_rows)) * (scale * LOG2_E) - logs[:, None])
+            k_rows = load_rows(k, keys, S if masked else None, D, WIDTH)
+            v_rows = load_rows(v, keys, S if masked else None, D, WIDTH)
+            p = tl.exp2(tl.dot(q_rows, tl.trans(k_rows)) * (D**-0.5 * LOG2_E) - logs[:, None])
             if masked:
                 p = tl.where(keys[None, :] <= last_seen[:, None], p, 0.0)
             ds = p * (tl.dot(d_rows, tl.trans(v_rows)) - sums[:, None])
             dq_sums += tl.dot(ds.to(k_rows.dtype), k_rows)
-    store_rows(dq, rows, R, dq_sums * scale, D, WIDTH)
+    store_rows(dq, rows, R, dq_sums * D**-0.5, D, WIDTH)
 
 KERNELS = (load_rows, store_rows, keys_seen, attention_kernel, keys_backward_kernel, queries_backward_kernel)
 
@@ -1107,19 +1111,38 @@ def has_kernels(q):
     return (q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 128
             and torch.cuda.get_device_capability(q.device) >= (8, 0) and attention_kernels() is not None)
 
-# Of each kernel ROWS, KEYS and warps. They fit, for heads of 128 features, the registers and the 99 KB of an RTX 3090.
-KERNEL_BLOCKS = {"attention_kernel": (128, 64, 8), "keys_backward_kernel": (32, 64, 4),
-                 "queries_backward_kernel": (128, 32, 8)}
+# ROWS, KEYS and stages of each kernel, for heads of up to 64 features and of up to 128: the largest tiles that need no
+# more than the 255 registers of a thread, and the shared memory. GPUs from Ampere on take the factors of a product from
+# registers and have as little as 99 KB; an H100 and a B200 take them from their 227 KB.
+KERNEL_BLOCKS = {"attention_kernel": ((128, 64, 2), (128, 32, 3)), "keys_backward_kernel": ((32, 128, 2), (64, 64, 2)),
+                 "queries_backward_kernel": ((128, 32, 2), (128, 32, 2))}
+HOPPER_BLOCKS = {"attention_kernel": ((128, 64, 2), (128, 64, 3)), "keys_backward_kernel": ((64, 128, 3), (32, 128, 3)),
+                 "queries_backward_kernel": ((128, 64, 3), (128, 64, 3))}
+
+def kernel_options(name, D, capability):
+    """What a kernel is compiled for beside types: its sizes, warps and stages, for heads of D features on a GPU."""
+    rows, keys, stages = (HOPPER_BLOCKS if capability[0] in (9, 10) else KERNEL_BLOCKS)[name][D > 64]
+    width = max(16, 1 << (D - 1).bit_length())  # the next power of two
+    return {"D": D, "WIDTH": width, "ROWS": rows, "KEYS": keys, "num_warps": 8, "num_stages": stages}
+
+def side_by_side(N, num_bytes, l2_size):
+    """How many of N heads, which read num_bytes together, to compute side by side: a divisor of N.
+
+    So few that half of L2 holds what they read: blocks of a head find there what its others have read. So many, as of
+    all of these the blocks that take longest begin first, and no GPU waits for the last ones.
+    """
+    return next(n for n in range(min(N, max(1, l2_size // 2 * N // num_bytes)), 0, -1) if N % n == 0)
 
 def launch(name, blocks_of_keys, q, k, *tensors):
     """Run a kernel for each of N and each block of keys, or of rows, with the sizes that it takes behind `tensors`."""
     (N, T, group, D), S = q.shape, k.shape[1]
-    rows, keys, num_warps = KERNEL_BLOCKS[name]
-    blocks = -(-S // keys) if blocks_of_keys else -(-T * group // rows)
-    width = max(16, 1 << (D - 1).bit_length())  # the next power of two
+    gpu = torch.cuda.get_device_properties(q.device)
+    options = kernel_options(name, D, (gpu.major, gpu.minor))
+    blocks = -(-S // options["KEYS"]) if blocks_of_keys else -(-T * group // options["ROWS"])
+    together = side_by_side(N, q.nbytes + k.nbytes, gpu.L2_cache_size)
+    grid = together, blocks, N // together  # its programs begin in this order, those that differ in `together` first
     with torch.cuda.device_of(q):  # Triton would take the current device
-        attention_kernels()[name][N, blocks](q, k, *tensors, T * group, S, S - T, group, D**-0.5, D=D, WIDTH=width,
-                                             ROWS=rows, KEYS=keys, num_warps=num_warps)
+        attention_kernels()[name][grid](q, k, *tensors, T * group, S, S - T, group, **options)
 
 def attention_in_kernels(q, k, v):
     """Attention in one Triton kernel, which never writes scores to memory; see `TiledAttention`."""
@@ -1151,8 +1174,9 @@ def linear_compiled(x, w):
 
 @faster(attention, is_compiled)
 def attention_compiled(q, k, v):
-    """One query, and short passes over scores, are fused as they are defined."""
-    if q.shape[-2] == 1 or k.shape[-2] <= TILE_QUERIES:
+    """One query, and short passes over scores where no kernel keeps these out of memory, are fused as defined."""
+    for_kernels = q.is_cuda and q.dtype != torch.float32  # what else they need is asked when the operation runs
+    if q.shape[-2] == 1 or k.shape[-2] <= TILE_QUERIES and not for_kernels:
         return attention.definition(q, k, v)
     return tiled_attention(q, k, v)
 
