@@ -226,12 +226,12 @@ def test_kernels_of_attention_compute_plain_attention():
     assert done.returncode == 0, done.stderr[-3000:]
 
 @pytest.mark.parametrize("name, capability, D, group, dtype", [
-    ("attention_kernel", 80, 80, 1, "bf16"), ("attention_kernel", 86, 128, None, "bf16"),
+    ("attention_kernel", 80, 80, 1, "bf16"), ("attention_kernel", 86, 128, 4, "bf16"),
     ("attention_kernel", 90, 128, 1, "fp16"), ("attention_kernel", 100, 64, 1, "bf16"),
-    ("attention_kernel", 120, 128, 1, "bf16"), ("keys_backward_kernel", 80, 128, None, "bf16"),
+    ("attention_kernel", 120, 128, 1, "bf16"), ("keys_backward_kernel", 80, 128, 3, "bf16"),
     ("keys_backward_kernel", 86, 80, 1, "bf16"), ("keys_backward_kernel", 89, 64, 1, "fp16"),
-    ("keys_backward_kernel", 90, 128, None, "bf16"), ("keys_backward_kernel", 120, 16, 1, "bf16"),
-    ("queries_backward_kernel", 80, 64, 1, "bf16"), ("queries_backward_kernel", 86, 128, None, "fp16"),
+    ("keys_backward_kernel", 90, 128, 4, "bf16"), ("keys_backward_kernel", 120, 16, 1, "bf16"),
+    ("queries_backward_kernel", 80, 64, 1, "bf16"), ("queries_backward_kernel", 86, 128, 4, "fp16"),
     ("queries_backward_kernel", 90, 128, 1, "bf16"), ("queries_backward_kernel", 120, 80, 1, "bf16")])
 def test_kernels_of_attention_fit_gpus(name, capability, D, group, dtype, monkeypatch, tmp_path, capsys):
     """Built to machine code, which needs no GPU: no register is kept in memory, and a block has the registers and the
@@ -243,10 +243,8 @@ def test_kernels_of_attention_fit_gpus(name, capability, D, group, dtype, monkey
     monkeypatch.setenv("TRITON_DUMP_PTXAS_LOG", "1")
     kernel = tinylm.attention_kernels()[name]
     options = tinylm.kernel_options(name, D, divmod(capability, 10))
-    constants = {k: v for k, v in options.items() if k in kernel.arg_names}
-    if group:  # a launch makes a 1 a constant
-        constants["group"] = group
-    types = dict.fromkeys(("R", "S", "before", "group"), "i32") | dict.fromkeys(("log_sum", "row_sum"), "*fp32")
+    constants = {"group": group} | {k: v for k, v in options.items() if k in kernel.arg_names}
+    types = dict.fromkeys(("R", "S", "before"), "i32") | dict.fromkeys(("log_sum", "row_sum"), "*fp32")
     signature = {k: "constexpr" if k in constants else types.get(k, f"*{dtype}") for k in kernel.arg_names}
     place = {k: (i,) for i, k in enumerate(kernel.arg_names)}
     aligned = {place[k]: [["tt.divisibility", 16]] for k, kind in signature.items() if kind.startswith("*")}

@@ -1001,15 +1001,16 @@ def store_rows(matrix, rows, length, values, D: tl.constexpr, WIDTH: tl.constexp
     inside = (rows[:, None] < length) & (columns[None, :] < D)
     tl.store(matrix + rows[:, None] * D + columns[None, :], values.to(matrix.dtype.element_ty), mask=inside)
 
-def keys_seen(start, S, before, group, ROWS: tl.constexpr, KEYS: tl.constexpr):
+def keys_seen(start, S, before, group: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr):
     """Of a block of rows: up to which key, a multiple of KEYS, all rows see all, and from which key none sees any."""
     return (before + start // group + 1) // KEYS * KEYS, tl.minimum(S, before + (start + ROWS - 1) // group + 1)
 
-def attention_kernel(q, k, v, out, log_sum, R, S, before, group, D: tl.constexpr, WIDTH: tl.constexpr,
-                     ROWS: tl.constexpr, KEYS: tl.constexpr):
+def attention_kernel(q, k, v, out, log_sum, R, S, before, group: tl.constexpr,
+                     D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr):
     """A block of rows of attention: keys are met in blocks, and sums so far shrink as higher scores are met.
 
-    A row is a query of one head, of R = T · group in each of N; it sees the keys up to before + row // group.
+    A row is a query of one head, of R = T · group in each of N; it sees the keys up to before + row // group. Blocks of
+    keys that all rows see need no mask, so those that not all see are met in a second loop.
     """
     n = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
     q, out, log_sum, k, v = q + n * R * D, out + n * R * D, log_sum + n * R, k + n * S * D, v + n * S * D
@@ -1036,7 +1037,7 @@ def attention_kernel(q, k, v, out, log_sum, R, S, before, group, D: tl.constexpr
     store_rows(out, rows, R, sums / total[:, None], D, WIDTH)
     tl.store(log_sum + rows, highest + tl.log2(total), mask=rows < R)
 
-def keys_backward_kernel(q, k, v, d_out, log_sum, row_sum, dk, dv, R, S, before, group,
+def keys_backward_kernel(q, k, v, d_out, log_sum, row_sum, dk, dv, R, S, before, group: tl.constexpr,
                          D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr):
     """The gradients of a block of keys and values, from the rows that see them. Matrices are (KEYS, ROWS)."""
     n = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
@@ -1064,7 +1065,7 @@ def keys_backward_kernel(q, k, v, d_out, log_sum, row_sum, dk, dv, R, S, before,
     store_rows(dk, keys, S, dk_sums * D**-0.5, D, WIDTH)
     store_rows(dv, keys, S, dv_sums, D, WIDTH)
 
-def queries_backward_kernel(q, k, v, d_out, log_sum, row_sum, dq, R, S, before, group,
+def queries_backward_kernel(q, k, v, d_out, log_sum, row_sum, dq, R, S, before, group: tl.constexpr,
                             D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr):
     """The gradients of a block of queries, from the keys that they see."""
     n = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
@@ -1111,9 +1112,10 @@ def has_kernels(q):
     return (q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 128
             and torch.cuda.get_device_capability(q.device) >= (8, 0) and attention_kernels() is not None)
 
-# ROWS, KEYS and stages of each kernel, for heads of up to 64 features and of up to 128: the largest tiles that need no
-# more than the 255 registers of a thread, and the shared memory. GPUs from Ampere on take the factors of a product from
-# registers and have as little as 99 KB; an H100 and a B200 take them from their 227 KB.
+# ROWS, KEYS and stages of each kernel, for heads of up to 64 features and of up to 128: tiles as large as 255 registers
+# a thread and a block's shared memory allow, and no third stage where its registers would keep a second block from
+# running beside. Factors of products lie in registers, and an RTX 3090 has 99 KB; in an H100 or B200 they lie in shared
+# memory, of 227 KB.
 KERNEL_BLOCKS = {"attention_kernel": ((128, 64, 2), (128, 32, 3)), "keys_backward_kernel": ((32, 128, 2), (64, 64, 2)),
                  "queries_backward_kernel": ((128, 32, 2), (128, 32, 2))}
 HOPPER_BLOCKS = {"attention_kernel": ((128, 64, 2), (128, 64, 3)), "keys_backward_kernel": ((64, 128, 3), (32, 128, 3)),
@@ -1152,7 +1154,11 @@ def attention_in_kernels(q, k, v):
     return out, log_sum
 
 def attention_in_kernels_backward(d_out, q, k, v, log_sum, row_sum):
-    """The gradients of `attention_in_kernels`, in two kernels, so that each sum is taken in one place."""
+    """The gradients of `attention_in_kernels`, in two kernels, so that each sum is taken in one place, in one order.
+
+    One kernel would spare two of seven products, but had to add up dq in memory: a byte for each 64 operations spared,
+    and GPUs do more in the time of a byte.
+    """
     d_out, q, k, v = (x.contiguous() for x in (d_out, q, k, v))
     dq, dk, dv = map(torch.empty_like, (q, k, v))
     launch("keys_backward_kernel", True, q, k, v, d_out, log_sum, row_sum, dk, dv)
