@@ -1112,18 +1112,17 @@ def has_kernels(q):
     return (q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 128
             and torch.cuda.get_device_capability(q.device) >= (8, 0) and attention_kernels() is not None)
 
-# ROWS, KEYS and stages of each kernel, for heads of up to 64 features and of up to 128: tiles as large as 255 registers
-# a thread and a block's shared memory allow, and no third stage where its registers would keep a second block from
-# running beside. Factors of products lie in registers, and an RTX 3090 has 99 KB; in an H100 or B200 they lie in shared
-# memory, of 227 KB.
-KERNEL_BLOCKS = {"attention_kernel": ((128, 64, 2), (128, 32, 3)), "keys_backward_kernel": ((32, 128, 2), (64, 64, 2)),
-                 "queries_backward_kernel": ((128, 32, 2), (128, 32, 2))}
-HOPPER_BLOCKS = {"attention_kernel": ((128, 64, 2), (128, 64, 3)), "keys_backward_kernel": ((64, 128, 3), (32, 128, 3)),
-                 "queries_backward_kernel": ((128, 64, 3), (128, 64, 3))}
+# ROWS, KEYS and stages of each kernel for heads of up to 64 features, of up to 128, and on an H100 or B200: tiles as
+# large as 255 registers a thread and a block's shared memory allow, and no third stage where its registers would keep a
+# second block from running beside. Factors of products lie in registers, and an RTX 3090 has 99 KB; in an H100 or B200
+# they lie in shared memory, of 227 KB.
+KERNEL_BLOCKS = {"attention_kernel": ((128, 64, 2), (128, 32, 3), (128, 64, 2)),
+                 "keys_backward_kernel": ((32, 128, 2), (64, 64, 2), (64, 128, 3)),
+                 "queries_backward_kernel": ((128, 32, 2), (128, 32, 2), (128, 64, 3))}
 
 def kernel_options(name, D, capability):
     """What a kernel is compiled for beside types: its sizes, warps and stages, for heads of D features on a GPU."""
-    rows, keys, stages = (HOPPER_BLOCKS if capability[0] in (9, 10) else KERNEL_BLOCKS)[name][D > 64]
+    rows, keys, stages = KERNEL_BLOCKS[name][2 if capability[0] in (9, 10) else D > 64]
     width = max(16, 1 << (D - 1).bit_length())  # the next power of two
     return {"D": D, "WIDTH": width, "ROWS": rows, "KEYS": keys, "num_warps": 8, "num_stages": stages}
 
