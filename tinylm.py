@@ -858,7 +858,7 @@ def tiles(q, k):
     return [(slice(i, i + rows), slice(a, min(T, a + block)), slice(S - T + min(T, a + block)))
             for a in range(0, T, block) for i in range(0, N, rows)]
 
-@lru_cache(maxsize=1)  # tiles that differ in N alone follow each other
+@lru_cache(maxsize=8)  # as many as tiles of a context of 1,024 tokens
 def future_mask(t, s, group, dtype, device):
     """-∞ where a key lies in the future of a query, else 0, for the last t of s positions: (t·group, s)."""
     return torch.full((t, s), -math.inf, dtype=dtype, device=device).triu_(s - t + 1).repeat_interleave(group, 0)
