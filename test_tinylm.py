@@ -28,7 +28,9 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import types
+import unittest.mock
 import warnings
 from pathlib import Path
 
@@ -46,6 +48,8 @@ import transformers
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
 
 import sample
 import tinylm
@@ -1890,6 +1894,177 @@ def killed(kind, folder, kills):
         return kill_and_resume(folder, kills, lambda folder: [start(data, folder, **flags)])
     flags |= dict(data=str(data), checkpoint_interval=3, eval_interval=50, resume="auto")
     return kill_and_resume(folder, kills, lambda folder: start_ranks(num_ranks, output_dir=str(folder), **flags))
+
+# ---- CUDA, on a device that is only pretended: no kernel runs, and all that is asked of it is seen ----
+
+PRETENDED_DEVICE = """
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <ATen/detail/CUDAHooksInterface.h>
+struct Guard : c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA> {  // one device, one stream
+  c10::Device exchangeDevice(c10::Device) const override { return {type(), 0}; }
+  c10::Device getDevice() const override { return {type(), 0}; }
+  c10::Stream getStream(c10::Device) const noexcept override { return c10::Stream(c10::Stream::DEFAULT, {type(), 0}); }
+};
+C10_REGISTER_GUARD_IMPL(CUDA, Guard)
+namespace at {
+struct CUDAHooks : CUDAHooksInterface {  // what autograd asks, and finds by this name
+  CUDAHooks(CUDAHooksArgs) {}
+  bool isBuilt() const override { return true; }
+  bool hasPrimaryContext(DeviceIndex) const override { return true; }
+};
+REGISTER_CUDA_HOOKS(CUDAHooks)
+}
+"""
+
+ASKING = torch.ops.aten._local_scalar_dense, torch.ops.aten.item, torch.ops.aten.is_nonzero
+
+class Host(TorchDispatchMode):
+    """Within it fake tensors answer 0, or token 1, where the host asks for a number; it notes where that stops it."""
+
+    def __init__(self):
+        super().__init__()
+        self.stops = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        asks = function.overloadpacket in ASKING
+        out = {torch.bool: False, torch.int64: 1}.get(args[0].dtype, 0.0) if asks else function(*args, **kwargs or {})
+        comes_back = isinstance(out, torch.Tensor) and out.is_cpu
+        if (asks or comes_back) and any(isinstance(x, torch.Tensor) and x.is_cuda for x in args):
+            names = [frame.name for frame in traceback.extract_stack() if Path(frame.filename).parent == ROOT]
+            self.stops.append(next(name for name in ("write_sample", "generate", "evaluate", "train") if name in names))
+        return out
+
+def pretend():
+    """Let this process have one device of CUDA, whose kernels take no time and give nothing."""
+    import torch._dynamo
+    make, compiler, generator = torch.tensor, torch.compile, torch.Generator
+
+    class AnyGenerator(generator):
+        def __new__(cls, device=None):
+            return super().__new__(cls)
+
+    def compile(function, fullgraph, options):
+        compiled = compiler(function, fullgraph=fullgraph, backend="aot_eager")
+
+        def call(*args):
+            host = _pop_mode()  # the compiler takes nothing apart within a mode like this
+            try:
+                return compiled(*args)
+            finally:
+                _push_mode(host)
+        return call
+
+    torch.compile, torch.Generator = compile, AnyGenerator
+    torch.tensor = lambda values, dtype=None, device="cpu": make(values, dtype=dtype).to(device)
+    torch.Tensor.pin_memory = lambda tensor: tensor
+    torch.Tensor.tolist = lambda tensor: [number.item() for number in tensor.unbind()]
+    torch._subclasses.fake_tensor.CONSTANT_NUMEL_LIMIT = -1  # else a number on the device would be computed
+    torch._dynamo.config.error_on_recompile = True
+    torch.cuda.get_device_capability, torch.cuda.get_arch_list = lambda device: (9, 0), lambda: ["sm_90"]
+    torch.cuda.device_count, torch.cuda.max_memory_allocated = lambda: 1, lambda device: 0
+    torch.cuda.get_device_name, torch.cuda.device_of = lambda device: "none", lambda tensor: contextlib.nullcontext()
+    machine.count_devices, machine.check_compiler = lambda: (1, None), lambda device: None
+
+def on_device(tree):
+    """Assert that all of a tree is on the device, and in float32 but for the count of steps."""
+    for path, tensor in tinylm.tree_leaves(tree):
+        assert tensor.device.type == "cuda", f"{path} on {tensor.device}"
+        assert tensor.dtype == (torch.int64 if path.endswith("step") else torch.float32), f"{path} of {tensor.dtype}"
+
+def pretend_ranks(num_ranks):
+    """Let this process be the first of several whose messages nobody gets."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_ranks)
+    mesh = machine.mesh_of_ranks("cuda")
+    machine.mesh_of_ranks = lambda device: mesh
+    machine.join_ranks = lambda device: (device, 0, num_ranks)
+    machine.from_first_rank = lambda value, device: json.loads(json.dumps(value, default=str))
+
+def train_and_write_on_device(data, folder, flags):
+    """A whole run and texts from its model: all results on the device, few stops, nothing compiled twice."""
+    runs, tinylm.attention_kernels = [], unittest.mock.MagicMock()  # launches go nowhere
+    train.try_to_save = lambda run, *args: runs.append(run)
+    log.Log.histograms = lambda self, step, params, grads: on_device({"params": params, "grads": grads})
+    if "ranks" in flags:
+        pretend_ranks(flags.pop("ranks"))
+    tokens = 8 * (not flags.get("compile", True))  # writing is never compiled
+    flags = dict(device="cuda", d_model=32, num_layers=1, num_heads=2, context_length=160, batch_size=4, num_steps=4,
+                 log_interval=1, eval_interval=2, eval_tokens=1280, sample_tokens=tokens // 4, data=data,
+                 output_dir=folder) | flags
+    with FakeTensorMode(allow_non_fake_inputs=True), Host() as host:
+        tinylm.rope_table(flags["context_length"], 16, 1e4, NO_SCALING, torch.device("cuda", 0))  # no part of a graph
+        train.train(**flags)
+        config, params, dtype = runs[-1].config, runs[-1].params, machine.DTYPES[runs[-1].settings.dtype]
+        on_device({"params": params, "optimizer": runs[-1].optimizer})
+        prompts = torch.ones(2, config.context_length - 4, dtype=torch.int64, device="cuda")
+        for token in tinylm.generate(params, prompts, config, tokens, 0.8, 5, 0.9, (7, 9), None, dtype):  # it slides
+            assert token.device.type == "cuda" and token.dtype == torch.int64
+    stops = {place: host.stops.count(place) for place in set(host.stops)}
+    most = {"train": 5 * 4, "evaluate": 2, "write_sample": tokens, "generate": tokens}
+    assert all(count <= most[place] for place, count in stops.items()), f"stops: {stops}, at most {most}"
+
+PATHS = {
+    "eager": dict(compile=False),
+    "float32": dict(compile=False, dtype="float32", num_kv_heads=1, remat=True),
+    "accumulating": dict(compile=False, grad_accum_steps=2, optimizer="muon", tie_embeddings=True),
+    "ranks": dict(compile=False, ranks=2),
+    "sharded": dict(shard=True, ranks=2, optimizer="muon", remat=True),
+    "compiled": {},
+    "compiled, Muon": dict(optimizer="muon", tie_embeddings=True, remat=True, num_kv_heads=1, context_length=64,
+                           eval_tokens=512),
+}
+# Of each a flag with which it shows, the text that is changed, and a part of what then is said.
+FAULTS = {
+    "a look at the norm": ({}, "first_leaf(grads).is_cpu and is_eager()", "is_eager()", "'train': 24"),
+    "angles on the CPU": ({}, "torch.arange(length, device=device)", "torch.arange(length)", "cpu"),
+    "a mask on the CPU": (dict(dtype="float32"), ", dtype=dtype, device=device).triu_", ", dtype=dtype).triu_", "cpu"),
+    "a cache on the CPU": ({}, "dtype=dtype, device=device) for name in", "dtype=dtype) for name in", "cpu"),
+    "a missing key": (dict(dtype="float32"), ', "cuda": 1 << 27', "", "KeyError: 'cuda'"),
+    "an assert": ({}, "    if top_p < 1:\n", "    assert probabilities.isfinite().all() or 1\n    if top_p < 1:\n",
+                  "'generate': 16"),
+}
+
+def report_on_device(data, folder):
+    """Print a line of JSON for each path and each fault: its name, and what was wrong. A process of its own each."""
+    pretend()
+    checks = {name: (flags, "", "") for name, flags in PATHS.items()}
+    checks |= {name: ({"compile": False} | flags, old, new) for name, (flags, old, new, _) in FAULTS.items()}
+    for name, (flags, old, new) in checks.items():
+        child = os.fork()
+        if not child:
+            error = None
+            try:
+                if old:
+                    source = (ROOT / "tinylm.py").read_text(encoding="utf-8")
+                    assert old in source
+                    exec(compile(source.replace(old, new), ROOT / "tinylm.py", "exec"), vars(tinylm))
+                with contextlib.redirect_stdout(io.StringIO()):
+                    train_and_write_on_device(data, f"{folder}/{name}", flags)
+            except BaseException as problem:
+                error = "".join(traceback.format_exception(problem))[-3000:]
+            os.write(1, (json.dumps([name, error, time.process_time()]) + "\n").encode())
+            os._exit(0)  # autograd's thread for the device would end badly
+        os.waitpid(child, 0)
+    os._exit(0)
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has the real device")
+def test_the_cuda_path_on_a_pretended_device(tmp_path):
+    """Training, evaluation and writing in all their ways, and faults that must be seen."""
+    compiler, torch_folder = shutil.which(os.environ.get("CXX", "g++")), Path(torch.__file__).parent
+    source, library = tmp_path / "pretended.cpp", tmp_path / "pretended.so"
+    if not compiler:
+        pytest.skip("no C++ compiler")
+    source.write_text(PRETENDED_DEVICE)
+    subprocess.run([compiler, "-std=c++20", "-shared", "-fPIC", f"-I{torch_folder}/include", source, "-o", library,
+                    f"-L{torch_folder}/lib", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{torch_folder}/lib"], check=True)
+    program = ("import ctypes, sys; ctypes.CDLL(sys.argv[1], ctypes.RTLD_GLOBAL)\n"  # before torch asks for it
+               "import test_tinylm; test_tinylm.report_on_device(*sys.argv[2:])")
+    done = subprocess.run([sys.executable, "-c", program, library, prepared(tmp_path), tmp_path], cwd=ROOT,
+                          capture_output=True, text=True)
+    reports = {name: error for name, error, _ in map(json.loads, done.stdout.splitlines())}
+    assert list(reports) == [*PATHS, *FAULTS], done.stderr[-3000:]
+    for name, error in reports.items():
+        assert error is None if name in PATHS else error and FAULTS[name][-1] in error, f"{name}: {error}"
 
 # ---- Many ranks ----
 

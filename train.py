@@ -276,7 +276,7 @@ def accumulate_gradients(loss_fn, params, ids, settings, step, rank=0, num_ranks
     for micro_step in range(step * count, (step + 1) * count):
         batch = tinylm.get_batch(ids, settings.batch_size // num_ranks, settings.context_length, settings.seed,
                                  micro_step, rank, num_ranks)
-        batch = (tokens.to(settings.device, non_blocking=True) for tokens in batch)
+        batch = machine.on_device(*batch, settings.device)
         is_last = micro_step == (step + 1) * count - 1
         if averager and is_last:
             on_gradient = lambda path, g: averager.add(path, so_far[path] + g if so_far else g)
@@ -309,15 +309,14 @@ def evaluate(losses, params, ids, settings, rank=0, num_ranks=1):
     Of each batch a rank computes its rows, so that all ranks run the model equally often.
     """
     prepare.check_unchanged(ids)
-    loss_sum, count, rows = 0.0, 0, settings.batch_size // num_ranks
+    rows, loss_sum = settings.batch_size // num_ranks, torch.zeros((), dtype=torch.float64, device=settings.device)
     here, size = slice(rank * rows, (rank + 1) * rows), rows * settings.context_length
     ids = ids[:settings.eval_tokens + 1]
     for inputs, targets, real in eval_batches(ids, settings.batch_size, settings.context_length):
-        batch = losses(params, inputs[here].to(settings.device), targets[here].to(settings.device))
+        batch = losses(params, *machine.on_device(inputs[here], targets[here], settings.device))
         real = min(max(real - rank * size, 0), size)
-        loss_sum, count = loss_sum + batch.flatten()[:real].double().sum().item(), count + real
-    loss_sum, count = machine.sum_over_ranks([loss_sum, count], settings.device)
-    return loss_sum / count
+        loss_sum = loss_sum + batch.flatten()[:real].double().sum()  # no number is read before all batches are begun
+    return machine.sum_over_ranks(loss_sum).item() / (len(ids) - 1)
 
 def write_sample(run):
     """What the model writes from the start of a document, by a fixed seed: text of sample_tokens tokens, or less."""

@@ -101,6 +101,12 @@ def check_compiler(device):
             raise InputError(f"--compile needs {needed}, which is not there; install a C++ compiler and Python's "
                              "headers (g++ and python3-dev on Debian), or give --compile=False")
 
+def on_device(inputs, targets, device):
+    """A batch on a device. To CUDA it goes in one copy, from memory that the device reads while the host goes on."""
+    if device == "cpu":
+        return inputs, targets
+    return torch.stack((inputs, targets)).pin_memory().to(device, non_blocking=True).unbind()
+
 def keep_freed_memory():
     """Ask glibc to keep memory that tensors free for the next ones.
 
@@ -195,15 +201,15 @@ def from_first_rank(value, device):
     dist.broadcast(message, 0)
     return json.loads(bytes(message.cpu().tolist()))
 
-def sum_over_ranks(values, device):
-    """Sums over all ranks of a few numbers."""
+def sum_over_ranks(tensor):
+    """The sum over all ranks of a tensor that each has."""
     if not dist.is_initialized():
-        return values
-    values = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(values)
-    return values.tolist()
+        return tensor
+    total = tensor.clone()
+    dist.all_reduce(total)
+    return total
 
 def agree(loss, asked, device):
     """The mean loss of all ranks, and whether any was asked to stop, so that all do the same."""
-    loss, asked = sum_over_ranks([loss, asked], device)
+    loss, asked = sum_over_ranks(torch.tensor([loss, asked], dtype=torch.float64, device=device)).tolist()
     return loss / num_ranks(), asked > 0
