@@ -66,6 +66,7 @@ class Writer:
         self.write(self.decoder.decode(b"", final=True) + "\n")
 
 @cli.command(Settings)
+@machine.within_memory("give a smaller --num_samples or --max_new_tokens, --dtype=bfloat16 or --device=cpu")
 def sample(given):
     """Continue a prompt, and print it as it is written; it ends where the model ends it, or after max_new_tokens.
 
@@ -73,9 +74,7 @@ def sample(given):
     """
     settings = cli.complete(Settings, given)
     device, folder = machine.choose_device(settings.device), find_checkpoint(settings.checkpoint)
-    prompt, dtype = settings.prompt, machine.DTYPES.get(settings.dtype)
-    if settings.dtype == "int8" and device != "cpu":
-        raise InputError("--dtype=int8 is for CPUs; leave it out, or add --device=cpu")
+    prompt, dtype = settings.prompt, machine.dtype_to_write_in(settings.dtype, device)
     machine.keep_freed_memory()
     load_config(folder)  # raises where it is no model
     tokenizer = bpe.load(folder)
@@ -86,6 +85,7 @@ def sample(given):
         raise InputError("this model has no token to begin a text from; give a --prompt")
     params, config = load_checkpoint(folder, dtype)
     dtype = dtype or params["embedding"].dtype
+    machine.check_compiler(device, dtype)
     if tokenizer.vocab_size > config.vocab_size:
         raise InputError(f"{folder}: its tokenizer has {tokenizer.vocab_size} tokens, its model {config.vocab_size}; "
                          "they do not belong together")

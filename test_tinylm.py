@@ -1625,6 +1625,12 @@ def test_nothing_to_compile_with(trained, monkeypatch, capsys, compiler, headers
     code, error = call(monkeypatch, capsys, train.train, "--data=data", "--compile")
     assert code == 2 and message in error and "--compile=False" in error and error.count("\n") == 1, error
     assert sorted(Path(".").rglob("*")) == before
+    monkeypatch.setenv("CC", compiler)
+    for compiles, advice in ((False, "--dtype=float32"), (True, "--compile=False --dtype=float32")):
+        with pytest.raises(cli.InputError, match=f"or give {advice}$"):
+            machine.check_compiler("cuda:0", torch.bfloat16, compiles)  # kernels of attention need it too
+    machine.check_compiler("cuda:0", torch.float32)
+    machine.check_compiler("cpu", torch.bfloat16)
 
 WRONG_DATA = [
     ("train.bin", lambda content: content[:-2], "bytes; expected"),
@@ -1963,7 +1969,7 @@ def pretend():
     torch.cuda.get_device_capability, torch.cuda.get_arch_list = lambda device: (9, 0), lambda: ["sm_90"]
     torch.cuda.device_count, torch.cuda.max_memory_allocated = lambda: 1, lambda device: 0
     torch.cuda.get_device_name, torch.cuda.device_of = lambda device: "none", lambda tensor: contextlib.nullcontext()
-    machine.count_devices, machine.check_compiler = lambda: (1, None), lambda device: None
+    machine.count_devices, machine.check_compiler = lambda: (1, None), lambda *args: None
 
 def on_device(tree):
     """Assert that all of a tree is on the device, and in float32 but for the count of steps."""
@@ -2532,6 +2538,43 @@ def test_gpus_that_cannot_be_used_are_named(monkeypatch):
             with pytest.raises(cli.InputError, match="Tesla V100 has compute capability .* no code .*--device=cpu"):
                 machine.choose_device("cuda:0")
     machine.count_devices.cache_clear()
+
+def test_gpus_without_bfloat16_get_float32(monkeypatch):
+    monkeypatch.setattr(machine, "choose_device", lambda device: "cuda")
+    monkeypatch.setattr(machine, "check_compiler", lambda *args: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    for capability, dtype, to_write_in in (((7, 5), "float32", torch.float32), ((8, 0), "bfloat16", None)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        assert train.Settings.complete({}).dtype == dtype and train.Settings.complete({}).compile
+        assert machine.dtype_to_write_in(None, "cuda") == to_write_in
+        assert machine.dtype_to_write_in("float32", "cuda") == torch.float32
+    assert machine.dtype_to_write_in("bfloat16", "cuda") == torch.bfloat16
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    for ask in (lambda: train.Settings.complete({"dtype": "bfloat16"}),
+                lambda: machine.dtype_to_write_in("bfloat16", "cuda")):
+        with pytest.raises(cli.InputError, match="Tesla T4 has compute capability 7.5, .* give --dtype=float32"):
+            ask()
+
+def test_a_device_without_enough_memory(tmp_path, monkeypatch, capsys):
+    """One line, and a run that goes on from what it had saved."""
+    data, accumulate = prepared(tmp_path), train.accumulate_gradients
+
+    def allocate(loss_fn, params, ids, settings, step, *ranks):
+        if step == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has a capacity of 8 GiB.")
+        return accumulate(loss_fn, params, ids, settings, step, *ranks)
+
+    monkeypatch.setattr(train, "accumulate_gradients", allocate)
+    flags = [f"--{name}={value}" for name, value in TINY.items()]
+    code, error = call(monkeypatch, capsys, train.train, f"--data={data}", f"--output_dir={tmp_path}/run", *flags)
+    assert code == 2 and error.count("\n") == 1 and "allocate 9 GiB; give a smaller --batch_size" in error, error
+    monkeypatch.setattr(train, "accumulate_gradients", accumulate)
+    train.train(resume=tmp_path / "run")
+    assert [line["step"] for line in metrics(tmp_path / "run") if "val_loss" in line] == [3, 6]
+    no_memory = unittest.mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory."))
+    monkeypatch.setattr(tinylm, "init_cache", no_memory)
+    code, error = call(monkeypatch, capsys, sample.sample, f"--checkpoint={tmp_path}/run")
+    assert code == 2 and error.count("\n") == 1 and "out of memory; give a smaller --num_samples" in error, error
 
 def test_a_byte_order_mark_is_no_text(tmp_path, capsys):
     text = "Once upon a time there was a cat. " * 50

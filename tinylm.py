@@ -945,15 +945,21 @@ def tiled_attention(q, k, v):
     tiled = TiledAttention.apply(grouped.flatten(0, -4), k.reshape(-1, S, D), v.reshape(-1, S, D))  # (N, T, group, D)
     return tiled.view(grouped.shape).transpose(-3, -2).flatten(-4, -3)  # (..., H, T, D)
 
+def product_in_float32(a, b):
+    """Products of a batch of matrices, in float32 at least. On CUDA the sums of half precision are not rounded to it."""
+    if a.is_cuda and a.element_size() == 2 and not torch.is_grad_enabled():  # as this has no gradient
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    return at_least_float32(a @ b)
+
 def attention_of_one(q, k, v):
     """`attention` of a single query, the last position, which sees every key; in base 2, as `TiledAttention` has it."""
     D, group = q.shape[-1], q.shape[-3] // k.shape[-3]
     rows, k, v = q.reshape(-1, group, D), k.flatten(0, -3), v.flatten(0, -3)  # (N, group, D), (N, S, D)
     if q.is_cpu:  # oneDNN takes longer to prepare small products of bfloat16 than others take to compute them
         rows, k, v = map(at_least_float32, (rows, k, v))
-    scores = at_least_float32(k @ (rows * (D**-0.5 / math.log(2))).mT)  # (N, S, group)
+    scores = product_in_float32(k, rows.mT) * (D**-0.5 / math.log(2))  # (N, S, group)
     weights = torch.exp2(scores - scores.detach().amax(1, keepdim=True))
-    out = (weights.to(v.dtype).mT @ v) / weights.sum(1, keepdim=True).mT  # (N, group, D)
+    out = product_in_float32(weights.to(v.dtype).mT, v) / weights.sum(1, keepdim=True).mT  # (N, group, D)
     return out.to(q.dtype).view(q.shape)
 
 @faster(attention, lambda q, k, v: q.is_cpu or q.is_cuda)

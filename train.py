@@ -67,6 +67,9 @@ def default_weight_decay(settings):
     share = min(1, settings.epochs / 10) / max(25, steps_per_epoch)  # of a weight that a step takes, at the top rate
     return max(own, float(f"{share / settings.lr_max:.2g}"))
 
+def default_dtype_on_cuda(settings):
+    return "bfloat16" if machine.has_bfloat16(settings.device) else "float32"
+
 def hyperparameters(optimizer):
     """{name: default} of an optimiser's own hyperparameters."""
     _, update = tinylm.OPTIMIZERS[optimizer]
@@ -121,8 +124,9 @@ class Settings:
     seed: int = flag(0, "chooses the first parameters and the batches", "[-9223372036854775808, 9223372036854775807]")
     # Machine
     device: str = flag("", "cpu, cuda or cuda:NUMBER", stated="cuda where there is one", may_change=True)
-    dtype: str = flag({"cpu": "float32", "cuda": "bfloat16"}, "what to compute in, float32 or bfloat16; parameters "
-                      "stay float32", choices=DTYPES)
+    dtype: str = flag({"cpu": "float32", "cuda": default_dtype_on_cuda}, "what to compute in, float32 or bfloat16; "
+                      "parameters stay float32", choices=DTYPES,
+                      stated="CPU float32, CUDA bfloat16, or float32 before compute capability 8.0")
     compile: bool = flag({"cpu": False, "cuda": True}, "compile the step with torch.compile", may_change=True)
     shard: bool = flag(False, "under torchrun, split the model and the optimiser over the ranks; then nothing is "
                        "compiled", may_change=True)
@@ -171,8 +175,8 @@ class Settings:
             raise InputError(f"--batch_size={settings.batch_size} can't be split over {machine.num_ranks()} ranks; "
                              "expected a multiple of that")
         schedule(settings)  # raises where the schedule needs what is no setting
-        if settings.is_compiled:
-            machine.check_compiler(device)
+        machine.check_dtype(settings.dtype, device)
+        machine.check_compiler(device, DTYPES[settings.dtype], settings.is_compiled)
         if settings.use_wandb:
             check_wandb()
         if settings.shard and not torch.distributed.is_initialized():
@@ -189,6 +193,8 @@ class Settings:
 # ---- The loop ----
 
 @cli.command(Settings)
+@machine.within_memory("give a smaller --batch_size (half of it with --grad_accum_steps=2 learns the same), "
+                       "--context_length or --d_model, or --remat; checkpoints that were saved are whole")
 def train(given):
     """Train a language model; checkpoints and metrics go to runs/NAME. Each flag has a default that fits."""
     resume, init_from, eval_only = (given.pop(name, None) for name in ("resume", "init_from", "eval_only"))

@@ -245,7 +245,8 @@ def run(function, arguments=None):
     except Exception as error:
         if not hasattr(error, "exit_code"):
             raise
-        if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun starts one speaks
+        # Of the processes that torchrun starts one speaks, but of what only one has met.
+        if os.environ.get("RANK", "0") == "0" or getattr(error, "is_of_one_rank", False):
             fail(f"{program}: {error}")
         sys.exit(error.exit_code)
 

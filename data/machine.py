@@ -2,6 +2,7 @@
 
 import ctypes
 import datetime
+import importlib.util
 import json
 import os
 import re
@@ -89,8 +90,35 @@ def numerics(device):
         torch.utils.deterministic.fill_uninitialized_memory = fills
         torch.set_float32_matmul_precision(precision)
 
-def check_compiler(device):
-    """Raise InputError where what torch.compile needs beside torch, a compiler and Python's headers, is not there."""
+def has_bfloat16(device):
+    """Whether a device computes in bfloat16: CPUs do, and GPUs from Ampere on."""
+    return device == "cpu" or torch.cuda.get_device_capability(device) >= (8, 0)
+
+def check_dtype(dtype, device):
+    """Raise InputError where a device can't compute in a dtype, given by its name."""
+    if dtype == "int8" and device != "cpu":
+        raise InputError("--dtype=int8 is for CPUs; leave it out, or add --device=cpu")
+    if dtype == "bfloat16" and not has_bfloat16(device):
+        major, minor = torch.cuda.get_device_capability(device)
+        raise InputError(f"--dtype=bfloat16: {torch.cuda.get_device_name(device)} has compute capability "
+                         f"{major}.{minor}, and bfloat16 needs 8.0; give --dtype=float32 (to go on with a run in "
+                         "bfloat16, give that and --init_from=RUN/latest in place of --resume)")
+
+def dtype_to_write_in(name, device):
+    """The dtype that --dtype of sample.py names; None, for that of the weights, where it is not given."""
+    check_dtype(name, device)
+    return DTYPES.get(name) or (None if has_bfloat16(device) else torch.float32)
+
+def check_compiler(device, dtype, compiles=False):
+    """Raise InputError where something is to be compiled, and a compiler or Python's headers are not there.
+
+    torch.compile needs them, and Triton for the kernels of attention that bfloat16 has on CUDA.
+    """
+    has_kernels = device != "cpu" and dtype == torch.bfloat16 and importlib.util.find_spec("triton") is not None
+    if not compiles and not has_kernels:
+        return
+    purpose = "--compile" if compiles else "bfloat16 on CUDA"
+    instead = " ".join(["--compile=False"] * compiles + ["--dtype=float32"] * has_kernels)
     if device == "cpu":
         compilers = [os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")]
     else:
@@ -98,8 +126,20 @@ def check_compiler(device):
     header = Path(sysconfig.get_path("include")) / "Python.h"
     for needed, is_there in ((" or ".join(compilers), any(map(shutil.which, compilers))), (header, header.is_file())):
         if not is_there:
-            raise InputError(f"--compile needs {needed}, which is not there; install a C++ compiler and Python's "
-                             "headers (g++ and python3-dev on Debian), or give --compile=False")
+            raise InputError(f"{purpose} needs {needed}, which is not there; install a C++ compiler and Python's "
+                             f"headers (g++ and python3-dev on Debian), or give {instead}")
+
+class OutOfMemory(InputError):
+    is_of_one_rank = True
+
+@contextmanager
+def within_memory(advice):
+    """Within it a device that has too little memory is one line, with advice."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        what = " ".join(str(error).split()).split(" GPU ")[0].rstrip(".")  # the rest is about PyTorch's allocator
+        raise OutOfMemory(f"{what}; {advice}") from None
 
 def on_device(inputs, targets, device):
     """A batch on a device. To CUDA it goes in one copy, from memory that the device reads while the host goes on."""
