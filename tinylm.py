@@ -545,6 +545,12 @@ def first_leaf(tree):
     """The first tensor of a tree, which tells where all of them are."""
     return first_leaf(next(iter(tree.values()))) if isinstance(tree, dict) else tree
 
+def if_finite(number, new, old):
+    """A new tree, or where a number, a scalar tensor, is not finite the old one. The host waits for no GPU to know."""
+    if number.is_cpu and is_eager():
+        return new if number.isfinite() else old
+    return tree_map(partial(torch.where, number.isfinite()), new, old)
+
 # ---- Eager code, on any device: hand-written backward passes, and fewer passes over memory ----
 
 class RMSNorm(torch.autograd.Function):

@@ -215,13 +215,12 @@ def train(given):
             lr = learning_rate(step - 1)
             val_loss, problem = math.inf, None  # where nothing is evaluated, nothing saved
             loss, grads = accumulate_gradients(loss_fn, run.params, train_ids, settings, step - 1, *ranks)
-            loss, asked = machine.agree(loss.item(), interrupt.asked, settings.device)
-            params, optimizer, norm = update(run.params, grads, run.optimizer, torch.tensor(lr))
+            loss, asked = machine.agree(loss, interrupt.asked)
+            run.params, run.optimizer, norm = update(run.params, grads, run.optimizer, torch.tensor(lr), loss)
+            # The host may be a step ahead of the device, but where something is to be said of this very step.
+            at_once = is_due(step, "eval_interval") or is_due(step, "checkpoint_interval")
+            asked = log.step(step, lr, machine.to_host(torch.stack((loss, norm, asked))), at_once)
 
-            if log.applied(step, loss, norm.item(), lr):
-                run.params, run.optimizer = params, optimizer
-                if is_due(step, "log_interval"):
-                    log.training(step, loss, norm.item(), lr)
             if is_due(step, "eval_interval"):
                 val_loss = evaluate(losses, run.params, val_ids, settings, *ranks)
                 log.evaluation(step, val_loss, write_sample(run))
@@ -257,16 +256,18 @@ def step_functions(config, settings):
     def loss(params, inputs, targets):
         return tinylm.loss_fn(params, inputs, targets, config, dtype, settings.remat)
 
-    def update(params, grads, optimizer, lr):
+    def update(params, grads, optimizer, lr, loss):  # a step whose numbers are not finite changes nothing
         grads, norm = tinylm.clip_gradients(grads, settings.clip_grad)
-        return *optimizer_update(params, grads, optimizer, lr, **own), norm
+        new = optimizer_update(params, grads, optimizer, lr, **own)
+        return *(tinylm.if_finite(loss + norm, *trees) for trees in zip(new, (params, optimizer))), norm.double()
 
     def losses(params, inputs, targets):
         return tinylm.token_losses(tinylm.forward(params, inputs, config, dtype), targets)
 
     if settings.is_compiled:
-        # On a CPU the calls of small kernels take so long that they too are compiled; on CUDA kernels run meanwhile.
-        options = {"cpp_wrapper": settings.device == "cpu"}
+        # On a CPU the calls of small kernels take so long that they too are compiled; on CUDA those that don't wait for
+        # each other become one.
+        options = {"cpp_wrapper": True} if settings.device == "cpu" else {"combo_kernels": True}
         loss, update, losses = (torch.compile(part, fullgraph=True, options=options) for part in (loss, update, losses))
     return loss, torch.no_grad()(update), torch.no_grad()(losses)
 

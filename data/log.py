@@ -121,7 +121,7 @@ class Log:
             except Exception as error:
                 raise wandb_error(error) from None
             run.wandb_id = self.wandb_run.id
-        self.bad_steps = 0  # in a row
+        self.bad_steps, self.waiting = 0, []  # in a row; steps whose numbers nobody has looked at
         self.begin = self.mark = time.perf_counter()
         self.marked_step = run.step
 
@@ -173,6 +173,23 @@ class Log:
                 self.wandb = None
                 cli.fail(f"W&B has failed ({' '.join(str(error).split())}); the run goes on without it")
 
+    def step(self, step, lr, numbers, at_once):
+        """Take a step's numbers, a function → [loss, gradient norm, how many ranks were asked to stop].
+
+        On a CPU, and where asked, it looks at them at once, else at those of the step before, while the device computes
+        this one. → whether to stop.
+        """
+        self.waiting.append((step, lr, numbers))
+        is_asked, at_once = False, at_once or self.settings.device == "cpu"
+        while self.waiting[0 if at_once or is_asked else 1:]:
+            step, lr, numbers = self.waiting.pop(0)
+            loss, norm, asked = numbers()
+            is_asked |= asked > 0
+            is_due = step % self.settings.log_interval == 0 or step == self.settings.num_steps
+            if self.applied(step, loss, norm, lr) and is_due:
+                self.training(step, loss, norm, lr)
+        return is_asked
+
     def training(self, step, loss, norm, lr):
         """Keep and show the state of training."""
         now, num_steps = time.perf_counter(), self.settings.num_steps
@@ -221,7 +238,7 @@ class Log:
             self.send(send)
 
     def applied(self, step, loss, norm, lr):
-        """Whether a step's numbers are finite, so that it can be applied; else they are kept and shown.
+        """Whether a step's numbers are finite, so that it was applied; else they are kept and shown.
 
         Raises Diverged after PATIENCE steps in a row that are not.
         """

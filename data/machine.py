@@ -147,6 +147,19 @@ def on_device(inputs, targets, device):
         return inputs, targets
     return torch.stack((inputs, targets)).pin_memory().to(device, non_blocking=True).unbind()
 
+def to_host(tensor):
+    """A function → the numbers of a tensor as a list. They travel at once, and the host waits where it is called."""
+    if tensor.is_cpu:
+        return tensor.tolist
+    copy = tensor.to("cpu", non_blocking=True)
+    arrival = torch.cuda.current_stream(tensor.device).record_event()
+
+    def wait():
+        arrival.synchronize()
+        return copy.tolist()
+
+    return wait
+
 def keep_freed_memory():
     """Ask glibc to keep memory that tensors free for the next ones.
 
@@ -249,7 +262,8 @@ def sum_over_ranks(tensor):
     dist.all_reduce(total)
     return total
 
-def agree(loss, asked, device):
-    """The mean loss of all ranks, and whether any was asked to stop, so that all do the same."""
-    loss, asked = sum_over_ranks(torch.tensor([loss, asked], dtype=torch.float64, device=device)).tolist()
-    return loss / num_ranks(), asked > 0
+def agree(loss, asked):
+    """The mean loss of all ranks, and how many were asked to stop, so that all do the same: scalars on the device."""
+    loss = loss.double()
+    loss, asked = sum_over_ranks(torch.stack((loss, torch.full_like(loss, asked)))).unbind()
+    return loss / num_ranks(), asked
