@@ -308,6 +308,17 @@ def test_cross_entropy_of_large_logits():
     logits = torch.tensor([[1e4, -1e4, 0.0]])
     same(tinylm.cross_entropy(logits, torch.tensor([2])), torch.tensor(1e4))
 
+@pytest.mark.parametrize("at_once", [1, 350, 1 << 27])
+def test_loss_in_pieces(at_once, monkeypatch):
+    monkeypatch.setattr(tinylm, "LOGITS_AT_ONCE", at_once)
+    targets = torch.randint(50, (11,), generator=generator())
+    same_with_gradients(lambda x, w: tinylm.LossInPieces.apply(x, w, targets),
+                        lambda x, w: F.cross_entropy(x @ w.T, targets), leaf(11, 6), leaf(50, 6, seed=1))
+    config = small_config()
+    params, (inputs, targets) = random_params(config), random_tokens(config, 2, 3, 9)
+    expected = F.cross_entropy(tinylm.forward(params, inputs, config).mT, targets, reduction="none")
+    same(tinylm.token_losses_in_pieces(params, inputs, targets, config, torch.float32), expected, 1e-5)
+
 # ---- Learning ----
 
 def random_tree(seed=0):
@@ -676,6 +687,7 @@ EXAMPLES = {
     "orthogonalize_all": lambda dtype: [(tree_of((8, 5), (5, 8), (8, 5)),)],
     "nucleus_floor": lambda dtype: [(F.softmax(randn(3, V).float() * 3, -1), top_p)
                                     for V in (5, 400) for top_p in (0.1, 0.95)],
+    "loss_fn": lambda dtype: [(random_params(small_config()), *random_tokens(small_config(), 2, 3, 9), small_config())],
     "weights_for_writing": lambda dtype: [(random_params(small_config()), dtype, num_texts) for num_texts in (1, 8)],
 }
 DIFFERENTIABLE = {"linear", "embedding", "rmsnorm", "rope", "attention", "gated_silu", "token_losses"}
@@ -711,7 +723,8 @@ def in_a_room(room, operation, arguments, monkeypatch, mesh):
             asked = arguments = [tinylm.shard(x, mesh) if isinstance(x, dict) or i == 1 and is_floating(x) else x
                                  for i, x in enumerate(arguments)]
         if room == "GPU":  # what conditions ask, as a tensor there would answer
-            asked = [types.SimpleNamespace(is_cuda=True, is_cpu=False, ndim=x.ndim) if is_floating(x) else x
+            there = lambda ndim: types.SimpleNamespace(is_cuda=True, is_cpu=False, ndim=ndim)
+            asked = [there(x.ndim) if is_floating(x) else {"w": there(2)} if isinstance(x, dict) else x
                      for x in arguments]
         with torch.set_grad_enabled(room != "int8"):
             return next((form for fits, form in operation.forms if fits(*asked)), None), arguments

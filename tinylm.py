@@ -702,6 +702,54 @@ def orthogonalize_by_shape(matrices):
         done |= zip(group, orthogonalize(torch.stack(tuple(group.values()))))
     return tree_build((path, done[path]) for path, _ in tree_leaves(matrices))
 
+# ---- The loss, in pieces where all logits at once would take most of the memory ----
+
+LOGITS_AT_ONCE = 1 << 27  # numbers; at GPT-2's vocabulary those of 2,668 tokens
+
+def token_losses_in_pieces(params, inputs, targets, config, dtype):
+    """`token_losses` of a model, for evaluation. inputs, targets (B, T) of int64 → (B, T)."""
+    x, _ = hidden_states(params, inputs, config, dtype)
+    size = max(1, LOGITS_AT_ONCE // (config.vocab_size * inputs.shape[1]))
+    pieces = zip(x.split(size), targets.split(size))
+    return torch.cat([token_losses(to_logits(params, x), targets) for x, targets in pieces])
+
+class LossInPieces(torch.autograd.Function):
+    """The mean of `token_losses` of x wᵀ, some rows of x at a time; no more logits than of these exist.
+
+    The forward pass computes the gradients too, while it has the logits (as Hsu et al. 2024, Liger):
+    d logits = (softmax(logits) - onehot(target)) / N,  dx = d logits w,  dw = d logitsᵀ x.
+    x (N, d_model), w (V, d_model), targets (N) of int64 → a scalar.
+    """
+
+    @staticmethod
+    def forward(ctx, x, w, targets):
+        matrix, loss, dxs, dw = w.to(x.dtype), 0.0, [], 0.0
+        vocabulary, size = torch.arange(len(w), device=w.device), max(1, LOGITS_AT_ONCE // len(w))
+        for rows, targets in zip(x.split(size), targets[:, None].split(size)):
+            logits = at_least_float32(rows @ matrix.T)  # (rows, V)
+            highest = logits.amax(-1, keepdim=True)
+            exps = torch.exp(logits - highest)
+            total = exps.sum(-1, keepdim=True)
+            loss = loss + (total.log() + highest - logits.gather(-1, targets)).sum()
+            d_logits = ((exps / total - (vocabulary == targets).to(exps.dtype)) / len(x)).to(x.dtype)
+            dxs.append(d_logits @ matrix)
+            dw = dw + (d_logits.T @ rows).to(w.dtype)
+        ctx.save_for_backward(torch.cat(dxs), dw)
+        return loss / len(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_loss):
+        dx, dw = ctx.saved_tensors
+        return dx * d_loss.to(dx.dtype), dw * d_loss, None
+
+loss_fn = operation(loss_fn)  # which only here has forms
+
+@faster(loss_fn, lambda params, *_: first_leaf(params).is_cuda and not is_split(first_leaf(params)))
+def loss_in_pieces(params, inputs, targets, config, dtype=torch.float32, remat=False):
+    x, _ = hidden_states(params, inputs, config, dtype, remat=remat)
+    return LossInPieces.apply(x.flatten(0, 1), params.get("lm_head", params["embedding"]), targets.flatten())
+
 # ---- CPU ----
 
 def is_intel():

@@ -256,19 +256,25 @@ def step_functions(config, settings):
     def loss(params, inputs, targets):
         return tinylm.loss_fn(params, inputs, targets, config, dtype, settings.remat)
 
-    def update(params, grads, optimizer, lr, loss):  # a step whose numbers are not finite changes nothing
+    def clipped_update(params, grads, optimizer, lr):
         grads, norm = tinylm.clip_gradients(grads, settings.clip_grad)
-        new = optimizer_update(params, grads, optimizer, lr, **own)
+        return *optimizer_update(params, grads, optimizer, lr, **own), norm
+
+    def update(params, grads, optimizer, lr, loss):  # a step whose numbers are not finite changes nothing
+        *new, norm = clipped_update(params, grads, optimizer, lr)
         return *(tinylm.if_finite(loss + norm, *trees) for trees in zip(new, (params, optimizer))), norm.double()
 
     def losses(params, inputs, targets):
-        return tinylm.token_losses(tinylm.forward(params, inputs, config, dtype), targets)
+        return tinylm.token_losses_in_pieces(params, inputs, targets, config, dtype)
 
     if settings.is_compiled:
-        # On a CPU the calls of small kernels take so long that they too are compiled; on CUDA those that don't wait for
-        # each other become one.
-        options = {"cpp_wrapper": True} if settings.device == "cpu" else {"combo_kernels": True}
-        loss, update, losses = (torch.compile(part, fullgraph=True, options=options) for part in (loss, update, losses))
+        # On a CPU the calls of small kernels take so long that they too are compiled, and the host decides whether a step
+        # is applied; on CUDA the device does, and kernels that don't wait for each other become one.
+        on_cpu = settings.device == "cpu"
+        options = {"cpp_wrapper": True} if on_cpu else {"combo_kernels": True}
+        compiled = partial(torch.compile, fullgraph=True, options=options)
+        loss, losses = compiled(loss), compiled(losses)
+        clipped_update, update = (compiled(clipped_update), update) if on_cpu else (clipped_update, compiled(update))
     return loss, torch.no_grad()(update), torch.no_grad()(losses)
 
 def accumulate_gradients(loss_fn, params, ids, settings, step, rank=0, num_ranks=1):
