@@ -1000,7 +1000,7 @@ def tiled_attention(q, k, v):
     return tiled.view(grouped.shape).transpose(-3, -2).flatten(-4, -3)  # (..., H, T, D)
 
 def product_in_float32(a, b):
-    """Products of a batch of matrices, in float32 at least. On CUDA the sums of half precision are not rounded to it."""
+    """Products of a batch of matrices, in float32 at least; on CUDA those of half precision are never rounded to it."""
     if a.is_cuda and a.element_size() == 2 and not torch.is_grad_enabled():  # as this has no gradient
         return torch.bmm(a, b, out_dtype=torch.float32)
     return at_least_float32(a @ b)

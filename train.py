@@ -268,8 +268,8 @@ def step_functions(config, settings):
         return tinylm.token_losses_in_pieces(params, inputs, targets, config, dtype)
 
     if settings.is_compiled:
-        # On a CPU the calls of small kernels take so long that they too are compiled, and the host decides whether a step
-        # is applied; on CUDA the device does, and kernels that don't wait for each other become one.
+        # On a CPU the calls of small kernels take so long that they too are compiled, and the host decides whether a
+        # step is applied; on CUDA the device does, and kernels that don't wait for each other become one.
         on_cpu = settings.device == "cpu"
         options = {"cpp_wrapper": True} if on_cpu else {"combo_kernels": True}
         compiled = partial(torch.compile, fullgraph=True, options=options)

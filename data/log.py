@@ -138,6 +138,8 @@ class Log:
         """That all steps of the run took."""
         return self.run.seconds + time.perf_counter() - self.begin
 
+    is_behind = property(lambda self: self.settings.device != "cpu")  # whether the device may be at work still
+
     def pause(self, step):
         """Leave out of tokens_per_second what happened since the last call of `training`."""
         self.mark, self.marked_step = time.perf_counter(), step
@@ -180,8 +182,8 @@ class Log:
         this one. → whether to stop.
         """
         self.waiting.append((step, lr, numbers))
-        is_asked, at_once = False, at_once or self.settings.device == "cpu"
-        while self.waiting[0 if at_once or is_asked else 1:]:
+        is_asked = False
+        while self.waiting[0 if at_once or is_asked or not self.is_behind else 1:]:
             step, lr, numbers = self.waiting.pop(0)
             loss, norm, asked = numbers()
             is_asked |= asked > 0
