@@ -1997,6 +1997,7 @@ def pretend():
     torch._subclasses.fake_tensor.CONSTANT_NUMEL_LIMIT = -1  # else a number on the device would be computed
     torch._dynamo.config.error_on_recompile = True
     torch.cuda.get_device_capability, torch.cuda.get_arch_list = lambda device: (9, 0), lambda: ["sm_90"]
+    torch.cuda.get_device_properties = lambda device: types.SimpleNamespace(major=9, minor=0, L2_cache_size=50_000_000)
     torch.cuda.device_count, torch.cuda.max_memory_allocated = lambda: 1, lambda device: 0
     torch.cuda.get_device_name, torch.cuda.device_of = lambda device: "none", lambda tensor: contextlib.nullcontext()
     machine.count_devices, machine.check_compiler = lambda: (1, None), lambda *args: None
