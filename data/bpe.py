@@ -415,6 +415,44 @@ def find_spans(special_pattern, text):
     """Where special tokens stand. → [(start, end)]"""
     return [match.span() for match in special_pattern.finditer(text)] if special_pattern else []
 
+class Joints:
+    """Where no token can stand across two bytes of a word, so that its merges on either side are independent.
+
+    A token that does has two bytes or more on both sides, or just one before, behind, or both: four cases, in each of
+    which the two to four bytes around the place are in a table. A table may say yes wrongly, by a hash, but never no.
+    """
+
+    CASES = np.array([[0xFFFFFFFF, 0x00FFFFFF], [0xFFFFFF00, 0x00FFFF00]], np.uint32)  # [one byte before][… behind]
+
+    def __init__(self, tokens):
+        lengths = np.array([len(token) for token in tokens])
+        size, ends = lengths.sum(), np.cumsum(lengths)
+        before = np.arange(size) - np.repeat(ends - lengths, lengths)  # how many bytes of the token are, at each place
+        inside = before > 0
+        behind = (np.repeat(lengths, lengths) - before)[inside]
+        self.is_inside = np.zeros((2, 2, 1 << 20), bool)
+        around = self.around(b"".join(tokens), np.flatnonzero(inside))
+        one_before, one_behind = (before[inside] == 1).astype(int), (behind == 1).astype(int)
+        self.is_inside[one_before, one_behind, self.hashed(around & self.CASES[one_before, one_behind])] = True
+
+    @staticmethod
+    def around(text, places):
+        """The two bytes before and behind each place, as a number; 0 beyond the text. → uint32 (places)."""
+        padded = b"\0\0" + text + b"\0\0"
+        return np.ndarray((len(text) + 1,), "<u4", padded, 0, (1,))[places]
+
+    @staticmethod
+    def hashed(around):
+        return (around * np.uint32(0x9E3779B1)) >> np.uint32(12)
+
+    def find(self, text, places):
+        """Those of the places, with a byte before and behind, where no token can stand across."""
+        around = self.around(text, places)
+        spanned = np.zeros(len(places), bool)
+        for case, table in zip(self.CASES.ravel(), self.is_inside.reshape(4, -1)):
+            spanned |= table[self.hashed(around & case)]
+        return places[~spanned]
+
 class Encoder:
     """A tokenizer at work: the ids of every word it has met, and how to make those of one it has not.
 
@@ -422,7 +460,7 @@ class Encoder:
     words; `only_id` is the id of a word of one token, and -1 for others.
     """
 
-    MOST_WORDS = 1 << 20  # what is remembered is dropped beyond this, so that memory has a bound
+    MOST_IDS = 1 << 20  # what is remembered is dropped beyond this, so that memory has a bound
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
@@ -436,6 +474,8 @@ class Encoder:
         order = self.pairs.find_or_add(self.pair_keys(left, right))
         self.rank = np.full(len(self.pairs) + 1, NO_MERGE, np.int32)  # the last stands for a pair not found, number -1
         self.rank[order] = np.arange(len(order))
+        self.joints = Joints(tokenizer.tokens)
+        self.longest = max(map(len, tokenizer.tokens))
         self.forget()
 
     def forget(self):
@@ -572,14 +612,35 @@ class Encoder:
             if word not in self.long_words:
                 self.long_words[word] = self.keep(self.merge_long(word))
 
+    @cached_property
+    def whole(self):
+        """The tokens that their own merges don't make, though a word like them stays whole."""
+        tokens = [token for token in self.id_of_word if token not in self.tokenizer.special_tokens]
+        return {token for token in tokens if self.merge_long(token).tolist() != [self.id_of_word[token]]}
+
+    def split_words(self, piece):
+        """`split_words`, and each long word in parts of which no token can have two. → starts, lengths, which are long
+        """
+        special_spans = find_spans(self.special_pattern, piece)
+        starts, lengths, which_long = split_words(piece, special_spans, self.tokenizer.split)
+        if len(special_spans):
+            which_long = which_long[~np.isin(starts[which_long], [start for start, _ in special_spans])]
+        if not len(which_long):
+            return starts, lengths, np.flatnonzero(lengths > KEY_BYTES)
+        inside = lengths[which_long] - 1
+        first = starts[which_long] + 1 - (np.cumsum(inside) - inside)
+        joints = self.joints.find(piece, np.arange(inside.sum()) + np.repeat(first, inside))
+        starts = np.sort(np.concatenate((starts, joints)))
+        lengths = np.append(starts[1:], len(piece)) - starts
+        return starts, lengths, np.flatnonzero(lengths > KEY_BYTES)
+
     def encode(self, text):
         """The ids of a text. bytes of UTF-8 → tokenizer.dtype (tokens)."""
-        if len(self.table) + 4 * len(self.long_words) > self.MOST_WORDS:
+        if len(self.ids) > self.MOST_IDS:
             self.forget()
         known, found = len(self.table), []
-        for piece in cut_text(text, PIECE_BYTES, self.tokenizer.special_tokens):
-            special_spans = find_spans(self.special_pattern, piece)
-            starts, lengths, which_long = split_words(piece, special_spans, self.tokenizer.split)
+        for piece in cut_text(text, PIECE_BYTES, self.tokenizer.special_tokens, self.tokenizer.split):
+            starts, lengths, which_long = self.split_words(piece)
             numbers = self.table.find_or_add(word_keys(piece, starts, lengths))
             found.append((numbers, cut_words(piece, starts, lengths, which_long)))
         if len(self.table) > known:
@@ -618,7 +679,7 @@ def as_bytes(text):
 
 def encode(tokenizer, text):
     """The ids of a text. str → tokenizer.dtype (tokens). Raises InputError for lone surrogates."""
-    chunks = cut_text(as_bytes(text), CHUNK_BYTES, tokenizer.special_tokens)
+    chunks = cut_text(as_bytes(text), CHUNK_BYTES, tokenizer.special_tokens, tokenizer.split)
     return np.concatenate([np.empty(0, tokenizer.dtype), *map(encoder(tokenizer).encode, chunks)])
 
 def decode(tokenizer, ids):
@@ -634,26 +695,45 @@ def token_bytes(tokenizer, ids):
 
 # ---- Files, in pieces, over processes ----
 
-# A word always ends between a letter and white space, whatever stands around them.
-SAFE_BORDER = re.compile(rb"[A-Za-z](?=[ \n])")
+def borders(text, split):
+    """Where a split pattern ends a word, whatever stands around it; yields places in a window of text.
 
-def across_borders(special_tokens):
-    """The special tokens, in bytes, that could stand across a safe border."""
-    return [token for token in map(str.encode, special_tokens) if SAFE_BORDER.search(token)]
+    It does behind letters and behind numbers, between a new line and what is visible, and before other white space.
+    text: bytes that may begin and end within a character, whose places are wrong then: the first 3 and the last 3.
+    """
+    characters = text.decode(errors="surrogateescape")  # what isn't UTF-8 has the class of U+FFFD, which replaces it
+    code_points = np.frombuffer(characters.encode("utf-32-le", "surrogatepass"), "<u4")
+    classes = class_of_code_points()[code_points]
+    before, after = classes[:-1], classes[1:]
+    is_newline = (code_points == ord("\n")) | (code_points == ord("\r"))
+    ends = (before <= NUMBER) & ((before != after) | ((before == NUMBER) & (split == "digits")))
+    ends |= is_newline[:-1] & (after < SPACE) | (before < SPACE) & (after == SPACE) & ~is_newline[1:]
+    for i in np.flatnonzero(ends).tolist():
+        yield len(characters[:i + 1].encode(errors="surrogateescape"))
 
-def safe_cut(text, target, end, crossing):
-    """The first place from `target` on, before `end`, where text can be cut without changing its words, or None."""
-    for match in SAFE_BORDER.finditer(text, max(0, target - 1), end):
-        cut = match.end()
-        if not any(token in text[max(0, cut - len(token) + 1):cut + len(token) - 1] for token in crossing):
-            return cut
-    return None
+def find_cut(read, target, end, special_tokens, split):
+    """The first place from `target` on where text can be cut without changing its words, or `end`.
 
-def cut_text(text, size, special_tokens):
-    """Cut text into pieces of about `size` bytes at safe borders; yields bytes."""
-    position, crossing = 0, across_borders(special_tokens)
+    read(start, end): bytes of the text, or fewer at its end.
+    """
+    special = list(map(str.encode, special_tokens))
+    pattern, margin, window = compile_special_pattern(special_tokens), max(map(len, special), default=0) + 4, 64
+    while target < end:
+        start, stop = max(0, target - margin), min(target + window, end)
+        text = read(start, min(stop + margin, end))
+        places = sorted({*borders(text, split), *(begin for begin, _ in find_spans(pattern, text))})
+        for place in places:
+            is_inside = lambda token: token in text[max(0, place - len(token) + 1):place + len(token) - 1]
+            if target <= start + place < stop and not any(map(is_inside, special)):
+                return start + place
+        target, window = stop, min(4 * window, 1 << 16)
+    return end
+
+def cut_text(text, size, special_tokens, split):
+    """Cut text into pieces of about `size` bytes, between words; yields bytes."""
+    position = 0
     while position < len(text):
-        cut = safe_cut(text, position + size, len(text), crossing) or len(text)
+        cut = find_cut(lambda start, end: text[start:end], position + size, len(text), special_tokens, split)
         yield text[position:cut]
         position = cut
 
@@ -668,23 +748,19 @@ def as_span(path):
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; expected a text file") from None
 
-def cut_spans(paths, special_tokens):
-    """Cut files, or parts of them, into pieces of about CHUNK_BYTES at safe borders; yields (path, start, end)."""
-    crossing = across_borders(special_tokens)
-    margin = max(map(len, crossing), default=1)  # what must be seen around a cut to know that it is safe
+def cut_spans(paths, special_tokens, split):
+    """Cut files, or parts of them, into pieces of about CHUNK_BYTES, between words; yields (path, start, end)."""
     for path, start, end in map(as_span, paths):
         with open(path, "rb") as file:
-            while end - start > 2 * CHUNK_BYTES:
-                window, cut = 1 << 16, None
-                while cut is None and start + CHUNK_BYTES + window + margin < end:
-                    file.seek(start + CHUNK_BYTES - margin)
-                    cut = safe_cut(file.read(margin + window + margin), margin, margin + window, crossing)
-                    window *= 4
-                if cut is None:
-                    break
-                yield path, start, start + CHUNK_BYTES - margin + cut
-                start += CHUNK_BYTES - margin + cut
-            yield path, start, end
+
+            def read(begin, end):
+                file.seek(begin)
+                return file.read(end - begin)
+
+            while start < end:
+                cut = find_cut(read, start + CHUNK_BYTES, end, special_tokens, split)
+                yield path, start, cut
+                start = cut
 
 def read_span(span, errors="strict"):
     """The bytes of a span, valid UTF-8. Raises InputError with file and offset where they are not, or replaces them."""
@@ -745,7 +821,7 @@ def count_words(span):
     text = read_span(span, Job.errors)
     numbers, long_words = [np.empty(0, np.int32)], Counter()
     special_pattern = compile_special_pattern(Job.special_tokens)
-    for piece in cut_text(text, PIECE_BYTES, Job.special_tokens):
+    for piece in cut_text(text, PIECE_BYTES, Job.special_tokens, "gpt2"):
         starts, lengths, which_long = split_words(piece, find_spans(special_pattern, piece))
         numbers.append(Job.table.find_or_add(word_keys(piece, starts, lengths)))
         long_words.update(cut_words(piece, starts, lengths, which_long))
@@ -761,7 +837,7 @@ def encode_span(span):
 
 def encode_pieces(tokenizer, paths, workers=None, errors="strict"):
     """Encode files, or spans (path, start, end) of them; yields (path, ids) piece by piece, in order."""
-    spans = list(cut_spans(paths, tokenizer.special_tokens))
+    spans = list(cut_spans(paths, tokenizer.special_tokens, tokenizer.split))
     setup = start_encoding, (tokenizer, errors)
     for span, ids in zip(spans, spread(encode_span, spans, setup, workers, "encoding")):
         yield span[0], ids
@@ -770,7 +846,7 @@ def encode_pieces(tokenizer, paths, workers=None, errors="strict"):
 
 def count_corpus(paths, special_tokens, workers, errors):
     """Count the words of files, special tokens left out. → [word], int64 (words)."""
-    spans = list(cut_spans(paths, special_tokens))
+    spans = list(cut_spans(paths, special_tokens, "gpt2"))
     table, counts, long_words = HashTable(), np.zeros(0, np.int64), Counter()
     setup = start_counting, (special_tokens, errors)
     for keys, key_counts, long_word_counts in spread(count_words, spans, setup, workers, "counting words"):
