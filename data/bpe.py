@@ -42,7 +42,9 @@ SPLIT_PATTERNS = {
     "llama3": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
               r"\s*[\r\n]+|\s+(?!\S)|\s+",
 }
-CHUNK_BYTES = 1 << 22  # of a file, read and worked on at once
+CHUNK_BYTES = 1 << 20  # of a file, read and worked on at once
+MOST_BYTES = 2 * CHUNK_BYTES  # a chunk is longer only if it ends with a word without end
+FRONT_BYTES = 1 << 14  # of a word without end, merged at once
 PIECE_BYTES = 1 << 18  # of that, split at once: large enough for arrays to pay, small enough to stay in a core's cache
 
 # ---- Byte-level BPE, as it is defined ----
@@ -339,7 +341,7 @@ class HashTable:
 
     def add(self, keys):
         """Add keys that are not in the table; a key may stand more than once."""
-        while 6 * (len(self) + len(keys)) > len(self.slot_keys):
+        while 3 * (len(self) + len(keys)) > len(self.slot_keys):
             self.rehash(2 * len(self.slot_keys))
         slots = self.place(keys)
         first = np.sort(np.unique(slots, return_index=True)[1])
@@ -367,7 +369,7 @@ def split_words(text, special_spans, split="gpt2"):
     lengths = np.append(starts[1:], len(text)) - starts
     return starts, lengths, np.flatnonzero(lengths > KEY_BYTES)
 
-def cut_words(text, starts, lengths, which):
+def cut_words(text, starts, lengths, which=...):
     """The bytes of some words."""
     begins = starts[which]
     return [text[begin:end] for begin, end in zip(begins.tolist(), (begins + lengths[which]).tolist())]
@@ -460,6 +462,7 @@ class Encoder:
     words; `only_id` is the id of a word of one token, and -1 for others.
     """
 
+    BATCH = 1 << 12  # words merged at once
     MOST_IDS = 1 << 20  # what is remembered is dropped beyond this, so that memory has a bound
 
     def __init__(self, tokenizer):
@@ -474,8 +477,11 @@ class Encoder:
         order = self.pairs.find_or_add(self.pair_keys(left, right))
         self.rank = np.full(len(self.pairs) + 1, NO_MERGE, np.int32)  # the last stands for a pair not found, number -1
         self.rank[order] = np.arange(len(order))
+        self.byte_ranks = self.ranks(*np.broadcast_arrays(self.byte_ids[:, None], self.byte_ids))
         self.joints = Joints(tokenizer.tokens)
-        self.longest = max(map(len, tokenizer.tokens))
+        self.lengths = np.array([len(token) for token in tokenizer.tokens])
+        self.margin = max(map(len, map(str.encode, tokenizer.special_tokens)), default=0) + 8
+        self.merge_front = lru_cache(maxsize=4)(self.merge_front)  # a word without end may be one thing again and again
         self.forget()
 
     def forget(self):
@@ -516,7 +522,13 @@ class Encoder:
         return self.rank[self.pairs.find(self.pair_keys(left, right))].reshape(left.shape)
 
     def merge_words(self, words, lengths):
-        """Apply the merges to many words at once. words uint8 (W, L), lengths (W) → ids of all in a row, counts (W).
+        """Apply the merges to many words. words uint8 (W, L), lengths (W) → ids of all in a row, counts (W)."""
+        batches = [slice(first, first + self.BATCH) for first in range(0, len(words), self.BATCH)]
+        ids, counts = zip(*(self.merge_batch(words[batch, :lengths[batch].max()], lengths[batch]) for batch in batches))
+        return np.concatenate(ids), np.concatenate(counts)
+
+    def merge_batch(self, words, lengths):
+        """`merge_words`, for few enough words to stay in a core's cache.
 
         In each round, each word makes its next merge: the pair of the lowest rank, of equals the leftmost. A token and
         the rank of the pair it begins are one number, rank · 2³² + id, so that one array holds both.
@@ -524,10 +536,13 @@ class Encoder:
         is_byte = np.arange(words.shape[1]) < lengths[:, None]
         ids = np.where(is_byte, self.byte_ids[words], -1)
         self.check_bytes(words[is_byte & (ids < 0)])
-        ids = np.pad(ids, ((0, 0), (0, 2)), constant_values=-1)  # (W, L + 2), so that each place has a next one
-        result = ids.copy()
-        ranks = np.pad(self.ranks(ids[:, :-1], ids[:, 1:]), ((0, 0), (0, 1)), constant_values=NO_MERGE)
-        ranked_ids = ranks.astype(np.int64) << 32 | ids.view(np.uint32)
+        result = np.full((len(words), words.shape[1] + 1), -1, np.int32)  # so that each place has a next one
+        result[:, :-1] = ids
+        ranked_ids = np.full(result.shape, NO_MERGE << 32 | 0xFFFFFFFF, np.int64)
+        ranks = np.where(is_byte[:, 1:], self.byte_ranks[words[:, :-1], words[:, 1:]], NO_MERGE)
+        ranked_ids[:, :-2] = ranks.astype(np.int64) << 32
+        ranked_ids[:, -2] = NO_MERGE << 32
+        ranked_ids[:, :-1] |= ids.view(np.uint32)
         rows = np.arange(len(words))  # those that may have a merge left
         while len(rows):
             best = ranked_ids.argmin(1)
@@ -571,10 +586,44 @@ class Encoder:
         """{(left id, right id): (rank, made id)} for the words that are merged one by one."""
         return {(left, right): (rank, made) for rank, (left, right, made) in enumerate(self.tokenizer.merges.tolist())}
 
-    def merge_long(self, word):
-        """Apply the merges to one word of any length, in O(n log n): a heap of merges over a linked list of ids."""
-        if word in self.id_of_word:
-            return np.array([self.id_of_word[word]])
+    def merge_long(self, word, goes_on=False):
+        """Apply the merges to one word of any length, in O(n log n) → ids, and the number of bytes they stand for.
+
+        If the word `goes_on`, there is more of it behind, and its last ids stay open.
+        """
+        found, done, size = [np.empty(0, np.int64)], 0, FRONT_BYTES
+        while len(word) - done > size:
+            ids, length = self.merge_front(word[done:done + size])
+            size = FRONT_BYTES if length else 2 * size
+            found.append(ids)
+            done += length
+        if not goes_on:
+            found.append(self.merge_heap(word[done:]))
+            done = len(word)
+        return np.concatenate(found), done
+
+    def merge_front(self, text):
+        """The ids that a word begins with however it goes on behind this text, and the number of their bytes.
+
+        Where a token of a word ends, what is before and behind it are merged on their own. And what is merged on its
+        own is merged so side by side, if this is true of the two tokens that meet. The word has a token that ends among
+        the last bytes of the text, as many as the longest token has. So a border is sure if it is right for all texts
+        that end there.
+        """
+        longest, ids = self.lengths.max(), self.merge_heap(text)
+        ends = np.cumsum(self.lengths[ids])
+        data = np.frombuffer(text, np.uint8)
+        for last in np.flatnonzero((ends < len(text) - 2 * longest) & (data[ends - len(text)] & 0xC0 != 0x80))[:-9:-1]:
+            tail = data[ends[last]:]
+            tails, counts = self.merge_words(np.tile(tail, (longest, 1)), len(tail) - np.arange(longest))
+            pairs = [(ids[last], follower) for follower in np.unique(tails[np.cumsum(counts) - counts])]
+            if all(np.array_equal(self.merge_heap(b"".join(map(self.tokenizer.tokens.__getitem__, pair))), pair)
+                   for pair in pairs):
+                return ids[:last + 1], int(ends[last])
+        return ids[:0], 0
+
+    def merge_heap(self, word):
+        """`merge_long` for what can be held: a heap of merges over a linked list of ids."""
         ids = self.byte_ids[np.frombuffer(word, np.uint8)].tolist() + [-1]
         self.check_bytes([byte for byte, i in zip(word, ids) if i < 0])
         following, preceding = list(range(1, len(ids) + 1)), list(range(-1, len(ids) - 1))
@@ -610,43 +659,99 @@ class Encoder:
                 self.long_words.update(zip(batch, zip((first + np.cumsum(counts) - counts).tolist(), counts.tolist())))
         for word in words:
             if word not in self.long_words:
-                self.long_words[word] = self.keep(self.merge_long(word))
+                whole = self.id_of_word.get(word)
+                self.long_words[word] = self.keep(self.merge_long(word)[0] if whole is None else np.array([whole]))
 
     @cached_property
     def whole(self):
         """The tokens that their own merges don't make, though a word like them stays whole."""
-        tokens = [token for token in self.id_of_word if token not in self.tokenizer.special_tokens]
-        return {token for token in tokens if self.merge_long(token).tolist() != [self.id_of_word[token]]}
+        return {token for token, i in self.id_of_word.items()
+                if -1 not in self.byte_ids[list(token)] and self.merge_heap(token).tolist() != [i]}
+
+    def cut_parts(self, text, starts, which):
+        """Cut some of the words that begin at `starts` into parts of which no token can have two. → starts of all."""
+        inside = (np.append(starts[1:], len(text)) - starts)[which] - 1
+        first = starts[which] + 1 - (np.cumsum(inside) - inside)
+        joints = self.joints.find(text, np.arange(inside.sum()) + np.repeat(first, inside))
+        parts = np.sort(np.concatenate((starts, joints)))
+        if not self.whole:
+            return parts
+        # What stays whole as a word must not be a part: it is left with what is before it, or else behind it.
+        stays = np.array([part in self.whole for part in cut_words(text, parts, np.diff(parts, append=len(text)))])
+        is_joint = np.isin(parts, joints)
+        is_left = stays & is_joint
+        is_left[1:] |= (stays & ~is_joint)[:-1] & is_joint[1:]
+        return parts[~is_left]
 
     def split_words(self, piece):
-        """`split_words`, and each long word in parts of which no token can have two. → starts, lengths, which are long
-        """
+        """Where words begin, and the parts of long ones. → int64"""
         special_spans = find_spans(self.special_pattern, piece)
-        starts, lengths, which_long = split_words(piece, special_spans, self.tokenizer.split)
-        if len(special_spans):
-            which_long = which_long[~np.isin(starts[which_long], [start for start, _ in special_spans])]
-        if not len(which_long):
-            return starts, lengths, np.flatnonzero(lengths > KEY_BYTES)
-        inside = lengths[which_long] - 1
-        first = starts[which_long] + 1 - (np.cumsum(inside) - inside)
-        joints = self.joints.find(piece, np.arange(inside.sum()) + np.repeat(first, inside))
-        starts = np.sort(np.concatenate((starts, joints)))
-        lengths = np.append(starts[1:], len(piece)) - starts
-        return starts, lengths, np.flatnonzero(lengths > KEY_BYTES)
+        starts, _, which_long = split_words(piece, special_spans, self.tokenizer.split)
+        which_long = which_long[~np.isin(starts[which_long], [start for start, _ in special_spans])]
+        return self.cut_parts(piece, starts, which_long) if len(which_long) else starts
 
     def encode(self, text):
         """The ids of a text. bytes of UTF-8 → tokenizer.dtype (tokens)."""
+        pieces = cut_text(text, PIECE_BYTES, self.tokenizer.special_tokens, self.tokenizer.split)
+        return self.encode_words((piece, self.split_words(piece)) for piece in pieces)
+
+    def encode_words(self, pieces):
+        """The ids of pieces of text, each with the places where its words begin. → tokenizer.dtype (tokens)."""
         if len(self.ids) > self.MOST_IDS:
             self.forget()
         known, found = len(self.table), []
-        for piece in cut_text(text, PIECE_BYTES, self.tokenizer.special_tokens, self.tokenizer.split):
-            starts, lengths, which_long = self.split_words(piece)
+        for piece, starts in pieces:
+            lengths = np.diff(starts, append=len(piece))
             numbers = self.table.find_or_add(word_keys(piece, starts, lengths))
-            found.append((numbers, cut_words(piece, starts, lengths, which_long)))
+            found.append((numbers, cut_words(piece, starts, lengths, np.flatnonzero(lengths > KEY_BYTES))))
         if len(self.table) > known:
             self.remember(*self.ids_of_words(*self.table.words(known)))
         self.learn_long({word: None for _, words in found for word in words if word not in self.long_words})
         return np.concatenate([np.empty(0, self.tokenizer.dtype), *(self.spell(*piece) for piece in found)])
+
+    def encode_endless(self, blocks):
+        """The ids of a text in blocks, which end between characters, for words longer than can be held; yields arrays.
+        """
+        rest, is_inside, enough = b"", False, 0  # `is_inside`: the ids of the first word's beginning have been given
+        for block in blocks:
+            rest += block
+            if len(rest) < enough:
+                continue
+            starts, lengths, _ = split_words(rest, find_spans(self.special_pattern, rest), self.tokenizer.split)
+            # What follows may still change the last two words, unless one goes on for long; white space always.
+            goes_on = lengths[-1] > FRONT_BYTES + self.margin and not rest[starts[-1]:].decode().isspace()
+            cut, before = starts[-1], len(rest)
+            if not goes_on:
+                cut = starts[:-1][starts[:-1] <= len(rest) - self.margin].max(initial=0)
+            if cut:
+                yield self.encode_rest(rest, starts, cut, is_inside)
+                rest, is_inside = rest[cut:], False
+            if goes_on:
+                ids, done = self.encode_front(rest[:-self.margin])
+                yield ids
+                rest, is_inside = rest[done:], is_inside or done > 0
+            enough = 2 * len(rest) if len(rest) == before else 0
+        starts, _, _ = split_words(rest, find_spans(self.special_pattern, rest), self.tokenizer.split)
+        yield self.encode_rest(rest, starts, len(rest), is_inside)
+
+    def encode_front(self, text):
+        """The ids that a word begins with however it goes on behind this text, and the number of their bytes."""
+        parts = self.cut_parts(text, np.zeros(1, np.int64), np.zeros(1, np.int64))
+        # Two characters or more stay, so that what is left of the word is split as the whole word would be.
+        is_end = (np.frombuffer(text, np.uint8)[parts] & 0xC0 != 0x80) & (parts < len(text) - 8)
+        last = np.flatnonzero(is_end)[-1]
+        if not last:
+            ids, done = self.merge_long(text, goes_on=True)
+            return ids.astype(self.tokenizer.dtype), done
+        return self.encode_words([(text[:parts[last]], parts[:last])]), parts[last]
+
+    def encode_rest(self, text, starts, cut, is_inside):
+        """The ids of the words that begin at `starts` before `cut`; the first may have begun before the text."""
+        begin = np.append(starts, len(text))[int(is_inside)]
+        parts = self.split_words(text)
+        first = self.merge_long(text[:begin])[0].astype(self.tokenizer.dtype)
+        ids = self.encode_words([(text[begin:cut], parts[(parts >= begin) & (parts < cut)] - begin)])
+        return np.concatenate((first, ids))
 
     def spell(self, numbers, long_words):
         """The ids of words: their numbers in the table, and those too long for it, in order. → dtype (tokens)."""
@@ -679,8 +784,14 @@ def as_bytes(text):
 
 def encode(tokenizer, text):
     """The ids of a text. str → tokenizer.dtype (tokens). Raises InputError for lone surrogates."""
-    chunks = cut_text(as_bytes(text), CHUNK_BYTES, tokenizer.special_tokens, tokenizer.split)
-    return np.concatenate([np.empty(0, tokenizer.dtype), *map(encoder(tokenizer).encode, chunks)])
+    text, found = as_bytes(text), [np.empty(0, tokenizer.dtype)]
+    for chunk in cut_text(text, CHUNK_BYTES, tokenizer.special_tokens, tokenizer.split):
+        if len(chunk) <= MOST_BYTES:
+            found.append(encoder(tokenizer).encode(chunk))
+        else:
+            read = lambda start, end: chunk[start:end]
+            found += encoder(tokenizer).encode_endless(read(*block) for block in cut_blocks(read, 0, len(chunk)))
+    return np.concatenate(found)
 
 def decode(tokenizer, ids):
     """The text of ids; what isn't valid UTF-8 becomes U+FFFD. Raises InputError for an id beyond the vocabulary."""
@@ -698,8 +809,8 @@ def token_bytes(tokenizer, ids):
 def borders(text, split):
     """Where a split pattern ends a word, whatever stands around it; yields places in a window of text.
 
-    It does behind letters and behind numbers, between a new line and what is visible, and before other white space.
-    text: bytes that may begin and end within a character, whose places are wrong then: the first 3 and the last 3.
+    It does behind letters and behind numbers, before white space that is no new line, and behind one that is alone.
+    text: bytes that may begin and end within a character; places are wrong then among the first 8 and the last 4.
     """
     characters = text.decode(errors="surrogateescape")  # what isn't UTF-8 has the class of U+FFFD, which replaces it
     code_points = np.frombuffer(characters.encode("utf-32-le", "surrogatepass"), "<u4")
@@ -707,7 +818,8 @@ def borders(text, split):
     before, after = classes[:-1], classes[1:]
     is_newline = (code_points == ord("\n")) | (code_points == ord("\r"))
     ends = (before <= NUMBER) & ((before != after) | ((before == NUMBER) & (split == "digits")))
-    ends |= is_newline[:-1] & (after < SPACE) | (before < SPACE) & (after == SPACE) & ~is_newline[1:]
+    ends |= (before < SPACE) & (after == SPACE) & ~is_newline[1:]
+    ends[1:] |= (before[:-1] < SPACE) & is_newline[1:-1] & (after[1:] < SPACE)
     for i in np.flatnonzero(ends).tolist():
         yield len(characters[:i + 1].encode(errors="surrogateescape"))
 
@@ -717,7 +829,7 @@ def find_cut(read, target, end, special_tokens, split):
     read(start, end): bytes of the text, or fewer at its end.
     """
     special = list(map(str.encode, special_tokens))
-    pattern, margin, window = compile_special_pattern(special_tokens), max(map(len, special), default=0) + 4, 64
+    pattern, margin, window = compile_special_pattern(special_tokens), max(map(len, special), default=0) + 8, 64
     while target < end:
         start, stop = max(0, target - margin), min(target + window, end)
         text = read(start, min(stop + margin, end))
@@ -737,6 +849,15 @@ def cut_text(text, size, special_tokens, split):
         yield text[position:cut]
         position = cut
 
+def cut_blocks(read, start, end):
+    """Cut text into blocks of about PIECE_BYTES between characters, for words without end; yields (start, end)."""
+    while start < end:
+        stop = min(start + PIECE_BYTES, end)
+        if stop < end:
+            stop -= next((i for i, byte in enumerate(read(stop - 3, stop + 1)[::-1]) if byte & 0xC0 != 0x80), 0)
+        yield start, stop
+        start = stop
+
 def as_span(path):
     """(path, start, end): a part of a file, in bytes. A path alone is the whole file, behind its byte order mark."""
     if isinstance(path, tuple):
@@ -748,17 +869,19 @@ def as_span(path):
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; expected a text file") from None
 
+def reader(file):
+    """read(start, end) of an open file."""
+    def read(start, end):
+        file.seek(start)
+        return file.read(end - start)
+    return read
+
 def cut_spans(paths, special_tokens, split):
     """Cut files, or parts of them, into pieces of about CHUNK_BYTES, between words; yields (path, start, end)."""
     for path, start, end in map(as_span, paths):
         with open(path, "rb") as file:
-
-            def read(begin, end):
-                file.seek(begin)
-                return file.read(end - begin)
-
             while start < end:
-                cut = find_cut(read, start + CHUNK_BYTES, end, special_tokens, split)
+                cut = find_cut(reader(file), start + CHUNK_BYTES, end, special_tokens, split)
                 yield path, start, cut
                 start = cut
 
@@ -833,14 +956,24 @@ def start_encoding(tokenizer, errors):
     Job.encoder, Job.errors = encoder(tokenizer), errors
 
 def encode_span(span):
-    return Job.encoder.encode(read_span(span, Job.errors))
+    """The ids of a span; None if it is too long to be held, or to be sent from one process to another."""
+    _, start, end = span
+    return Job.encoder.encode(read_span(span, Job.errors)) if end - start <= MOST_BYTES else None
+
+def encode_long_span(tokenizer, span, errors):
+    """The ids of a span with a word without end; yields arrays."""
+    path, start, end = span
+    with open(path, "rb") as file:
+        blocks = cut_blocks(reader(file), start, end)
+        yield from encoder(tokenizer).encode_endless(read_span((path, *block), errors) for block in blocks)
 
 def encode_pieces(tokenizer, paths, workers=None, errors="strict"):
     """Encode files, or spans (path, start, end) of them; yields (path, ids) piece by piece, in order."""
     spans = list(cut_spans(paths, tokenizer.special_tokens, tokenizer.split))
     setup = start_encoding, (tokenizer, errors)
     for span, ids in zip(spans, spread(encode_span, spans, setup, workers, "encoding")):
-        yield span[0], ids
+        for piece in [ids] if ids is not None else encode_long_span(tokenizer, span, errors):
+            yield span[0], piece
 
 # ---- Training ----
 
