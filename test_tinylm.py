@@ -32,6 +32,7 @@ import traceback
 import types
 import unittest.mock
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -1135,7 +1136,7 @@ def test_ids_of_long_texts_in_pieces_and_processes(three_tokenizers, tmp_path, m
     expected = tik.encode(text, allowed_special="all")
     monkeypatch.setattr(bpe, "CHUNK_BYTES", 10_000)
     monkeypatch.setattr(bpe, "PIECE_BYTES", 3_000)
-    monkeypatch.setattr(bpe.Encoder, "MOST_WORDS", 3000)
+    monkeypatch.setattr(bpe.Encoder, "MOST_IDS", 3000)
     assert bpe.encode(ours, text).tolist() == expected
     path = tmp_path / "long.txt"
     path.write_bytes(text.encode())
@@ -1146,6 +1147,64 @@ def test_ids_of_long_texts_in_pieces_and_processes(three_tokenizers, tmp_path, m
     again = [bpe.train([path], 500, workers=workers) for workers in (1, 2)]
     other = train_on(text, tmp_path, 500, workers=1)
     assert spelled_merges(again[0]) == spelled_merges(again[1]) == spelled_merges(other)
+
+@pytest.fixture(scope="module")
+def each_split(three_tokenizers, other_families, tmp_path_factory):
+    """For each split pattern, a tokenizer of ours and the library's; that of Llama 3 has a word no merges lead to."""
+    ours, theirs, _ = three_tokenizers
+    path = tmp_path_factory.mktemp("split") / "tokenizer.json"
+    bpe.save(replace(ours, split="digits"), path)
+    return {"gpt2": (ours, theirs), "digits": (bpe.load(path), tokenizers.Tokenizer.from_file(str(path))),
+            "llama3": other_families["llama3"][::-1]}
+
+ALPHABETS = {"English": "".join(stories.story(7, i) for i in range(20)), "Russian": "Привет, мир! Как дела — хорошо?\n",
+             "Chinese": "你好，世界。今天天气很好、我们去公园。", "Thai": "สวัสดีชาวโลก วันนี้อากาศดี", "Arabic": "مرحبا بالعالم، كيف حالك؟ ",
+             "Hindi": "नमस्ते दुनिया। आज मौसम अच्छा है। ", "numbers": "3.1415 -2718\n161803 1,234\n", "hex": "3fa9c0de71b5e8",
+             "code": 'function(a,b){return a&&b||!0};var x="s"+1;', "signs and lines": "---\n===\n***\n"}
+pieces_of_text = st.one_of(
+    nasty, st.sampled_from(list(ALPHABETS.values())).flatmap(lambda text: st.integers(0, 40).map(lambda i: text[i:i + 60])),
+    st.builds(lambda text, times: text * times, st.sampled_from(
+        ["a", "ab", "the", "7", "12½", "!", "!?", " ", "\n", " \n", "\u3000", "你", "你好", "🦊", "'", "\r\n "]),
+        st.integers(1, 300)))
+
+@pytest.mark.parametrize("split", bpe.SPLIT_PATTERNS)
+@settings(max_examples=60)
+@given(text=st.lists(pieces_of_text, max_size=6).map("".join), chunk=st.integers(12, 200))
+@example(text="!?" * 99 + "'s" + "12" * 99 + "\n" * 99 + "x" + " \n" * 99 + "!" + "theب" * 99 + " the" * 40, chunk=40)
+def test_ids_are_the_same_wherever_text_of_any_alphabet_is_cut(each_split, split, text, chunk):
+    """In the smallest pieces, words without end among them."""
+    ours, theirs = each_split[split]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in dict(CHUNK_BYTES=chunk, MOST_BYTES=chunk, PIECE_BYTES=chunk // 3, FRONT_BYTES=8).items():
+            patch.setattr(bpe, name, value)
+        assert bpe.encode(ours, text).tolist() == theirs.encode(text, add_special_tokens=False).ids
+
+@pytest.mark.parametrize("alphabet", ALPHABETS)
+def test_text_of_every_alphabet_is_cut_into_short_pieces(alphabet):
+    text = (ALPHABETS[alphabet] * (20_000 // len(ALPHABETS[alphabet]))).encode()
+    for split in bpe.SPLIT_PATTERNS:
+        pieces = list(bpe.cut_text(text, 500, [END], split))
+        assert b"".join(pieces) == text and max(map(len, pieces)) < 600
+
+@pytest.mark.parametrize("word", ["a" * 40_000, "".join(random.Random(0).choices("abcdefghij", k=40_000)),
+                                  "".join(random.Random(0).choices("你好世界", k=10_000)), "12" * 20_000], ids=lambda w: w[:4])
+def test_a_word_without_end_is_encoded_a_block_at_a_time(each_split, tmp_path, monkeypatch, word):
+    """So that neither what is held nor the time for a byte grows with it."""
+    for name, value in dict(CHUNK_BYTES=2000, MOST_BYTES=4000, PIECE_BYTES=1000, FRONT_BYTES=500).items():
+        monkeypatch.setattr(bpe, name, value)
+    (tmp_path / "text.txt").write_text(word)
+    longest, merge_heap = 0, bpe.Encoder.merge_heap
+
+    def watched(self, text):
+        nonlocal longest
+        longest = max(longest, len(text))
+        return merge_heap(self, text)
+
+    monkeypatch.setattr(bpe.Encoder, "merge_heap", watched)
+    for split, (ours, theirs) in each_split.items():
+        pieces = [ids for _, ids in bpe.encode_pieces(ours, [tmp_path / "text.txt"], workers=1)]
+        assert np.concatenate(pieces).tolist() == theirs.encode(word, add_special_tokens=False).ids
+        assert max(map(len, pieces)) <= 4000 and longest <= 2000
 
 def test_decoding_replaces_what_is_not_utf8(three_tokenizers):
     ours = three_tokenizers[0]
