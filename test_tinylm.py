@@ -1168,7 +1168,7 @@ pieces_of_text = st.one_of(
         st.integers(1, 300)))
 
 @pytest.mark.parametrize("split", bpe.SPLIT_PATTERNS)
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(text=st.lists(pieces_of_text, max_size=6).map("".join), chunk=st.integers(12, 200))
 @example(text="!?" * 99 + "'s" + "12" * 99 + "\n" * 99 + "x" + " \n" * 99 + "!" + "theب" * 99 + " the" * 40, chunk=40)
 def test_ids_are_the_same_wherever_text_of_any_alphabet_is_cut(each_split, split, text, chunk):
@@ -1205,6 +1205,25 @@ def test_a_word_without_end_is_encoded_a_block_at_a_time(each_split, tmp_path, m
         pieces = [ids for _, ids in bpe.encode_pieces(ours, [tmp_path / "text.txt"], workers=1)]
         assert np.concatenate(pieces).tolist() == theirs.encode(word, add_special_tokens=False).ids
         assert max(map(len, pieces)) <= 4000 and longest <= 2000
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+@pytest.mark.parametrize("pairs, whole, split, text", [
+    # z decides by twos, from behind, how all letters before it are joined
+    ([*zip(LETTERS, LETTERS[1:])][::-1] + [("z", "a")], [], "gpt2", LETTERS * 8),
+    # white space is one word up to its last new line
+    ([("\n", " ")], [], "llama3", "x\n" + " " * 300 + "\ny"),
+    # what stays whole where it is a word does not where it is a part, or the end, of one
+    ([("x", "x")], ["abc"], "gpt2", "abc." + ".".join("x" * n + "abc" * (n % 3) + "b" for n in range(70, 90))),
+    ([("x", "x")], ["abc"], "gpt2", "abc." + ".".join("x" * n + "abc" for n in range(70, 90)) + ".abcxxxxxxxxxxxxxxx"),
+], ids=["chain", "white space", "parts", "ends"])
+def test_words_without_end_by_other_merges(monkeypatch, pairs, whole, split, text):
+    for name, value in dict(CHUNK_BYTES=60, MOST_BYTES=60, PIECE_BYTES=20, FRONT_BYTES=8).items():
+        monkeypatch.setattr(bpe, name, value)
+    tokens = [bytes([b]) for b in range(256)] + [(left + right).encode() for left, right in pairs]
+    merges = np.array([(ord(left), ord(right), 256 + i) for i, (left, right) in enumerate(pairs)])
+    tokenizer = bpe.Tokenizer(tokens + [token.encode() for token in whole], {}, merges, split, bool(whole))
+    assert bpe.encode(tokenizer, text).tolist() == bpe.plain_encode(tokenizer, text)
 
 def test_decoding_replaces_what_is_not_utf8(three_tokenizers):
     ours = three_tokenizers[0]

@@ -43,6 +43,7 @@ SPLIT_PATTERNS = {
               r"\s*[\r\n]+|\s+(?!\S)|\s+",
 }
 CHUNK_BYTES = 1 << 20  # of a file, read and worked on at once
+MOST_WORDS = 1 << 18  # a process remembers; it begins anew beyond this, so that memory has a bound
 MOST_BYTES = 2 * CHUNK_BYTES  # a chunk is longer only if it ends with a word without end
 FRONT_BYTES = 1 << 14  # of a word without end, merged at once
 PIECE_BYTES = 1 << 18  # of that, split at once: large enough for arrays to pay, small enough to stay in a core's cache
@@ -550,9 +551,10 @@ class Encoder:
             ended, going = np.flatnonzero(rank == NO_MERGE), np.flatnonzero(rank < NO_MERGE)
             result[rows[ended], :ranked_ids.shape[1]] = ranked_ids[ended].astype(np.int32)
             result[rows[ended], ranked_ids.shape[1]:] = -1
-            rows, best, rank = rows[going], best[going], rank[going]
-            columns = np.arange(ranked_ids.shape[1] - 1)  # as each word becomes one token shorter
-            ranked_ids = ranked_ids[going[:, None], columns + (columns > best[:, None])]
+            if len(ended):
+                rows, best, rank, ranked_ids = rows[going], best[going], rank[going], ranked_ids[going]
+            is_before = np.arange(ranked_ids.shape[1] - 1) <= best[:, None]
+            ranked_ids = np.where(is_before, ranked_ids[:, :-1], ranked_ids[:, 1:])  # each word is one token shorter
             each, made = np.arange(len(rows)), self.made[rank]
             after = ranked_ids[each, best + 1].astype(np.int32)
             ranked_ids[each, best] = self.ranks(made, after).astype(np.int64) << 32 | made
@@ -941,6 +943,8 @@ def start_counting(special_tokens, errors):
 
 def count_words(span):
     """Count the words of a span. → keys (words, 2), int64 (words), {long word: count}."""
+    if len(Job.table) > MOST_WORDS:
+        Job.table = HashTable()
     text = read_span(span, Job.errors)
     numbers, long_words = [np.empty(0, np.int32)], Counter()
     special_pattern = compile_special_pattern(Job.special_tokens)
