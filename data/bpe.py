@@ -464,7 +464,7 @@ class Encoder:
     """
 
     BATCH = 1 << 12  # words merged at once
-    MOST_IDS = 1 << 20  # what is remembered is dropped beyond this, so that memory has a bound
+    MOST_IDS = 1 << 19  # what is remembered is dropped beyond this, so that memory has a bound
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
