@@ -10,8 +10,10 @@ Then the fast way to the same merges and ids. Text is bytes throughout, in three
    Training counts them there; encoding keeps their ids there.
 3. Merge. Only words never met before go through the merges, many at a time (`merge_words`).
 
-Files are read in pieces cut where no word can be cut, so pieces are independent: they stream, and spread over
-processes, and the result is the same for any number of them.
+Files are read in pieces cut between words (`borders`), so pieces are independent: they stream, and spread over
+processes, and the result is the same for any number of them. Words that are long and don't repeat, as in scripts
+without blanks, are looked up in parts that no token can stand across (`Joints`). A word longer than can be held is
+encoded a block at a time (`encode_endless`). Training holds each different word; it can't do with less.
 """
 
 import codecs
@@ -657,12 +659,17 @@ class Encoder:
                 filled_up = b"".join(word.ljust(width, b"\0") for word in batch)
                 matrix = np.frombuffer(filled_up, np.uint8).reshape(-1, width)
                 ids, counts = self.ids_of_words(matrix, np.array([len(word) for word in batch]))
-                first, _ = self.keep(ids)
-                self.long_words.update(zip(batch, zip((first + np.cumsum(counts) - counts).tolist(), counts.tolist())))
-        for word in words:
-            if word not in self.long_words:
-                whole = self.id_of_word.get(word)
-                self.long_words[word] = self.keep(self.merge_long(word)[0] if whole is None else np.array([whole]))
+                self.remember_long(batch, ids, counts)
+        others = [word for word in words if word not in self.long_words]
+        found = [np.array([self.id_of_word[word]]) if word in self.id_of_word else self.merge_long(word)[0]
+                 for word in others]
+        counts = np.array(list(map(len, found)), np.int64)
+        self.remember_long(others, np.concatenate([np.empty(0, np.int32), *found]), counts)
+
+    def remember_long(self, words, ids, counts):
+        """Store the ids of long words, `counts` of them each."""
+        first, _ = self.keep(ids)
+        self.long_words.update(zip(words, zip((first + np.cumsum(counts) - counts).tolist(), counts.tolist())))
 
     @cached_property
     def whole(self):
@@ -671,7 +678,7 @@ class Encoder:
                 if -1 not in self.byte_ids[list(token)] and self.merge_heap(token).tolist() != [i]}
 
     def cut_parts(self, text, starts, which):
-        """Cut some of the words that begin at `starts` into parts of which no token can have two. → starts of all."""
+        """Cut some of the words that begin at `starts` into parts that no token can stand across. → starts of all."""
         inside = (np.append(starts[1:], len(text)) - starts)[which] - 1
         first = starts[which] + 1 - (np.cumsum(inside) - inside)
         joints = self.joints.find(text, np.arange(inside.sum()) + np.repeat(first, inside))
@@ -686,9 +693,11 @@ class Encoder:
         return parts[~is_left]
 
     def split_words(self, piece):
-        """Where words begin, and the parts of long ones. → int64"""
+        """Where words begin, and parts of long ones, if these are too many to be remembered whole. → int64"""
         special_spans = find_spans(self.special_pattern, piece)
-        starts, _, which_long = split_words(piece, special_spans, self.tokenizer.split)
+        starts, lengths, which_long = split_words(piece, special_spans, self.tokenizer.split)
+        if lengths[which_long].max(initial=0) <= 64 and 16 * lengths[which_long].sum() < len(piece):
+            return starts
         which_long = which_long[~np.isin(starts[which_long], [start for start, _ in special_spans])]
         return self.cut_parts(piece, starts, which_long) if len(which_long) else starts
 
@@ -712,8 +721,7 @@ class Encoder:
         return np.concatenate([np.empty(0, self.tokenizer.dtype), *(self.spell(*piece) for piece in found)])
 
     def encode_endless(self, blocks):
-        """The ids of a text in blocks, which end between characters, for words longer than can be held; yields arrays.
-        """
+        """The ids of a text in blocks cut between characters, with words longer than can be held; yields arrays."""
         rest, is_inside, enough = b"", False, 0  # `is_inside`: the ids of the first word's beginning have been given
         for block in blocks:
             rest += block
