@@ -1159,7 +1159,8 @@ def each_split(three_tokenizers, other_families, tmp_path_factory):
 
 ALPHABETS = {"English": "".join(stories.story(7, i) for i in range(20)), "Hindi": "नमस्ते दुनिया। आज मौसम अच्छा है। ",
              "Russian": "Привет, мир! Как дела — хорошо?\n", "Chinese": "你好，世界。今天天气很好、我们去公园。",
-             "Thai": "สวัสดีชาวโลก วันนี้อากาศดี", "Arabic": "مرحبا بالعالم، كيف حالك؟ ", "numbers": "3.1415 -2718\n161803 1,234\n", "hex": "3fa9c0de71b5e8",
+             "Thai": "สวัสดีชาวโลก วันนี้อากาศดี", "Arabic": "مرحبا بالعالم، كيف حالك؟ ",
+             "numbers": "3.1415 -2718\n161803 1,234\n", "hex": "3fa9c0de71b5e8",
              "code": 'function(a,b){return a&&b||!0};var x="s"+1;', "signs and lines": "---\n===\n***\n"}
 pieces_of_text = st.one_of(
     nasty, st.builds(lambda text, i: text[i:i + 60], st.sampled_from(list(ALPHABETS.values())), st.integers(0, 40)),
