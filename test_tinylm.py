@@ -834,14 +834,18 @@ def test_part_one_is_a_whole_program():
     assert text == expected_text
     assert part_one.count("\n") <= 500
 
-def test_what_is_imported():
-    """torch only where it computes, and DTensor and Triton only where they are used."""
+def test_what_is_imported(tmp_path):
+    """torch only where it computes; DTensor, Triton and the compiler, which take seconds, only where they are used."""
     loaded = lambda code, names: subprocess.run(
         [sys.executable, "-c", f"import sys; {code}; print([name for name in {names} if name in sys.modules])"],
-        cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
     assert loaded("from data import bpe, cli, prepare, stories", ["torch", "fire", "wandb"]) == "[]"
     assert loaded("import tinylm", ["torch.distributed.tensor", "triton", "fire", "wandb", "data"]) == "[]"
     assert loaded("import sample", ["train", "fire", "wandb", "triton"]) == "[]"
+    flags = TINY | dict(data=str(prepared(tmp_path)), output_dir=str(tmp_path / "run"))
+    slow = ["torch._dynamo", "torch._inductor", "torch.distributed.tensor", "sympy", "triton", "wandb"]
+    assert loaded(f"import train; train.train(**{flags}); import sample; "
+                  f"sample.sample(checkpoint={flags['output_dir']!r}, max_new_tokens=5)", slow) == "[]"
 
 @pytest.mark.parametrize("module", ["train", "sample"])
 @pytest.mark.parametrize("given, expected", [({}, "10000 None"), ({"GOMP_SPINCOUNT": "7"}, "7 None"),

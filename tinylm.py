@@ -653,14 +653,16 @@ class TokenLosses(torch.autograd.Function):
 def token_losses_in_place(logits, targets):
     return TokenLosses.apply(logits, targets)
 
-@torch.library.custom_op("tinylm::bias_corrections", mutates_args=())  # compiled code would take them for each number
 def bias_corrections(step: torch.Tensor, lr: torch.Tensor, beta1: float, beta2: float,
                      eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """What AdamW adds to √v, eps · √(1 - beta2^step), and what it multiplies that sum by: scalars of float32."""
     correction1, correction2 = 1 - beta1 ** step.double(), (1 - beta2 ** step.double()).sqrt()
     return (eps * correction2).float(), (correction1 / (lr * correction2)).float()
 
-@bias_corrections.register_fake
+# Compiled code would take them for each number again. (Eager code would import the compiler for such an operation.)
+opaque_corrections = torch.library.custom_op("tinylm::bias_corrections", bias_corrections, mutates_args=())
+
+@opaque_corrections.register_fake
 def _(step, lr, beta1, beta2, eps):
     return tuple(step.new_empty((), dtype=torch.float32) for _ in range(2))
 
@@ -668,7 +670,8 @@ def _(step, lr, beta1, beta2, eps):
 def adamw_update_in_few_passes(params, grads, state, lr, beta1=0.8, beta2=0.95, eps=1e-8, weight_decay=0.1):
     """lr · m̂ / (√v̂ + eps) with the corrections and lr moved to where they cost one pass over memory."""
     step = state["step"] + 1
-    floor, scale = bias_corrections(step, torch.as_tensor(lr), beta1, beta2, eps)
+    corrections = bias_corrections if is_eager() else opaque_corrections
+    floor, scale = corrections(step, torch.as_tensor(lr), beta1, beta2, eps)
     keep = 1 - lr * weight_decay
 
     def update(p, g, m, v):
@@ -1290,8 +1293,10 @@ def shard(tree, mesh):
 
 def all_gather(w):
     """All rows of a tensor that is split, gathered from the ranks, which must all take part; another as it is."""
+    if not is_split(w):
+        return w
     from torch.distributed.tensor import Replicate
-    return w.redistribute(placements=[Replicate()]).to_local() if is_split(w) else w
+    return w.redistribute(placements=[Replicate()]).to_local()
 
 def own_rows(w, like):
     """This rank's rows of a tensor that every rank has whole, split like another."""

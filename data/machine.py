@@ -76,17 +76,18 @@ def check_architecture(number):
 @contextmanager
 def numerics(device):
     """Within it a CPU computes the same numbers from run to run, and CUDA float32 products in TF32."""
-    deterministic = torch.are_deterministic_algorithms_enabled()
+    deterministic = torch.get_deterministic_debug_mode()
     fills = torch.utils.deterministic.fill_uninitialized_memory
     precision = torch.get_float32_matmul_precision()
     # Compiled code would otherwise add up the gradients of the embedding in whatever order its threads come.
-    torch.use_deterministic_algorithms(device == "cpu")
+    # torch.use_deterministic_algorithms would set this too, and import the compiler for it, which takes a second.
+    torch.set_deterministic_debug_mode("error" if device == "cpu" else "default")
     torch.utils.deterministic.fill_uninitialized_memory = False  # no result here depends on it
     torch.set_float32_matmul_precision("highest" if device == "cpu" else "high")
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(deterministic)
+        torch.set_deterministic_debug_mode(deterministic)
         torch.utils.deterministic.fill_uninitialized_memory = fills
         torch.set_float32_matmul_precision(precision)
 
