@@ -1931,10 +1931,12 @@ def test_one_folder_one_run(tmp_path):
     train.train(resume=str(tmp_path / "run"), num_steps=9)
     assert not list((tmp_path / "run").glob(".*partial"))
 
+FORKED_WITH = ["train", "torch._dynamo", "torch._inductor.compile_fx", "torch.distributed.tensor"]
+
 def start(data, folder, **flags):
     """Training in a process of its own, forked from one that has imported all it needs but computed nothing."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train"])
+    context.set_forkserver_preload(FORKED_WITH)
     flags = TINY | dict(checkpoint_interval=3, eval_interval=50, resume="auto", data=str(data),
                         output_dir=str(folder)) | flags
     code = "import os, sys; sys.stdout = open(os.devnull, 'w'); import train; train.train(**flags)"
@@ -2191,7 +2193,7 @@ def test_the_cuda_path_on_a_pretended_device(tmp_path):
 def start_ranks(count, **flags):
     """Training on `count` ranks, as torchrun would start them, in processes forked from one that has imported all."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train"])
+    context.set_forkserver_preload(FORKED_WITH)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
