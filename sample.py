@@ -92,6 +92,9 @@ def sample(given):
     params = tinylm.tree_map(lambda p: p.to(device), params)
     if settings.dtype == "int8":
         params, dtype = tinylm.quantize(params), torch.float32
+        if not any(isinstance(w, tinylm.Int8Matrix) for _, w in tinylm.tree_leaves(params)):
+            raise InputError(f"--dtype=int8 needs sizes that are multiples of 32, and {folder} has d_model "
+                             f"{config.d_model} and d_ff {config.d_ff}; leave it out")
     generator = torch.Generator(device).manual_seed(settings.seed)
     prompts = torch.tensor([ids] * settings.num_samples, device=device)
     tokens = tinylm.generate(params, prompts, config, settings.max_new_tokens, settings.temperature, settings.top_k,

@@ -173,7 +173,7 @@ def test_linear_of_large_matrices(d_in, d_out, compiled, monkeypatch):
     actual = (y := function(x, w)), *torch.autograd.grad(y, (x, w), upstream)
     again = torch.autograd.grad(function(x, w), (x, w), upstream)
     is_large = d_in * d_out > 32 * 64 or tinylm.HAS_AVX512
-    assert compiled or tinylm.HAS_ONEDNN and is_large == (type(actual[0].grad_fn).__name__ == "LargeLinearBackward")
+    assert compiled or (type(actual[0].grad_fn).__name__ == "LargeLinearBackward") == (tinylm.HAS_ONEDNN and is_large)
     y = F.linear(x.double(), w.double())
     for a, e in zip(actual, (y, *torch.autograd.grad(y, (x, w), upstream.double()))):
         assert a.shape == e.shape and a.is_contiguous() and (a - e).norm() <= 1e-5 * e.norm()
@@ -319,6 +319,15 @@ def test_loss_in_pieces(at_once, monkeypatch):
     params, (inputs, targets) = random_params(config), random_tokens(config, 2, 3, 9)
     expected = F.cross_entropy(tinylm.forward(params, inputs, config).mT, targets, reduction="none")
     same(tinylm.token_losses_in_pieces(params, inputs, targets, config, torch.float32), expected, 1e-5)
+    for tie_embeddings, dtype in itertools.product((False, True), (torch.float32, torch.bfloat16)):
+        config = small_config(tie_embeddings=tie_embeddings)
+        args = random_params(config), inputs, targets, config, dtype
+        (loss, grads), (plain_loss, plain_grads) = (tinylm.value_and_grad(function, *args) for function in (
+            tinylm.loss_in_pieces, tinylm.loss_fn.definition))
+        tolerance = 0.03 if dtype == torch.bfloat16 else 1e-5
+        assert loss.item() == pytest.approx(plain_loss.item(), rel=tolerance)
+        for (path, g), (_, plain) in zip(tinylm.tree_leaves(grads), tinylm.tree_leaves(plain_grads)):
+            assert (g - plain).norm() <= tolerance * plain.norm(), path
 
 # ---- Learning ----
 
@@ -771,7 +780,7 @@ def test_int8_weights_lose_little(trained, capsys):
     params, config = checkpoint.load_checkpoint(folder)
     w = randn(50, 64).float()
     rounded = tinylm.to_int8(w)
-    assert ((rounded.to(torch.float32) - w).abs() <= 0.51 * w.abs().amax(1, keepdim=True) / 127 + 0.004 * w.abs()).all()
+    assert ((rounded.to(torch.float32) - w).abs() <= 0.51 * w.abs().amax(1, keepdim=True) / 127).all()
     tokens = torch.from_numpy(prepare.open_data(trained / "data")[1]["val"][:513].astype(np.int64))
     batch = tokens[:-1].view(-1, config.context_length), tokens[1:].view(-1, config.context_length)
     tied = {name: w for name, w in params.items() if name != "lm_head"}
@@ -1218,10 +1227,11 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
     ([*zip(LETTERS, LETTERS[1:25])][::-1] + [("y", "a")], [], "gpt2", LETTERS[:25] * 8),
     # white space is one word up to its last new line
     ([("\n", " ")], [], "llama3", "x\n" + " " * 300 + "\ny"),
+    ([("\n", " ")], [], "llama3", "!" + "\n" * 300 + " \ny"),
     # what stays whole where it is a word does not where it is a part, or the end, of one
     ([("x", "x")], ["abc"], "gpt2", "abc." + ".".join("x" * n + "abc" for n in range(70, 90)) + ".abc" + "x" * 15),
     ([("x", "x")], [LETTERS[:20]], "gpt2", ".".join("x" * n + LETTERS[:20] for n in range(70, 90))),
-], ids=["chain", "white space", "parts", "ends"])
+], ids=["chain", "white space", "white space behind a sign", "parts", "ends"])
 def test_words_without_end_by_other_merges(monkeypatch, pairs, whole, split, text):
     for name, value in dict(CHUNK_BYTES=60, MOST_BYTES=60, PIECE_BYTES=20, FRONT_BYTES=8).items():
         monkeypatch.setattr(bpe, name, value)
@@ -1229,6 +1239,14 @@ def test_words_without_end_by_other_merges(monkeypatch, pairs, whole, split, tex
     merges = np.array([(ord(left), ord(right), 256 + i) for i, (left, right) in enumerate(pairs)])
     tokenizer = bpe.Tokenizer(tokens + [token.encode() for token in whole], {}, merges, split, bool(whole))
     assert bpe.encode(tokenizer, text).tolist() == bpe.plain_encode(tokenizer, text)
+
+def test_a_word_without_end_of_long_tokens(tmp_path):
+    tokenizer = train_on("=" * 40_000 + " a", tmp_path, 270)
+    assert max(map(len, tokenizer.tokens)) > 1000
+    bpe.save(tokenizer, tmp_path / "tokenizer.json")
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for length in (16_385, 70_003):
+        assert bpe.encode(tokenizer, "=" * length + "a").tolist() == theirs.encode("=" * length + "a").ids
 
 def test_decoding_replaces_what_is_not_utf8(three_tokenizers):
     ours = three_tokenizers[0]
@@ -1724,7 +1742,7 @@ def test_nothing_to_compile_with(trained, monkeypatch, capsys, compiler, headers
     assert sorted(Path(".").rglob("*")) == before
     monkeypatch.setenv("CC", compiler)
     for compiles, advice in ((False, "--dtype=float32"), (True, "--compile=False --dtype=float32")):
-        with pytest.raises(cli.InputError, match=f"or give {advice}$"):
+        with pytest.raises(cli.InputError, match=f"or give {advice} .to go on with a run in bfloat16, .*.$"):
             machine.check_compiler("cuda:0", torch.bfloat16, compiles)  # kernels of attention need it too
     machine.check_compiler("cuda:0", torch.float32)
     machine.check_compiler("cpu", torch.bfloat16)
@@ -1866,6 +1884,22 @@ def test_a_step_that_is_not_finite_is_not_applied(tmp_path, monkeypatch, capsys,
     params, _ = checkpoint.load_checkpoint(tmp_path / "run/latest")
     assert all(p.isfinite().all() for _, p in tinylm.tree_leaves(params))
     assert checkpoint.load_optimizer(tmp_path / "run/latest", tinylm.adamw_init(params))["step"] == 4
+
+@pytest.mark.parametrize("is_behind", [False, True], ids=["noticed at once", "a step later"])
+def test_a_stop_loses_no_step(tmp_path, monkeypatch, is_behind):
+    genuine = train.accumulate_gradients
+
+    def interrupted(loss_fn, params, ids, settings, step, *ranks):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return genuine(loss_fn, params, ids, settings, step, *ranks)
+
+    monkeypatch.setattr(train, "accumulate_gradients", interrupted)
+    monkeypatch.setattr(log.Log, "is_behind", is_behind)
+    rare = dict.fromkeys(("num_steps", "eval_interval", "checkpoint_interval"), 50)
+    train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", **TINY | rare)
+    last = metrics(tmp_path / "run")[-1]["step"]
+    assert last == 3 + is_behind and run.newest(tmp_path / "run").name == f"step-{last:07d}"
 
 def test_a_run_that_diverges_gives_up_and_keeps_its_checkpoint(tmp_path, monkeypatch, capsys):
     data = prepared(tmp_path)
@@ -2874,7 +2908,7 @@ def test_settings_are_given_back(tmp_path):
 
 # ---- Starting from an existing model ----
 
-def test_init_from_goes_on_with_the_model(tmp_path):
+def test_init_from_goes_on_with_the_model(tmp_path, monkeypatch):
     """A model of transformers is trained on, with its own sizes, on data in its own vocabulary."""
     data = prepared(tmp_path)
     llama = transformers.LlamaConfig(vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
@@ -2888,8 +2922,12 @@ def test_init_from_goes_on_with_the_model(tmp_path):
     same(after, before, 0)
     with pytest.raises(cli.InputError, match="--d_model=64.*has d_model 32"):
         train.train(init_from=str(tmp_path / "llama"), d_model=64, **flags)
-    train.train(init_from=str(tmp_path / "run"), output_dir=str(tmp_path / "next"), **flags)
-    same(checkpoint.load_checkpoint(tmp_path / "next/latest")[0], before, 0)
+    falling_then_rising(monkeypatch)
+    train.train(data=str(data), output_dir=str(tmp_path / "own"), **TINY | dict(eval_interval=1, keep_checkpoints=9))
+    train.train(init_from=str(tmp_path / "own"), output_dir=str(tmp_path / "next"), **flags)
+    best, newest = run.best(tmp_path / "own"), run.newest(tmp_path / "own")
+    same(checkpoint.load_checkpoint(tmp_path / "next/latest")[0], checkpoint.load_checkpoint(best)[0], 0)
+    assert best != newest
     with pytest.raises(cli.InputError, match="--init_from=.*/nowhere is not there; expected a run"):
         train.train(init_from=str(tmp_path / "nowhere"), **flags)
     prepare.prepare(input=str(tmp_path / "corpus.txt"), output=str(tmp_path / "again"),

@@ -728,13 +728,13 @@ class LossInPieces(torch.autograd.Function):
     def forward(ctx, x, w, targets):
         matrix, loss, dxs, dw = w.to(x.dtype), 0.0, [], 0.0
         vocabulary, size = torch.arange(len(w), device=w.device), max(1, LOGITS_AT_ONCE // len(w))
-        for rows, targets in zip(x.split(size), targets[:, None].split(size)):
+        for rows, theirs in zip(x.split(size), targets[:, None].split(size)):
             logits = at_least_float32(rows @ matrix.T)  # (rows, V)
             highest = logits.amax(-1, keepdim=True)
             exps = torch.exp(logits - highest)
             total = exps.sum(-1, keepdim=True)
-            loss = loss + (total.log() + highest - logits.gather(-1, targets)).sum()
-            d_logits = ((exps / total - (vocabulary == targets).to(exps.dtype)) / len(x)).to(x.dtype)
+            loss = loss + (total.log() + highest - logits.gather(-1, theirs)).sum()
+            d_logits = ((exps / total - (vocabulary == theirs).to(exps.dtype)) / len(x)).to(x.dtype)
             dxs.append(d_logits @ matrix)
             dw = dw + (d_logits.T @ rows).to(w.dtype)
         ctx.save_for_backward(torch.cat(dxs), dw)
@@ -748,7 +748,7 @@ class LossInPieces(torch.autograd.Function):
 
 loss_fn = operation(loss_fn)  # which only here has forms
 
-@faster(loss_fn, lambda params, *_: first_leaf(params).is_cuda and not is_split(first_leaf(params)))
+@faster(loss_fn, lambda params, *_, **__: first_leaf(params).is_cuda and not is_split(first_leaf(params)))
 def loss_in_pieces(params, inputs, targets, config, dtype=torch.float32, remat=False):
     x, _ = hidden_states(params, inputs, config, dtype, remat=remat)
     return LossInPieces.apply(x.flatten(0, 1), params.get("lm_head", params["embedding"]), targets.flatten())
@@ -882,8 +882,8 @@ def to_int8(w):
     """The nearest Int8Matrix; w itself where PyTorch's product, which reads rows by whole vectors, can't take it."""
     if w.shape[1] % 32:
         return w
-    scales = w.float().abs().amax(1).clamp_min(1e-30) / 127
-    return Int8Matrix((w / scales[:, None]).round().to(torch.int8), scales.bfloat16())
+    scales = (w.float().abs().amax(1).clamp_min(1e-30) / 127).bfloat16()
+    return Int8Matrix((w / scales.float()[:, None]).round().to(torch.int8), scales)
 
 def quantize(params):
     """`params` for writing on a CPU, with the matrices that `linear` uses in int8: a quarter of float32 to read."""
@@ -1003,8 +1003,8 @@ def tiled_attention(q, k, v):
     return tiled.view(grouped.shape).transpose(-3, -2).flatten(-4, -3)  # (..., H, T, D)
 
 def product_in_float32(a, b):
-    """Products of a batch of matrices, in float32 at least; on CUDA those of half precision are never rounded to it."""
-    if a.is_cuda and a.element_size() == 2 and not torch.is_grad_enabled():  # as this has no gradient
+    """Products of a batch of matrices, in float32 at least; on CUDA, without gradients, never rounded to less."""
+    if a.is_cuda and a.element_size() == 2 and not torch.is_grad_enabled():  # as this has none
         return torch.bmm(a, b, out_dtype=torch.float32)
     return at_least_float32(a @ b)
 
@@ -1190,9 +1190,9 @@ def kernel_options(name, D, capability):
     return {"D": D, "WIDTH": width, "ROWS": rows, "KEYS": keys, "num_warps": 8, "num_stages": stages}
 
 def side_by_side(N, num_bytes, l2_size):
-    """How many of N heads, which read num_bytes together, to compute side by side: a divisor of N.
+    """How many of N heads, with num_bytes of q and k together, to compute side by side: a divisor of N.
 
-    So few that half of L2 holds what they read: blocks of a head find there what its others have read. So many, as of
+    So few that half of L2 holds their q and k: blocks of a head find in it what its others have read. So many, as of
     all of these the blocks that take longest begin first, and no GPU waits for the last ones.
     """
     return next(n for n in range(min(N, max(1, l2_size // 2 * N // num_bytes)), 0, -1) if N % n == 0)

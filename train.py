@@ -68,6 +68,7 @@ def default_weight_decay(settings):
     return max(own, float(f"{share / settings.lr_max:.2g}"))
 
 def default_dtype_on_cuda(settings):
+    """bfloat16, where the GPU computes in it."""
     return "bfloat16" if machine.has_bfloat16(settings.device) else "float32"
 
 def hyperparameters(optimizer):

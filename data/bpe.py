@@ -48,6 +48,7 @@ CHUNK_BYTES = 1 << 20  # of a file, read and worked on at once
 MOST_WORDS = 1 << 18  # a process remembers; it begins anew beyond this, so that memory has a bound
 MOST_BYTES = 2 * CHUNK_BYTES  # a chunk is longer only if it ends with a word without end
 FRONT_BYTES = 1 << 14  # of a word without end, merged at once
+MOST_TOKEN_BYTES = 256  # with a longer token a word without end is held whole: to find its borders would take too long
 PIECE_BYTES = 1 << 18  # of that, split at once: large enough for arrays to pay, small enough to stay in a core's cache
 
 # ---- Byte-level BPE, as it is defined ----
@@ -368,7 +369,10 @@ class HashTable:
 
 def split_words(text, special_spans, split="gpt2"):
     """Cut text into words. → int64: starts (words), lengths (words), which are too long for a key of their own."""
-    starts = WORD_STARTS[split](text, special_spans)
+    return with_lengths(text, WORD_STARTS[split](text, special_spans))
+
+def with_lengths(text, starts):
+    """What `split_words` says of words that begin at `starts`."""
     lengths = np.append(starts[1:], len(text)) - starts
     return starts, lengths, np.flatnonzero(lengths > KEY_BYTES)
 
@@ -596,7 +600,7 @@ class Encoder:
         If the word `goes_on`, there is more of it behind, and its last ids stay open.
         """
         found, done, size = [np.empty(0, np.int64)], 0, FRONT_BYTES
-        while len(word) - done > size:
+        while len(word) - done > size and self.lengths.max() <= MOST_TOKEN_BYTES:
             ids, length = self.merge_front(word[done:done + size])
             size = FRONT_BYTES if length else 2 * size
             found.append(ids)
@@ -696,10 +700,10 @@ class Encoder:
         """Where words begin, and parts of long ones, if these are too many to be remembered whole. → int64"""
         special_spans = find_spans(self.special_pattern, piece)
         starts, lengths, which_long = split_words(piece, special_spans, self.tokenizer.split)
-        if lengths[which_long].max(initial=0) <= 64 and 16 * lengths[which_long].sum() < len(piece):
-            return starts
-        which_long = which_long[~np.isin(starts[which_long], [start for start, _ in special_spans])]
-        return self.cut_parts(piece, starts, which_long) if len(which_long) else starts
+        to_cut = which_long[~np.isin(starts[which_long], [start for start, _ in special_spans])]
+        if not len(to_cut):
+            return starts, lengths, which_long
+        return with_lengths(piece, self.cut_parts(piece, starts, to_cut))
 
     def encode(self, text):
         """The ids of a text. bytes of UTF-8 → tokenizer.dtype (tokens)."""
@@ -707,14 +711,13 @@ class Encoder:
         return self.encode_words((piece, self.split_words(piece)) for piece in pieces)
 
     def encode_words(self, pieces):
-        """The ids of pieces of text, each with the places where its words begin. → tokenizer.dtype (tokens)."""
+        """The ids of pieces of text, each with what `split_words` says of it. → tokenizer.dtype (tokens)."""
         if len(self.ids) > self.MOST_IDS:
             self.forget()
         known, found = len(self.table), []
-        for piece, starts in pieces:
-            lengths = np.diff(starts, append=len(piece))
+        for piece, (starts, lengths, which_long) in pieces:
             numbers = self.table.find_or_add(word_keys(piece, starts, lengths))
-            found.append((numbers, cut_words(piece, starts, lengths, np.flatnonzero(lengths > KEY_BYTES))))
+            found.append((numbers, cut_words(piece, starts, lengths, which_long)))
         if len(self.table) > known:
             self.remember(*self.ids_of_words(*self.table.words(known)))
         self.learn_long({word: None for _, words in found for word in words if word not in self.long_words})
@@ -728,8 +731,8 @@ class Encoder:
             if len(rest) < enough:
                 continue
             starts, lengths, _ = split_words(rest, find_spans(self.special_pattern, rest), self.tokenizer.split)
-            # What follows may still change the last two words, unless one goes on for long; white space always.
-            goes_on = lengths[-1] > FRONT_BYTES + self.margin and not rest[starts[-1]:].decode().isspace()
+            # What follows may still change the last two words, unless one goes on for long; white space behind always.
+            goes_on = lengths[-1] > FRONT_BYTES + self.margin and not rest[starts[-1]:].decode()[-1].isspace()
             cut, before = starts[-1], len(rest)
             if not goes_on:
                 cut = starts[:-1][starts[:-1] <= len(rest) - self.margin].max(initial=0)
@@ -753,15 +756,16 @@ class Encoder:
         if not last:
             ids, done = self.merge_long(text, goes_on=True)
             return ids.astype(self.tokenizer.dtype), done
-        return self.encode_words([(text[:parts[last]], parts[:last])]), parts[last]
+        done = text[:parts[last]]
+        return self.encode_words([(done, with_lengths(done, parts[:last]))]), parts[last]
 
     def encode_rest(self, text, starts, cut, is_inside):
         """The ids of the words that begin at `starts` before `cut`; the first may have begun before the text."""
         begin = np.append(starts, len(text))[int(is_inside)]
-        parts = self.split_words(text)
+        parts, _, _ = self.split_words(text)
         first = self.merge_long(text[:begin])[0].astype(self.tokenizer.dtype)
-        ids = self.encode_words([(text[begin:cut], parts[(parts >= begin) & (parts < cut)] - begin)])
-        return np.concatenate((first, ids))
+        here, parts = text[begin:cut], parts[(parts >= begin) & (parts < cut)] - begin
+        return np.concatenate((first, self.encode_words([(here, with_lengths(here, parts))])))
 
     def spell(self, numbers, long_words):
         """The ids of words: their numbers in the table, and those too long for it, in order. → dtype (tokens)."""
@@ -1277,14 +1281,16 @@ def split_of(steps):
             return spelled[pattern]
     raise ValueError(f"its split pattern is none of {', '.join(SPLIT_PATTERNS)}")
 
-def special_ids(folder, tokenizer):
+def special_ids(path, tokenizer):
     """How a model begins and ends texts: ids put before a prompt, ids that end a text, ids to begin an empty one with.
+    path: the model's folder, or its tokenizer's file.
 
     Prompts begin as tokenizer.json says, which other tools follow; checkpoints of ours from before it did, with
     <|endoftext|>.
     """
+    folder, file = (path, "tokenizer.json") if path.is_dir() else (path.parent, path.name)
     read = lambda name: files.read_json(folder / name) if (folder / name).is_file() else {}
-    generation, config, processor = read("generation_config.json"), read("config.json"), read("tokenizer.json")
+    generation, config, processor = read("generation_config.json"), read("config.json"), read(file)
     try:
         processor = processor.get("post_processor") or {}
         templates = [step for step in processor.get("processors", [processor]) if "single" in step]

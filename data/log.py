@@ -178,12 +178,12 @@ class Log:
     def step(self, step, lr, numbers, at_once):
         """Take a step's numbers, a function → [loss, gradient norm, how many ranks were asked to stop].
 
-        On a CPU, and where asked, it looks at them at once, else at those of the step before, while the device computes
+        On a CPU, and where `at_once`, it looks at them now, else at those of the step before, while the device computes
         this one. → whether to stop.
         """
         self.waiting.append((step, lr, numbers))
-        is_asked = False
-        while self.waiting[0 if at_once or is_asked or not self.is_behind else 1:]:
+        held_back, is_asked = int(self.is_behind and not at_once), False
+        while len(self.waiting) > (0 if is_asked else held_back):
             step, lr, numbers = self.waiting.pop(0)
             loss, norm, asked = numbers()
             is_asked |= asked > 0

@@ -91,6 +91,8 @@ def numerics(device):
         torch.utils.deterministic.fill_uninitialized_memory = fills
         torch.set_float32_matmul_precision(precision)
 
+TO_GO_ON = "(to go on with a run in bfloat16, give that and --init_from=RUN/latest in place of --resume)"
+
 def has_bfloat16(device):
     """Whether a device computes in bfloat16: CPUs do, and GPUs from Ampere on."""
     return device == "cpu" or torch.cuda.get_device_capability(device) >= (8, 0)
@@ -102,8 +104,7 @@ def check_dtype(dtype, device):
     if dtype == "bfloat16" and not has_bfloat16(device):
         major, minor = torch.cuda.get_device_capability(device)
         raise InputError(f"--dtype=bfloat16: {torch.cuda.get_device_name(device)} has compute capability "
-                         f"{major}.{minor}, and bfloat16 needs 8.0; give --dtype=float32 (to go on with a run in "
-                         "bfloat16, give that and --init_from=RUN/latest in place of --resume)")
+                         f"{major}.{minor}, and bfloat16 needs 8.0; give --dtype=float32 {TO_GO_ON}")
 
 def dtype_to_write_in(name, device):
     """The dtype that --dtype of sample.py names; None, for that of the weights, where it is not given."""
@@ -119,7 +120,7 @@ def check_compiler(device, dtype, compiles=False):
     if not compiles and not has_kernels:
         return
     purpose = "--compile" if compiles else "bfloat16 on CUDA"
-    instead = " ".join(["--compile=False"] * compiles + ["--dtype=float32"] * has_kernels)
+    instead = " ".join(["--compile=False"] * compiles + [f"--dtype=float32 {TO_GO_ON}"] * has_kernels)
     if device == "cpu":
         compilers = [os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")]
     else:
@@ -131,6 +132,8 @@ def check_compiler(device, dtype, compiles=False):
                              f"headers (g++ and python3-dev on Debian), or give {instead}")
 
 class OutOfMemory(InputError):
+    """A device has too little memory, which its own rank alone knows and must say."""
+
     is_of_one_rank = True
 
 @contextmanager

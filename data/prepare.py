@@ -320,7 +320,7 @@ def load_tokenizer(path):
     """
     path = Path(path)
     tokenizer = bpe.load(path)
-    begin, ends, _ = bpe.special_ids(path if path.is_dir() else path.parent, tokenizer)
+    begin, ends, _ = bpe.special_ids(path, tokenizer)
     end = tokenizer.special_tokens.get(bpe.END_OF_TEXT, *ends[:1] or [None])  # or a family's token of another name
     if end is None:
         raise InputError(f"{path} has no special token {bpe.END_OF_TEXT} to end documents with, and no config.json "

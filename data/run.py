@@ -90,7 +90,7 @@ def find_checkpoint(name, flag="checkpoint"):
         if not folder.is_dir() and of_run and of_run(folder.parent):
             return of_run(folder.parent)
         if not folder.is_dir():
-            raise InputError(f"--{flag}={name} is not there; expected a run of train.py, a checkpoint, or a Llama folder")
+            raise InputError(f"--{flag}={name} is not there; expected a run of train.py or a Llama folder")
         return best(folder) or folder
     written = sorted(Path("runs").glob("*/step-*/config.json"), key=lambda path: path.stat().st_mtime)
     if not written:
