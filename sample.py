@@ -91,7 +91,7 @@ def sample(given):
                          "they do not belong together")
     params = tinylm.tree_map(lambda p: p.to(device), params)
     if settings.dtype == "int8":
-        params, dtype = tinylm.quantize(params), torch.float32
+        params = tinylm.quantize(params)
         if not any(isinstance(w, tinylm.Int8Matrix) for _, w in tinylm.tree_leaves(params)):
             raise InputError(f"--dtype=int8 needs sizes that are multiples of 32, and {folder} has d_model "
                              f"{config.d_model} and d_ff {config.d_ff}; leave it out")

@@ -3424,7 +3424,7 @@ def measure_ranks(*, num_ranks: int = 2, shard: bool = False):
 def measure_kills(*, kills: int = 100):
     """SIGKILL runs of four kinds at random moments, and resume them: whether the end is that of a run left alone.
 
-    Takes about 10 minutes on 2 cores.
+    Takes about 2 minutes on 2 cores.
 
     kills: how many in all
     """

@@ -882,8 +882,11 @@ def to_int8(w):
     """The nearest Int8Matrix; w itself where PyTorch's product, which reads rows by whole vectors, can't take it."""
     if w.shape[1] % 32:
         return w
-    scales = (w.float().abs().amax(1).clamp_min(1e-30) / 127).bfloat16()
-    return Int8Matrix((w / scales.float()[:, None]).round().to(torch.int8), scales)
+    pieces = []
+    for rows in w.split(max(1, (1 << 24) // w.shape[1])):  # so that little is held in float32
+        scales = (rows.float().abs().amax(1).clamp_min(1e-30) / 127).bfloat16()
+        pieces.append(((rows / scales.float()[:, None]).round().to(torch.int8), scales))
+    return Int8Matrix(*map(torch.cat, zip(*pieces)))
 
 def quantize(params):
     """`params` for writing on a CPU, with the matrices that `linear` uses in int8: a quarter of float32 to read."""

@@ -697,13 +697,13 @@ class Encoder:
         return parts[~is_left]
 
     def split_words(self, piece):
-        """Where words begin, and parts of long ones, if these are too many to be remembered whole. → int64"""
+        """`split_words`, with the parts of long ones as words of their own, if these are many or very long."""
         special_spans = find_spans(self.special_pattern, piece)
         starts, lengths, which_long = split_words(piece, special_spans, self.tokenizer.split)
+        if lengths[which_long].max(initial=0) <= 64 and 16 * lengths[which_long].sum() < len(piece):
+            return starts, lengths, which_long  # few enough to be remembered whole
         to_cut = which_long[~np.isin(starts[which_long], [start for start, _ in special_spans])]
-        if not len(to_cut):
-            return starts, lengths, which_long
-        return with_lengths(piece, self.cut_parts(piece, starts, to_cut))
+        return with_lengths(piece, self.cut_parts(piece, starts, to_cut) if len(to_cut) else starts)
 
     def encode(self, text):
         """The ids of a text. bytes of UTF-8 → tokenizer.dtype (tokens)."""
