@@ -647,6 +647,25 @@ def test_generate_slides_and_stops():
     row = torch.stack(list(stopping), 1)[0].tolist()
     assert row == tokens[0, 5:5 + len(row)].tolist() and row.index(stop) == len(row) - 1
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recorded_steps_write_the_same(dtype, monkeypatch):
+    """As on CUDA, but for the record itself: steps of fixed shapes, for 4, 8, 16 and 21 keys, of a window that slides.
+    Every one is recorded once."""
+    recorded = []
+    monkeypatch.setattr(tinylm, "KEYS_AT_LEAST", 4)
+    monkeypatch.setattr(tinylm, "record", lambda function: recorded.append(function) or record_on_cpu(function))
+    config = small_config(context_length=21, num_kv_heads=2)
+    params, prompt = random_params(config), random_tokens(config, 3, 2)
+    for temperature in (0, 1):
+        write = lambda: torch.stack(list(tinylm.generate(params, prompt, config, 60, temperature, 0, 0.9, (),
+                                                         generator(1), dtype)), 1)
+        expected = write()
+        with monkeypatch.context() as patch:
+            one_token = lambda blocks, x, *_: x.shape[1] == 1
+            patch.setattr(tinylm.transformer_blocks, "forms", [(one_token, tinylm.transformer_blocks_in_graph)])
+            assert write().equal(expected)
+    assert len(recorded) == 2 * 4
+
 @pytest.mark.parametrize("changes", [dict(d_model=30), dict(d_model=12), dict(num_kv_heads=3), dict(vocab_size=0),
                                      dict(num_layers=-1), dict(d_model=2.5), dict(rope_theta=0.0),
                                      dict(norm_eps=math.nan)])
@@ -668,6 +687,15 @@ def adamw_example(step):
     state = {"step": torch.tensor(step), "m": tree_of((3, 4), (5,), seed=5), "v": v}
     return tree_of((3, 4), (5,)), tree_of((3, 4), (5,), seed=3), state, torch.tensor(0.01), 0.8, 0.95, 1e-6, 0.1
 
+def cache_example(dtype, filled):
+    tensors = (randn(2, *shape, 4, seed=i).to(dtype) for i, shape in enumerate(((6, 1), (2, 1), (2, 1), (2, 9), (2, 9))))
+    return *(next(tensors) for _ in range(3)), {"k": next(tensors), "v": next(tensors), "filled": filled}
+
+def blocks_example(filled):
+    config, cache = small_config(), {name: randn(2, 3, 4, 600, 8).float() for name in ("k", "v")}
+    angles = (table[filled:filled + 1] for table in tinylm.rope_angles(600, 8, 1e4, NO_SCALING, "cpu"))
+    return random_params(config)["blocks"], randn(3, 1, 32).float(), *angles, cache | {"filled": filled}, config
+
 # Of each operation that has forms: arguments of several shapes, made of a dtype. The sizes reach the ways inside a
 # form.
 EXAMPLES = {
@@ -685,6 +713,8 @@ EXAMPLES = {
     "attention": lambda dtype: [attention_example(dtype, *sizes) for sizes in (
         ((2,), 2, 1, 9, 9, 8), ((), 1, 3, 5, 12, 4), ((2,), 2, 2, 1, 7, 8), ((1, 2), 2, 2, 200, 200, 16),
         ((3,), 1, 1, 130, 300, 6))],
+    "cached_attention": lambda dtype: [cache_example(dtype, torch.tensor([filled])) for filled in (0, 4, 8)],
+    "transformer_blocks": lambda dtype: [blocks_example(filled) for filled in (0, 255, 256, 599)],
     "gated_silu": lambda dtype: [(randn(*shape).to(dtype), randn(*shape, seed=1).to(dtype))
                                  for shape in ((7,), (2, 3, 5))],
     "token_losses": lambda dtype: [((randn(*shape, V) * 5).to(dtype), torch.randint(V, shape, generator=generator()))
@@ -694,7 +724,7 @@ EXAMPLES = {
     "clip_gradients": lambda dtype: [(tree_of((3, 4), (5,)), max_norm) for max_norm in (0.1, 100.0)],
     "adamw_update": lambda dtype: [adamw_example(step) for step in (0, 1000)],
     "orthogonalize": lambda dtype: [(randn(*shape).float(),) for shape in ((2, 8, 5), (1, 5, 8), (3, 6, 6))],
-    "orthogonalize_all": lambda dtype: [(tree_of((8, 5), (5, 8), (8, 5)),)],
+    "orthogonalize_all": lambda dtype: [({"blocks": {"0": tree_of((8, 5), (5, 8)), "1": tree_of((8, 5), (5, 8))}},)],
     "nucleus_floor": lambda dtype: [(F.softmax(randn(3, V).float() * 3, -1), top_p)
                                     for V in (5, 400) for top_p in (0.1, 0.95)],
     "loss_fn": lambda dtype: [(random_params(small_config()), *random_tokens(small_config(), 2, 3, 9), small_config())],
@@ -723,20 +753,26 @@ def results(function, arguments, differentiable):
     weighted = sum((x * randn(*x.shape, seed=7 + i).to(x.dtype)).sum() for i, x in enumerate(out))
     return out + tensors_in(torch.autograd.grad(weighted, list(filter(is_floating, arguments))))
 
-def in_a_room(room, operation, arguments, monkeypatch, mesh):
+def record_on_cpu(function):
+    """What `tinylm.record` gives, from operations that run one by one."""
+    out = function()
+    return types.SimpleNamespace(replay=lambda: out.copy_(function())), out
+
+def in_a_room(room, operation, arguments, differentiable, monkeypatch, mesh):
     """(The form that serves there, arguments as they are there), or (None, …)."""
     asked = arguments
     with monkeypatch.context() as patch:
         if room == "compiled":
             patch.setattr(torch.compiler, "is_compiling", lambda: True)
         if room == "ranks":
-            asked = arguments = [tinylm.shard(x, mesh) if isinstance(x, dict) or i == 1 and is_floating(x) else x
+            all_tensors = lambda x: isinstance(x, dict) and all(torch.is_tensor(w) for _, w in tinylm.tree_leaves(x))
+            asked = arguments = [tinylm.shard(x, mesh) if all_tensors(x) or i == 1 and is_floating(x) else x
                                  for i, x in enumerate(arguments)]
         if room == "GPU":  # what conditions ask, as a tensor there would answer
-            there = lambda ndim: types.SimpleNamespace(is_cuda=True, is_cpu=False, ndim=ndim)
-            asked = [there(x.ndim) if is_floating(x) else {"w": there(2)} if isinstance(x, dict) else x
+            there = lambda x: types.SimpleNamespace(is_cuda=True, is_cpu=False, ndim=x.ndim, shape=x.shape)
+            asked = [there(x) if is_floating(x) else {"": there(torch.ones(2, 2))} | x if isinstance(x, dict) else x
                      for x in arguments]
-        with torch.set_grad_enabled(room != "int8"):
+        with torch.set_grad_enabled(differentiable):
             return next((form for fits, form in operation.forms if fits(*asked)), None), arguments
 
 @pytest.fixture
@@ -751,6 +787,7 @@ def test_every_form_computes_its_definition(name, monkeypatch, mesh_of_one):
     """Values and gradients, in every room: on a CPU, compiled, over ranks, and as on a GPU. No form is left out."""
     operation, reached = tinylm.OPERATIONS[name], set()
     monkeypatch.setattr(tinylm, "has_kernels", lambda q: False)  # they have a test of their own
+    monkeypatch.setattr(tinylm, "record", record_on_cpu)
     monkeypatch.setattr(tinylm, "IS_INTEL", False)  # where x @ w.T serves
     rooms = [(dtype, "CPU") for dtype in TOLERANCES] + [(torch.float32, room) for room in ("compiled", "ranks", "GPU")]
     rooms += [(torch.float32, "int8")] if name == "linear" else []
@@ -758,7 +795,7 @@ def test_every_form_computes_its_definition(name, monkeypatch, mesh_of_one):
         differentiable = name in DIFFERENTIABLE and room != "int8"
         for example in EXAMPLES[name](dtype):
             example = [example[0], tinylm.to_int8(example[1])] if room == "int8" else example
-            form, arguments = in_a_room(room, operation, example, monkeypatch, mesh_of_one)
+            form, arguments = in_a_room(room, operation, example, differentiable, monkeypatch, mesh_of_one)
             if form is None or room == "ranks" and not form.__name__.endswith("over_ranks"):
                 continue
             reached.add(form)
@@ -2066,23 +2103,37 @@ class Host(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.stops, self.launches = [], 0
+        self.stops, self.launches, self.records = [], 0, False
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         asks = function.overloadpacket in ASKING
         out = {torch.bool: False, torch.int64: 1}.get(args[0].dtype, 0.0) if asks else function(*args, **kwargs or {})
         comes_back = isinstance(out, torch.Tensor) and out.is_cpu and not (kwargs or {}).get("non_blocking")
         self.launches += 1
+        goes_there = isinstance(out, torch.Tensor) and out.is_cuda and any(map(torch.is_tensor, args)) and not any(
+            isinstance(x, torch.Tensor) and x.is_cuda for x in args)
+        assert not (self.records and goes_there), "a copy to the device while it records"
         if (asks or comes_back) and any(isinstance(x, torch.Tensor) and x.is_cuda for x in args):
             self.stop()
         return out
 
     def stop(self):
+        assert not self.records, "a stop while the device records"
         names = [frame.name for frame in traceback.extract_stack() if Path(frame.filename).parent == ROOT]
         self.stops.append(next(name for name in ("write_sample", "generate", "evaluate", "train") if name in names))
 
-    def current_stream(self, device):
+    def current_stream(self, device=None):
         return self
+
+    @contextlib.contextmanager
+    def record(self, *args, **options):
+        inspect.signature(torch.cuda.graphs.graph).bind(*args, **options)
+        self.records = True
+        yield
+        self.records = False
+
+    def wait_stream(self, stream):
+        pass
 
     def record_event(self):
         """An event, to wait for which is a stop unless the device has got more to do since."""
@@ -2119,6 +2170,8 @@ def pretend():
     torch.cuda.get_device_properties = lambda device: types.SimpleNamespace(major=9, minor=0, L2_cache_size=50_000_000)
     torch.cuda.device_count, torch.cuda.max_memory_allocated = lambda: 1, lambda device: 0
     torch.cuda.get_device_name, torch.cuda.device_of = lambda device: "none", lambda tensor: contextlib.nullcontext()
+    torch.cuda.Stream, torch.cuda.stream = Host, lambda stream: contextlib.nullcontext()
+    torch.cuda.CUDAGraph = lambda: types.SimpleNamespace(replay=lambda: None)
     machine.count_devices, machine.check_compiler = lambda: (1, None), lambda *args: None
 
 def on_device(tree):
@@ -2148,7 +2201,7 @@ def train_and_write_on_device(data, folder, flags):
                  log_interval=1, eval_interval=2, eval_tokens=1280, sample_tokens=tokens // 4, data=data,
                  output_dir=folder) | flags
     with FakeTensorMode(allow_non_fake_inputs=True), Host() as host:
-        torch.cuda.current_stream = host.current_stream
+        torch.cuda.current_stream, torch.cuda.graph = host.current_stream, host.record
         tinylm.rope_table(flags["context_length"], 16, 1e4, NO_SCALING, torch.device("cuda", 0))  # no part of a graph
         train.train(**flags)
         config, params, dtype = runs[-1].config, runs[-1].params, machine.DTYPES[runs[-1].settings.dtype]
@@ -2177,6 +2230,8 @@ FAULTS = {
     "a missing key": (dict(dtype="float32"), ', "cuda": 1 << 27', "", "KeyError: 'cuda'"),
     "an assert": ({}, "    if top_p < 1:\n", "    assert probabilities.isfinite().all() or 1\n    if top_p < 1:\n",
                   "'generate': 16"),
+    "a copy in a record": ({}, "[2], device=q.device) >", "[2]).to(q.device) >", "a copy to the device while"),
+    "a stop in a record": ({}, '> cache["filled"]  #', '> cache["filled"].item()  #', "a stop while the device"),
 }
 
 def report_on_device(data, folder):

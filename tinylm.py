@@ -169,30 +169,41 @@ def init_cache(config, batch_size, length, dtype, device):
     shape = (config.num_layers, batch_size, config.num_kv_heads, length, config.head_dim)
     return {name: torch.zeros(shape, dtype=dtype, device=device) for name in ("k", "v")} | {"filled": 0}
 
+@operation
+def cached_attention(q, k, v, cache):
+    """`attention` that sees earlier positions too. `cache`, of one layer, is donated: k and v go behind what it has."""
+    start, end = cache["filled"], cache["filled"] + q.shape[2]
+    cache["k"][:, :, start:end], cache["v"][:, :, start:end] = k, v
+    return attention(q, cache["k"][:, :, :end], cache["v"][:, :, :end])
+
 def multi_head_attention(x, cos, sin, cache, config, wq, wk, wv, wo):
     """Project to heads, rotate queries and keys, attend, and join the heads (Vaswani et al. 2017, §3.2.2).
 
     x (B, T, d_model), cos and sin (T, D/2), wq (H·D, d_model), wk and wv (H_kv·D, d_model), wo (d_model, H·D) → like x.
-    `cache`, one layer's or None, is donated: the new keys and values are written behind those it has.
     """
     q, k, v = (linear(x, w).unflatten(-1, (-1, config.head_dim)).transpose(1, 2) for w in (wq, wk, wv))  # (B, H, T, D)
     q, k = rope(q, cos, sin), rope(k, cos, sin)
-    if cache:
-        start, end = cache["filled"], cache["filled"] + x.shape[1]
-        cache["k"][:, :, start:end], cache["v"][:, :, start:end] = k, v
-        k, v = cache["k"][:, :, :end], cache["v"][:, :, :end]  # (B, H_kv, S, D) each
-    return linear(attention(q, k, v).transpose(1, 2).flatten(-2), wo)  # (B, T, d_model)
+    heads = cached_attention(q, k, v, cache) if cache else attention(q, k, v)
+    return linear(heads.transpose(1, 2).flatten(-2), wo)  # (B, T, d_model)
 
 def transformer_block(x, cos, sin, cache, config, attention_norm, attention, mlp_norm, mlp):
     """One pre-norm block: x + attention(rmsnorm(x)), then x + swiglu(rmsnorm(x)). x (B, T, d_model) → the same."""
     x = x + multi_head_attention(rmsnorm(x, attention_norm, config.norm_eps), cos, sin, cache, config, **attention)
     return x + swiglu(rmsnorm(x, mlp_norm, config.norm_eps), **mlp)
 
+@operation
+def transformer_blocks(blocks, x, cos, sin, cache, config, remat=False):
+    """All blocks in turn. x (B, T, d_model) → the same. With `remat` each keeps only its input (Chen et al. 2016)."""
+    for layer, block in blocks.items():
+        layer_cache = cache and {"k": cache["k"][int(layer)], "v": cache["v"][int(layer)], "filled": cache["filled"]}
+        block_fn = partial(transformer_block, cos=cos, sin=sin, cache=layer_cache, config=config, **block)
+        x = checkpoint(block_fn, x, use_reentrant=False) if remat else block_fn(x)
+    return x
+
 def hidden_states(params, tokens, config, dtype=torch.float32, cache=None, remat=False):
     """What the output matrix reads, computed in `dtype`. tokens (B, T) of int64 → (B, T, d_model) and the new cache.
 
     `cache` has keys and values of the positions before `tokens`; it is donated, as to copy it for each token is slow.
-    With `remat` a block keeps only its input, and the backward pass computes the rest again (Chen et al. 2016).
     """
     start = cache["filled"] if cache else 0
     end = start + tokens.shape[1]
@@ -201,10 +212,7 @@ def hidden_states(params, tokens, config, dtype=torch.float32, cache=None, remat
     table = rope_angles(config.context_length, config.head_dim, config.rope_theta, config.rope_scaling, tokens.device)
     cos, sin = (angles[start:end] for angles in table)  # (T, D/2) each
     x = embedding(tokens, params["embedding"]).to(dtype)  # (B, T, d_model)
-    for layer, block in params["blocks"].items():
-        layer_cache = {"k": cache["k"][int(layer)], "v": cache["v"][int(layer)], "filled": start} if cache else None
-        block_fn = partial(transformer_block, cos=cos, sin=sin, cache=layer_cache, config=config, **block)
-        x = checkpoint(block_fn, x, use_reentrant=False) if remat else block_fn(x)
+    x = transformer_blocks(params["blocks"], x, cos, sin, cache, config, remat)
     return rmsnorm(x, params["final_norm"], config.norm_eps), cache | {"filled": end} if cache else None
 
 def to_logits(params, x):
@@ -247,9 +255,8 @@ def param_shapes(config):
                           config.num_kv_heads * config.head_dim)
     block = {"attention_norm": (d,), "attention": {"wq": (d_q, d), "wk": (d_kv, d), "wv": (d_kv, d), "wo": (d, d_q)},
              "mlp_norm": (d,), "mlp": {"w_gate": (d_ff, d), "w_up": (d_ff, d), "w_down": (d, d_ff)}}
-    blocks = {str(layer): block for layer in range(config.num_layers)}
-    shapes = {"embedding": (config.vocab_size, d), "blocks": blocks, "final_norm": (d,)}
-    return shapes if config.tie_embeddings else shapes | {"lm_head": (config.vocab_size, d)}
+    shapes = {"embedding": (config.vocab_size, d), "blocks": {str(i): block for i in range(config.num_layers)}}
+    return shapes | {"final_norm": (d,)} | ({} if config.tie_embeddings else {"lm_head": (config.vocab_size, d)})
 
 def num_params(config):
     """How many numbers the parameters hold."""
@@ -305,8 +312,7 @@ def clip_gradients(grads, max_norm):
 def adamw_init(params):
     """The state AdamW starts from: zero moments m and v like `params`, in float32, and the count of steps."""
     zeros = lambda: tree_map(partial(torch.zeros_like, dtype=torch.float32), params)
-    device = tree_leaves(params)[0][1].device
-    return {"step": torch.zeros((), dtype=torch.int64, device=device), "m": zeros(), "v": zeros()}
+    return {"step": tree_leaves(params)[0][1].new_zeros((), dtype=torch.int64), "m": zeros(), "v": zeros()}
 
 @operation
 def adamw_update(params, grads, state, lr, beta1=0.8, beta2=0.95, eps=1e-8, weight_decay=0.1):
@@ -365,14 +371,9 @@ def muon_update(params, grads, state, lr, beta1=0.8, beta2=0.95, eps=1e-8, weigh
     (matrices, rest), (matrix_grads, rest_grads) = muon_split(params), muon_split(grads)
     rest, adamw = adamw_update(rest, rest_grads, state["adamw"], lr, beta1, beta2, eps, weight_decay)
     averages = tree_map(lambda m, g: torch.lerp(m, g, 1 - momentum), state["momentum"], matrix_grads)
-
-    def update_block(p, m, g):  # a block at a time, so that what is stacked stays small
-        directions = orthogonalize_all(tree_map(lambda m, g: torch.lerp(g, m, momentum), m, g))
-        return tree_map(lambda p, d: p * (1 - lr * weight_decay) - lr * (0.2 * max(p.shape) ** 0.5 * d), p, directions)
-
-    trees = [tree["blocks"] for tree in (matrices, averages, matrix_grads)]
-    blocks = {layer: update_block(*(tree[layer] for tree in trees)) for layer in trees[0]}
-    updated = dict(tree_leaves({"blocks": blocks}) + tree_leaves(rest))
+    directions = orthogonalize_all(tree_map(lambda m, g: torch.lerp(g, m, momentum), averages, matrix_grads))
+    update = lambda p, d: p * (1 - lr * weight_decay) - lr * (0.2 * max(p.shape) ** 0.5 * d)
+    updated = dict(tree_leaves(tree_map(update, matrices, directions)) + tree_leaves(rest))
     return tree_build((path, updated[path]) for path, _ in tree_leaves(params)), {"momentum": averages, "adamw": adamw}
 
 # An optimiser is its first state and its update; further arguments of the update are its hyperparameters.
@@ -495,8 +496,7 @@ def generate(params, prompt, config, max_new_tokens, temperature=1.0, top_k=0, t
         yield token
         if stopped.all():
             return
-        fresh = token[:, None]  # (B, 1)
-        history = torch.cat((history, fresh), 1)
+        history, fresh = torch.cat((history, token[:, None]), 1), token[:, None]  # (B, T), (B, 1)
 
 # ==== II. Faster ====
 
@@ -694,15 +694,18 @@ def polar_express(g):
         x = torch.baddbmm(x, torch.baddbmm(A, A, A, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
 
+STACKED_AT_MOST = {"cpu": 1 << 20, "cuda": 1 << 27}  # numbers
+
 @faster(orthogonalize_all, always)
 def orthogonalize_by_shape(matrices):
     """Those of one shape go together, as fewer and larger products."""
-    groups = {}
+    groups, done = {}, {}
     for path, w in tree_leaves(matrices):
         groups.setdefault(w.shape, {})[path] = w
-    done = {}
-    for group in groups.values():
-        done |= zip(group, orthogonalize(torch.stack(tuple(group.values()))))
+    for shape, group in groups.items():
+        ws, size = list(group.values()), max(1, STACKED_AT_MOST[first_leaf(group).device.type] // shape.numel())
+        parts = (orthogonalize(torch.stack(ws[i:i + size])) for i in range(0, len(ws), size))
+        done |= zip(group, (w for part in parts for w in part))
     return tree_build((path, done[path]) for path, _ in tree_leaves(matrices))
 
 # ---- The loss, in pieces where all logits at once would take most of the memory ----
@@ -1011,13 +1014,18 @@ def product_in_float32(a, b):
         return torch.bmm(a, b, out_dtype=torch.float32)
     return at_least_float32(a @ b)
 
-def attention_of_one(q, k, v):
-    """`attention` of a single query, the last position, which sees every key; in base 2, as `TiledAttention` has it."""
+def attention_of_one(q, k, v, unseen=None):
+    """`attention` of a single query, the last position, which sees every key, or all but those of a mask (S).
+
+    In base 2, as `TiledAttention` has it.
+    """
     D, group = q.shape[-1], q.shape[-3] // k.shape[-3]
     rows, k, v = q.reshape(-1, group, D), k.flatten(0, -3), v.flatten(0, -3)  # (N, group, D), (N, S, D)
     if q.is_cpu:  # oneDNN takes longer to prepare small products of bfloat16 than others take to compute them
         rows, k, v = map(at_least_float32, (rows, k, v))
     scores = product_in_float32(k, rows.mT) * (D**-0.5 / math.log(2))  # (N, S, group)
+    if unseen is not None:
+        scores = scores.masked_fill(unseen[:, None], -math.inf)
     weights = torch.exp2(scores - scores.detach().amax(1, keepdim=True))
     out = product_in_float32(weights.to(v.dtype).mT, v) / weights.sum(1, keepdim=True).mT  # (N, group, D)
     return out.to(q.dtype).view(q.shape)
@@ -1230,6 +1238,55 @@ def attention_in_kernels_backward(d_out, q, k, v, log_sum, row_sum):
     launch("queries_backward_kernel", False, q, k, v, d_out, log_sum, row_sum, dq)
     return dq, dk, dv
 
+# ---- CUDA: a token in one launch ----
+
+KEYS_AT_LEAST = 256  # that a recorded step attends to; more are recorded in powers of two
+
+@faster(cached_attention, lambda q, k, v, cache: isinstance(cache["filled"], torch.Tensor))
+def cached_attention_at(q, k, v, cache):
+    """Of one token, whose position is a tensor (1). All shapes are those of the cache, so it serves any position."""
+    for name, new in (("k", k), ("v", v)):
+        cache[name].index_copy_(2, cache["filled"], new.to(cache[name].dtype))
+    unseen = torch.arange(cache["k"].shape[2], device=q.device) > cache["filled"]  # (S)
+    return attention_of_one(q, cache["k"], cache["v"], unseen)
+
+def record(function):
+    """Have CUDA record what a function launches, as a graph to be launched at once → the graph, the function's result.
+
+    Each launch writes to the same result. The function runs once before, as libraries prepare themselves when first
+    called, and must do no harm by that.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use CUDA meanwhile
+        return graph, function()
+
+@faster(transformer_blocks, lambda blocks, x, cos, sin, cache, config, remat=False:
+        x.is_cuda and x.shape[1] == 1 and cache and not is_split(first_leaf(blocks)) and not torch.is_grad_enabled())
+def transformer_blocks_in_graph(blocks, x, cos, sin, cache, config, remat=False):
+    """Of one token, in a graph, as the host would take longer to launch its kernels than a GPU takes to run them.
+
+    The graphs stay in the cache that they belong to, by the number of keys that they attend to.
+    """
+    keys = min(cache["k"].shape[3], max(KEYS_AT_LEAST, 1 << cache["filled"].bit_length()))
+    position = torch.full((1,), cache["filled"], device=x.device)
+    graphs = cache.setdefault("graphs", {})
+    if keys not in graphs:
+        inputs = [tensor.clone() for tensor in (x, cos, sin, position)]  # from where the graph reads them each time
+        seen = {"k": cache["k"][..., :keys, :], "v": cache["v"][..., :keys, :], "filled": inputs[3]}
+        function = partial(transformer_blocks.definition, blocks, *inputs[:3], seen, config)
+        with torch.cuda.device_of(x):  # CUDA would take the current device
+            graphs[keys] = inputs, *record(function)
+    inputs, graph, out = graphs[keys]
+    for recorded, tensor in zip(inputs, (x, cos, sin, position)):
+        recorded.copy_(tensor)
+    graph.replay()
+    return out
+
 @faster(orthogonalize, lambda g: g.ndim == 3 and g.is_cuda)
 def orthogonalize_on_cuda(g):
     """In bfloat16, which is faster and enough."""
@@ -1359,8 +1416,9 @@ def global_norm_over_ranks(tree):
 
 @faster(orthogonalize_all, lambda matrices: is_split(first_leaf(matrices)))
 def orthogonalize_all_over_ranks(matrices):
-    """Every rank orthogonalises the whole of them, and keeps its rows."""
-    return tree_map(own_rows, orthogonalize_all(tree_map(all_gather, matrices)), matrices)
+    """Every rank orthogonalises the whole of them, a block's at a time, and keeps its rows."""
+    whole = lambda block: tree_map(own_rows, orthogonalize_all(tree_map(all_gather, block)), block)
+    return {"blocks": {layer: whole(block) for layer, block in matrices["blocks"].items()}}
 
 class GradientAverager:
     """Averages gradients over ranks, in few large messages that travel while the backward pass goes on."""
