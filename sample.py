@@ -28,9 +28,9 @@ class Settings:
     top_k: int = flag(0, "draw among this many likeliest tokens; 0 among all", "[0, inf)")
     top_p: float = flag(0.95, "and among the likeliest that together have this probability, above 0, up to 1", "(0, 1]")
     # Which model, and where
-    checkpoint: str = flag("", "a run of train.py, of which it takes the checkpoint with the lowest validation loss; a "
-                           "checkpoint, such as RUN/latest; or a Llama folder from elsewhere", stated="newest run")
-    device: str = flag("", "cpu, cuda or cuda:NUMBER", stated="cuda where there is one")
+    checkpoint: str = flag(None, "a run of train.py, of which it takes the checkpoint with the lowest validation loss; "
+                           "a checkpoint, such as RUN/latest; or a Llama folder from elsewhere", stated="newest run")
+    device: str = flag(None, "cpu, cuda or cuda:NUMBER", stated="cuda where there is one")
     dtype: str = flag(None, "what to compute in, float32 or bfloat16; or int8, on a CPU: weights rounded to 8 bits, "
                       "faster for large models", choices=[*machine.DTYPES, "int8"],
                       stated="bfloat16 where the weights are, else float32")

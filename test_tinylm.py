@@ -688,7 +688,8 @@ def adamw_example(step):
     return tree_of((3, 4), (5,)), tree_of((3, 4), (5,), seed=3), state, torch.tensor(0.01), 0.8, 0.95, 1e-6, 0.1
 
 def cache_example(dtype, filled):
-    tensors = (randn(2, *shape, 4, seed=i).to(dtype) for i, shape in enumerate(((6, 1), (2, 1), (2, 1), (2, 9), (2, 9))))
+    shapes = (6, 1), (2, 1), (2, 1), (2, 9), (2, 9)  # of q, k, v, and of keys and values in the cache
+    tensors = (randn(2, *shape, 4, seed=i).to(dtype) for i, shape in enumerate(shapes))
     return *(next(tensors) for _ in range(3)), {"k": next(tensors), "v": next(tensors), "filled": filled}
 
 def blocks_example(filled):
@@ -1753,6 +1754,8 @@ WRONG_TRAIN = [
     (["--resume=nowhere"], "no checkpoint there"),
     (["--output_dir=full"], "is not empty"),
     (["--compile=maybe"], "True or False"),
+    (["--init_from="], "--init_from is empty; give it a value"),
+    (["--device", ""], "--device is empty"),
 ]
 
 @pytest.mark.parametrize("arguments, message", WRONG_TRAIN, ids=lambda value: str(value)[:40])
@@ -1817,6 +1820,7 @@ WRONG_PREPARE = [
     (["--input=text.txt", "--output=mine"], "was not written by this command"),
     (["--input=text.txt", "--workers=0"], "1 or more"),
     (["--input=text.txt", "--tokenizer=nowhere.json"], "nowhere.json is missing"),
+    (["--input="], "--input is empty"),
 ]
 
 @pytest.mark.parametrize("arguments, message", WRONG_PREPARE, ids=lambda value: str(value)[:40])
@@ -1840,6 +1844,7 @@ WRONG_SAMPLE = [
     (["--max_new_tokens=0"], "1 or more"),
     (["--checkpoint=nowhere"], "is not there"),
     (["--checkpoint=data"], "not a checkpoint"),
+    (["--checkpoint="], "--checkpoint is empty"),
     (["--device=cuda:99"], "CUDA device"),
     (["--prompt=\udcff"], "0xff at character 0 is no text in utf-8"),
 ]
@@ -2742,6 +2747,11 @@ def test_gpus_that_cannot_be_used_are_named(monkeypatch):
         else:
             with pytest.raises(cli.InputError, match="Tesla V100 has compute capability .* no code .*--device=cpu"):
                 machine.choose_device("cuda:0")
+    ranks = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="::1", MASTER_PORT="1")
+    for name, value in ranks.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(cli.InputError, match="2 ranks on this machine, .* of which it has 1; .*--nproc_per_node=1$"):
+        machine.join_ranks("cuda")
     machine.count_devices.cache_clear()
 
 def test_gpus_without_bfloat16_get_float32(monkeypatch):

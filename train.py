@@ -124,7 +124,7 @@ class Settings:
     clip_grad: float = flag(1.0, "highest norm of all gradients together", "(0, inf)")
     seed: int = flag(0, "chooses the first parameters and the batches", "[-9223372036854775808, 9223372036854775807]")
     # Machine
-    device: str = flag("", "cpu, cuda or cuda:NUMBER", stated="cuda where there is one", may_change=True)
+    device: str = flag(None, "cpu, cuda or cuda:NUMBER", stated="cuda where there is one", may_change=True)
     dtype: str = flag({"cpu": "float32", "cuda": default_dtype_on_cuda}, "what to compute in, float32 or bfloat16; "
                       "parameters stay float32", choices=DTYPES,
                       stated="CPU float32, CUDA bfloat16, or float32 before compute capability 8.0")

@@ -732,7 +732,8 @@ class Encoder:
                 continue
             starts, lengths, _ = split_words(rest, find_spans(self.special_pattern, rest), self.tokenizer.split)
             # What follows may still change the last two words, unless one goes on for long; white space behind always.
-            goes_on = lengths[-1] > FRONT_BYTES + self.margin and not rest[starts[-1]:].decode()[-1].isspace()
+            is_space = rest[-4:].decode(errors="ignore")[-1:].isspace()  # its last character
+            goes_on = lengths[-1] > FRONT_BYTES + self.margin and not is_space
             cut, before = starts[-1], len(rest)
             if not goes_on:
                 cut = starts[:-1][starts[:-1] <= len(rest) - self.margin].max(initial=0)

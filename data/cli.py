@@ -70,6 +70,9 @@ def read(table, given):
         if name not in fields:
             raise unknown(name, fields)
     values = {name: convert(name, fields[name].type, value) for name, value in given.items()}
+    for name, value in values.items():
+        if value == "" != fields[name].metadata["default"]:  # as of a shell's variable that is not set
+            raise InputError(f"--{name} is empty; give it a value, or leave it out")
     return {name: value for name, value in values.items() if value is not None}
 
 def complete(table, given, device="cpu", **known):
@@ -89,7 +92,7 @@ def complete(table, given, device="cpu", **known):
 
 def check(name, value, within, choices):
     """Raise InputError where a setting is out of its interval, or none of its choices."""
-    if value in (None, ""):
+    if value is None:
         return
     if choices and value not in choices:
         one_of = " or ".join(choices) if len(choices) < 3 else f"one of {', '.join(choices)}"
@@ -245,8 +248,8 @@ def run(function, arguments=None):
     except Exception as error:
         if not hasattr(error, "exit_code"):
             raise
-        # Of the processes that torchrun starts one speaks, but of what only one has met.
-        if os.environ.get("RANK", "0") == "0" or getattr(error, "is_of_one_rank", False):
+        # Of the processes that torchrun starts on a machine one speaks, but of what only one has met.
+        if os.environ.get("LOCAL_RANK", "0") == "0" or getattr(error, "is_of_one_rank", False):
             fail(f"{program}: {error}")
         sys.exit(error.exit_code)
 

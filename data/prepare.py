@@ -34,9 +34,9 @@ class Settings:
     # Where the text comes from
     dataset: str = flag(None, "stories (built in, no download; the default), tinystories (2.2 GB) or shakespeare "
                         "(1 MB), downloaded once", choices=VOCAB_SIZES)
-    input: str = flag("", "a text file, or a folder of them, of your own instead; <|endoftext|> in it ends a document, "
-                      "as each file does")
-    val_input: str = flag("", "text to validate on")
+    input: str = flag(None, "a text file, or a folder of them, of your own instead; <|endoftext|> in it ends a "
+                      "document, as each file does")
+    val_input: str = flag(None, "text to validate on")
     val_fraction: float = flag(None, "or the part of the text to keep for validation, its end, between 0 and 1",
                                "(0, 1)", stated="0.1")
     errors: str = flag("strict", "strict, or replace to put U+FFFD where a file is not valid UTF-8",
@@ -44,8 +44,8 @@ class Settings:
     # What is made of it
     vocab_size: int = flag(None, "tokens in the vocabulary, from 257 (the 256 bytes and <|endoftext|>) on",
                            "[257, inf)", stated="2048; tinystories 10000, shakespeare 1024")
-    tokenizer: str = flag("", "use this tokenizer.json, or the one in this folder, instead of learning one")
-    output: str = flag("", "the folder to write", stated="data/ and the name of the dataset or input")
+    tokenizer: str = flag(None, "use this tokenizer.json, or the one in this folder, instead of learning one")
+    output: str = flag(None, "the folder to write", stated="data/ and the name of the dataset or input")
     workers: int = flag(None, "processes to use", "[1, inf)", stated="one a core")
 
 # ---- Where text comes from ----
