@@ -16,6 +16,7 @@ import itertools
 import json
 import math
 import multiprocessing
+import operator
 import os
 import random
 import re
@@ -2263,24 +2264,97 @@ def report_on_device(data, folder):
         os.waitpid(child, 0)
     os._exit(0)
 
-@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has the real device")
-def test_the_cuda_path_on_a_pretended_device(tmp_path):
-    """Training, evaluation and writing in all their ways, and faults that must be seen."""
+@pytest.fixture(scope="module")
+def on_pretended_device(tmp_path_factory):
+    """A function that calls one of these in a process that has the device → what it printed of JSON, and its errors."""
+    if torch.version.cuda:
+        pytest.skip("this torch has the real device")
     compiler, torch_folder = shutil.which(os.environ.get("CXX", "g++")), Path(torch.__file__).parent
-    source, library = tmp_path / "pretended.cpp", tmp_path / "pretended.so"
     if not compiler:
         pytest.skip("no C++ compiler")
+    source, library = (tmp_path_factory.mktemp("device") / f"pretended.{ending}" for ending in ("cpp", "so"))
     source.write_text(PRETENDED_DEVICE)
     subprocess.run([compiler, "-std=c++20", "-shared", "-fPIC", f"-I{torch_folder}/include", source, "-o", library,
                     f"-L{torch_folder}/lib", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{torch_folder}/lib"], check=True)
-    program = ("import ctypes, sys; ctypes.CDLL(sys.argv[1], ctypes.RTLD_GLOBAL)\n"  # before torch asks for it
-               "import test_tinylm; test_tinylm.report_on_device(*sys.argv[2:])")
-    done = subprocess.run([sys.executable, "-c", program, library, prepared(tmp_path), tmp_path], cwd=ROOT,
-                          capture_output=True, text=True)
-    reports = {name: error for name, error, _ in map(json.loads, done.stdout.splitlines())}
-    assert list(reports) == [*PATHS, *FAULTS], done.stderr[-3000:]
+
+    def call(function, *arguments):
+        program = ("import ctypes, sys; ctypes.CDLL(sys.argv[1], ctypes.RTLD_GLOBAL)\n"  # before torch asks for it
+                   f"import test_tinylm; test_tinylm.{function.__name__}(*sys.argv[2:])")
+        done = subprocess.run([sys.executable, "-c", program, library, *arguments], cwd=ROOT, capture_output=True,
+                              text=True)
+        return [json.loads(line) for line in done.stdout.splitlines()], done.stderr[-3000:]
+    return call
+
+def test_the_cuda_path_on_a_pretended_device(tmp_path, on_pretended_device):
+    """Training, evaluation and writing in all their ways, and faults that must be seen."""
+    reports, errors = on_pretended_device(report_on_device, prepared(tmp_path), tmp_path)
+    reports = {name: error for name, error, _ in reports}
+    assert list(reports) == [*PATHS, *FAULTS], errors
     for name, error in reports.items():
         assert error is None if name in PATHS else error and FAULTS[name][-1] in error, f"{name}: {error}"
+
+# What compiled code launches at most, of one layer and of Muon's update of two: kernels that Triton makes, products,
+# operations of our own.
+LAUNCHES = {"loss": (10, 10, 1), "gradients": (14, 14, 1), "Muon": (17, 45, 1)}
+
+def report_launches():
+    """Print the launches of each, as Inductor writes them for an H100 that is not there."""
+    class Written(Exception):
+        """The code is there, and nothing could run it."""
+
+    def note(lowering):
+        code, _ = lowering.codegen()
+        written.append(getattr(code, "value", code))
+        return types.SimpleNamespace(call=stop, __file__=os.devnull)
+
+    def stop(*args):
+        raise Written
+
+    for name in ("_exchange_device", "_maybe_exchange_device"):
+        setattr(torch.cuda, name, lambda *args: 0)
+    torch._C._cuda_getDevice = lambda: 0
+    torch.cuda.get_device_properties = lambda device=None: types.SimpleNamespace(
+        name="H100", major=9, minor=0, multi_processor_count=132, regs_per_multiprocessor=1 << 16, warp_size=32,
+        max_threads_per_multi_processor=2048, max_threads_per_block=1024, shared_memory_per_block_optin=227 << 10,
+        total_memory=80 << 30, L2_cache_size=50 << 20, gcnArchName="")
+    torch.cuda.is_available = torch.cuda.is_initialized = lambda: True
+    torch.cuda.device_count, torch.cuda.default_generators = lambda: 1, (generator(),)
+    torch.cuda.get_arch_list, torch.cuda.is_bf16_supported = lambda: ["sm_90"], lambda **options: True
+    import torch._functorch.config as functorch
+    import torch._inductor.config as inductor
+    from torch._inductor import graph
+    from torch._inductor.fx_passes import fuse_attention, misc_patterns, pad_mm
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    driver.set_active(types.SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32)))
+    fuse_attention._sfdp_init = misc_patterns._misc_patterns_init = pad_mm._pad_mm_init = lambda *args: None
+    functorch.force_non_lazy_backward_lowering = True
+    inductor.compile_threads, inductor.fx_graph_cache, inductor.joint_graph_constant_folding = 1, False, False
+    graph.GraphLowering._compile_to_module = note
+    machine.choose_device, machine.has_bfloat16, machine.check_compiler = str, lambda device: True, lambda *args: None
+    for optimizer, num_layers, names in (("adamw", 1, ("loss", "gradients")), ("muon", 2, ("Muon",))):
+        settings = train.Settings.complete(dict(device="cuda", d_model=64, num_layers=num_layers, optimizer=optimizer))
+        config, written = run.model_config(settings, 2048), []
+        loss_fn, update, _ = train.step_functions(config, settings)
+        with FakeTensorMode(allow_non_fake_inputs=True), contextlib.suppress(Written):
+            params = tinylm.tree_map(lambda p: p.to("cuda"), tinylm.init_params(config, generator()))
+            grads, state = tinylm.tree_map(torch.zeros_like, params), tinylm.OPTIMIZERS[optimizer][0](params)
+            tokens, loss = torch.zeros(4, 256, dtype=torch.int64).to("cuda"), torch.zeros(()).double().to("cuda")
+            tinylm.rope_table(256, config.head_dim, 1e4, NO_SCALING, tokens.device)  # no part of a graph
+            if optimizer == "adamw":
+                tinylm.value_and_grad(loss_fn, params, tokens, tokens)
+            update(params, grads, state, torch.tensor(1e-3), loss)
+        for name, code in zip(names, written, strict=True):
+            kinds = r"\btriton_\w+\.run\(", r"\bextern_kernels\.\w+\(", r"= torch\.ops\.tinylm\."
+            os.write(1, (json.dumps([name, [len(re.findall(kind, code)) for kind in kinds]]) + "\n").encode())
+    os._exit(0)
+
+def test_launches_of_compiled_steps(on_pretended_device):
+    pytest.importorskip("triton")
+    reports, errors = on_pretended_device(report_launches)
+    assert [name for name, _ in reports] == list(LAUNCHES), errors
+    for name, launches in reports:
+        assert all(map(operator.le, launches, LAUNCHES[name])), (name, launches)
 
 # ---- Many ranks ----
 
