@@ -2212,9 +2212,12 @@ def train_and_write_on_device(data, folder, flags):
         train.train(**flags)
         config, params, dtype = runs[-1].config, runs[-1].params, machine.DTYPES[runs[-1].settings.dtype]
         on_device({"params": params, "optimizer": runs[-1].optimizer})
-        prompts = torch.ones(2, config.context_length - 4, dtype=torch.int64, device="cuda")
+        prompts, launches = torch.ones(2, config.context_length - 4, dtype=torch.int64, device="cuda"), []
         for token in tinylm.generate(params, prompts, config, tokens, 0.8, 5, 0.9, (7, 9), None, dtype):  # it slides
             assert token.device.type == "cuda" and token.dtype == torch.int64
+            launches.append(host.launches)
+        is_split = flags.get("shard", False)
+        assert is_split or min(np.diff(launches), default=0) <= 95, f"{np.diff(launches)} operations a token"
     stops = {place: host.stops.count(place) for place in set(host.stops)}
     most = dict.fromkeys(("train", "evaluate"), flags["num_steps"] // 2) | {"write_sample": tokens, "generate": tokens}
     assert all(count <= most[place] for place, count in stops.items()), f"stops: {stops}, at most {most}"
@@ -2236,6 +2239,7 @@ FAULTS = {
     "a missing key": (dict(dtype="float32"), ', "cuda": 1 << 27', "", "KeyError: 'cuda'"),
     "an assert": ({}, "    if top_p < 1:\n", "    assert probabilities.isfinite().all() or 1\n    if top_p < 1:\n",
                   "'generate': 16"),
+    "no record": ({}, "x.is_cuda and x.shape[1] == 1 and cache", "False", "operations a token"),
     "a copy in a record": ({}, "[2], device=q.device) >", "[2]).to(q.device) >", "a copy to the device while"),
     "a stop in a record": ({}, '> cache["filled"]  #', '> cache["filled"].item()  #', "a stop while the device"),
 }
