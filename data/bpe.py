@@ -462,6 +462,43 @@ class Joints:
             spanned |= table[self.hashed(around & case)]
         return places[~spanned]
 
+class Ranks:
+    """Which merge joins a pair of ids: a hash table, its slots a quarter full, with linear probing."""
+
+    EMPTY = np.uint64(2**64 - 1)  # the key of ids -1 and -1, which no merge joins
+
+    def __init__(self, left, right):
+        size = 1 << (4 * len(left) + 1).bit_length()
+        self.keys, self.ranks = np.full(size, self.EMPTY), np.full(size, NO_MERGE, np.int32)
+        keys, pending = self.keys_of(left, right), np.arange(len(left))
+        slots = self.first_slot(keys)
+        while len(pending):
+            at, key = slots[pending], keys[pending]
+            is_free = self.keys[at] == self.EMPTY
+            self.keys[at[is_free]] = key[is_free]  # where several want a slot one has it, and the others go on
+            pending = pending[self.keys[at] != key]
+            slots[pending] = (slots[pending] + 1) % size
+        self.ranks[slots] = np.arange(len(left))
+
+    @staticmethod
+    def keys_of(left, right):
+        return left.astype(np.uint64) << np.uint64(32) | right.view(np.uint32)
+
+    def first_slot(self, keys):
+        return (keys * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(65 - len(self.keys).bit_length())).view(np.int64)
+
+    def find(self, left, right):
+        """The rank of the merge of each pair; NO_MERGE where none. int32 (pairs) twice → int32 (pairs)."""
+        keys = self.keys_of(left, right)
+        slots = self.first_slot(keys)
+        ranks, stored = self.ranks.take(slots), self.keys.take(slots)
+        pending = np.flatnonzero((stored != keys) & (stored != self.EMPTY))
+        while len(pending):
+            slots[pending] = at = (slots[pending] + 1) % len(self.keys)
+            ranks[pending], stored = self.ranks[at], self.keys[at]
+            pending = pending[(stored != keys[pending]) & (stored != self.EMPTY)]
+        return ranks
+
 class Encoder:
     """A tokenizer at work: the ids of every word it has met, and how to make those of one it has not.
 
@@ -469,7 +506,7 @@ class Encoder:
     words; `only_id` is the id of a word of one token, and -1 for others.
     """
 
-    BATCH = 1 << 12  # words merged at once
+    BATCH = 1 << 17  # bytes of words merged at once
     MOST_IDS = 1 << 19  # what is remembered is dropped beyond this, so that memory has a bound
 
     def __init__(self, tokenizer):
@@ -478,13 +515,9 @@ class Encoder:
         id_of = {token: i for i, token in enumerate(tokenizer.tokens) if len(token) == 1}
         self.byte_ids = np.array([id_of.get(bytes([b]), -1) for b in range(256)], np.int32)  # -1: there is none
         self.id_of_word = {token: i for i, token in enumerate(tokenizer.tokens)} if tokenizer.whole_words else {}
-        left, right, made = tokenizer.merges.T
-        self.made = made.astype(np.int32)
-        self.pairs = HashTable()
-        order = self.pairs.find_or_add(self.pair_keys(left, right))
-        self.rank = np.full(len(self.pairs) + 1, NO_MERGE, np.int32)  # the last stands for a pair not found, number -1
-        self.rank[order] = np.arange(len(order))
-        self.byte_ranks = self.ranks(*np.broadcast_arrays(self.byte_ids[:, None], self.byte_ids))
+        left, right, self.made = tokenizer.merges.T.astype(np.int32, order="C")
+        self.ranks = Ranks(left, right)
+        self.byte_ranks = self.ranks.find(self.byte_ids.repeat(256), np.tile(self.byte_ids, 256)).reshape(256, 256)
         self.joints = Joints(tokenizer.tokens)
         self.lengths = np.array([len(token) for token in tokenizer.tokens])
         self.margin = max(map(len, map(str.encode, tokenizer.special_tokens)), default=0) + 8
@@ -517,58 +550,48 @@ class Encoder:
         self.count = np.concatenate((self.count, counts))
         self.only_id = np.where(self.count == 1, self.ids.take(self.first, mode="clip"), -1)
 
-    @staticmethod
-    def pair_keys(left, right):
-        keys = np.empty((left.size, 2), np.int64)
-        keys[:, 0], keys[:, 1] = left.ravel(), right.ravel()
-        keys[:, 1] += 2  # ids are -1 and up, and a key's second number isn't 0
-        return keys.view(np.uint64)
-
-    def ranks(self, left, right):
-        """Which merge joins each pair of ids; NO_MERGE where none. int32 (...) twice → int32 (...)."""
-        return self.rank[self.pairs.find(self.pair_keys(left, right))].reshape(left.shape)
-
     def merge_words(self, words, lengths):
         """Apply the merges to many words. words uint8 (W, L), lengths (W) → ids of all in a row, counts (W)."""
-        batches = [slice(first, first + self.BATCH) for first in range(0, len(words), self.BATCH)]
+        size = max(1, self.BATCH // words.shape[1])
+        batches = [slice(first, first + size) for first in range(0, len(words), size)]
         ids, counts = zip(*(self.merge_batch(words[batch, :lengths[batch].max()], lengths[batch]) for batch in batches))
         return np.concatenate(ids), np.concatenate(counts)
 
     def merge_batch(self, words, lengths):
         """`merge_words`, for few enough words to stay in a core's cache.
 
-        In each round, each word makes its next merge: the pair of the lowest rank, of equals the leftmost. A token and
-        the rank of the pair it begins are one number, rank · 2³² + id, so that one array holds both.
+        In each round, each word makes its next merge: the pair of the lowest rank, of equals the leftmost. A word has a
+        row of places, the last of which stays empty, id -1; so does the place of a token that was joined to the one
+        before it, and `following` and `preceding` pass it by. A rank is that of the pair that begins at a place.
         """
         is_byte = np.arange(words.shape[1]) < lengths[:, None]
-        ids = np.where(is_byte, self.byte_ids[words], -1)
-        self.check_bytes(words[is_byte & (ids < 0)])
-        result = np.full((len(words), words.shape[1] + 1), -1, np.int32)  # so that each place has a next one
-        result[:, :-1] = ids
-        ranked_ids = np.full(result.shape, NO_MERGE << 32 | 0xFFFFFFFF, np.int64)
-        ranks = np.where(is_byte[:, 1:], self.byte_ranks[words[:, :-1], words[:, 1:]], NO_MERGE)
-        ranked_ids[:, :-2] = ranks.astype(np.int64) << 32
-        ranked_ids[:, -2] = NO_MERGE << 32
-        ranked_ids[:, :-1] |= ids.view(np.uint32)
-        rows = np.arange(len(words))  # those that may have a merge left
-        while len(rows):
-            best = ranked_ids.argmin(1)
-            rank = ranked_ids[np.arange(len(rows)), best] >> 32
-            ended, going = np.flatnonzero(rank == NO_MERGE), np.flatnonzero(rank < NO_MERGE)
-            result[rows[ended], :ranked_ids.shape[1]] = ranked_ids[ended].astype(np.int32)
-            result[rows[ended], ranked_ids.shape[1]:] = -1
-            if len(ended):
-                rows, best, rank, ranked_ids = rows[going], best[going], rank[going], ranked_ids[going]
-            is_before = np.arange(ranked_ids.shape[1] - 1) <= best[:, None]
-            ranked_ids = np.where(is_before, ranked_ids[:, :-1], ranked_ids[:, 1:])  # each word is one token shorter
-            each, made = np.arange(len(rows)), self.made[rank]
-            after = ranked_ids[each, best + 1].astype(np.int32)
-            ranked_ids[each, best] = self.ranks(made, after).astype(np.int64) << 32 | made
-            each = np.flatnonzero(best > 0)
-            before = ranked_ids[each, best[each] - 1].astype(np.int32)
-            ranked_ids[each, best[each] - 1] = self.ranks(before, made[each]).astype(np.int64) << 32 | before
-        used = result >= 0
-        return result[used], used.sum(1)
+        ids = np.full((len(words), words.shape[1] + 1), -1, np.int32)
+        ids[:, :-1] = np.where(is_byte, self.byte_ids[words], -1)
+        self.check_bytes(words[is_byte & (ids[:, :-1] < 0)])
+        ranks = np.full(ids.shape, NO_MERGE, np.int32)
+        ranks[:, :-2] = np.where(is_byte[:, 1:], self.byte_ranks[words[:, :-1], words[:, 1:]], NO_MERGE)
+        begins = np.arange(len(ids)) * ids.shape[1]  # of the rows in the arrays that now are flat
+        ids = ids.ravel()
+        following, preceding = np.arange(1, len(ids) + 1), np.arange(-1, len(ids) - 1)
+        while len(begins):
+            best = ranks.argmin(1)
+            rank = ranks[np.arange(len(ranks)), best]
+            rows = np.flatnonzero(rank < NO_MERGE)
+            if 4 * len(rows) < 3 * len(begins):  # drop words that have no merge left
+                begins, ranks, best, rank = begins[rows], ranks[rows], best[rows], rank[rows]
+                rows = np.arange(len(rows))
+            begin, made = begins[rows], self.made[rank[rows]]
+            place = begin + best[rows]
+            before, second = preceding[place], following[place]
+            after = following[second]
+            ids[place], ids[second] = made, -1
+            following[place], preceding[after] = after, place
+            found = self.ranks.find(np.concatenate((ids[before], made)), np.concatenate((made, ids[after])))
+            ranks[rows, second - begin] = NO_MERGE
+            ranks[rows, place - begin] = found[len(rows):]
+            ranks[rows, before - begin] = found[:len(rows)]  # before the first place, -1, is the last, of no pair
+        ids = ids.reshape(len(words), -1)
+        return ids[ids >= 0], (ids >= 0).sum(1)
 
     def check_bytes(self, missing):
         """Raise InputError where some bytes have no token."""
@@ -657,18 +680,18 @@ class Encoder:
 
     def learn_long(self, words):
         """Make and keep the ids of long words not met before."""
-        for width in (32, 64):
-            batch = [word for word in words if width // 2 <= len(word) <= width and word not in self.long_words]
-            if len(batch) > 8:  # fewer go faster one by one
-                filled_up = b"".join(word.ljust(width, b"\0") for word in batch)
-                matrix = np.frombuffer(filled_up, np.uint8).reshape(-1, width)
-                ids, counts = self.ids_of_words(matrix, np.array([len(word) for word in batch]))
-                self.remember_long(batch, ids, counts)
-        others = [word for word in words if word not in self.long_words]
-        found = [np.array([self.id_of_word[word]]) if word in self.id_of_word else self.merge_long(word)[0]
-                 for word in others]
-        counts = np.array(list(map(len, found)), np.int64)
-        self.remember_long(others, np.concatenate([np.empty(0, np.int32), *found]), counts)
+        of_width = {}
+        for word in words:
+            of_width.setdefault(1 << (len(word) - 1).bit_length(), []).append(word)
+        for width, batch in of_width.items():
+            if width <= 512 and len(batch) > 8:  # longer ones, or fewer, go faster one by one
+                matrix = np.frombuffer(b"".join(word.ljust(width, b"\0") for word in batch), np.uint8)
+                ids, counts = self.ids_of_words(matrix.reshape(-1, width), np.array(list(map(len, batch))))
+            else:
+                found = [np.array([self.id_of_word[word]]) if word in self.id_of_word else self.merge_long(word)[0]
+                         for word in batch]
+                ids, counts = np.concatenate(found), np.array(list(map(len, found)))
+            self.remember_long(batch, ids, counts)
 
     def remember_long(self, words, ids, counts):
         """Store the ids of long words, `counts` of them each."""
