@@ -140,17 +140,9 @@ def byte_classes(text, special_spans):
     if text.isascii() and not special_spans:
         return classes
     classes = classes.copy()
-    leads = np.flatnonzero(data >= 0xC0)
-    if len(leads):
-        padded = np.concatenate((data, np.zeros(3, np.uint8)))
-        b0, b1, b2, b3 = (padded[leads + i].astype(np.int32) for i in range(4))
-        code_points = np.select(
-            [b0 < 0xE0, b0 < 0xF0],
-            [(b0 & 0x1F) << 6 | b1 & 0x3F, (b0 & 0x0F) << 12 | (b1 & 0x3F) << 6 | b2 & 0x3F],
-            (b0 & 0x07) << 18 | (b1 & 0x3F) << 12 | (b2 & 0x3F) << 6 | b3 & 0x3F)
-        lead_classes = class_of_code_points()[code_points]
-        for i, lowest_lead in enumerate((0xC0, 0xC0, 0xE0, 0xF0)):  # itself, and the continuation bytes it announces
-            classes[leads[b0 >= lowest_lead] + i] = lead_classes[b0 >= lowest_lead]
+    places = np.flatnonzero(data >= 0x80)  # of the bytes of characters beyond ASCII
+    characters = np.frombuffer(data[places].tobytes().decode().encode("utf-32-le"), "<u4")
+    classes[places] = class_of_code_points()[characters].repeat(2 + (characters >= 0x800) + (characters >= 0x10000))
     for start, end in special_spans:
         classes[start:end] = SPECIAL
     return classes
