@@ -1155,10 +1155,8 @@ def three_tokenizers(tmp_path_factory):
     text = "".join(stories.story(3, i) for i in range(200)) + mixed
     tokenizer = train_on(text, folder, 900, [END, END + "x"])
     bpe.save(tokenizer, folder / "tokenizer.json")
-    ranks = {token: i for i, token in enumerate(tokenizer.tokens) if i not in tokenizer.special_tokens.values()}
-    theirs = tiktoken.Encoding("same", pat_str=bpe.SPLIT_PATTERNS["gpt2"], mergeable_ranks=ranks,
-                               special_tokens=tokenizer.special_tokens)
-    return bpe.load(folder / "tokenizer.json"), tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), theirs
+    return bpe.load(folder / "tokenizer.json"), tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), \
+        same_for_tiktoken(tokenizer)
 
 @given(nasty, nasty)
 @example("ababa aaaaa aaaaaaa " + "a" * 40 + "bb " + "xyxyx" * 9, "")
@@ -1169,6 +1167,16 @@ def test_encoding_is_the_definition(tmp_path_factory, three_tokenizers, text, mo
     backwards = bpe.Tokenizer(mixed.tokens, mixed.special_tokens, mixed.merges[::-1])
     for tokenizer in (mixed, small, backwards):
         assert bpe.encode(tokenizer, text).tolist() == bpe.plain_encode(tokenizer, text)
+
+def test_long_words_get_longer_keys(three_tokenizers):
+    """From the second of such texts on; with runs of NUL, which look like an empty slot, and special tokens."""
+    tokenizer, _, theirs = three_tokenizers
+    encoder, draw = bpe.Encoder(tokenizer), random.Random(0)
+    words = ["".join(draw.choices(draw.choice(("абвгдежзик", "\0")), k=draw.randint(1, 40))) for _ in range(4000)]
+    for key_size in (16, 32, 32):
+        text = END.join(" ".join(draw.choices(words, k=2000)) for _ in range(3))
+        assert encoder.encode(text.encode()).tolist() == theirs.encode(text, allowed_special="all")
+        assert encoder.table.key_size == key_size
 
 @settings(max_examples=400)
 @given(nasty)
@@ -3507,6 +3515,12 @@ def measure_write(*, d_model: int = 288, num_layers: int = 6, num_heads: int = 6
     return {f"{who.__name__}, texts {texts}, {dtype}": figures for (dtype, texts, who), *figures in
             zip(ways, np.median(rates, 0), np.median(rates / rates[:, :1], 0))}
 
+def same_for_tiktoken(tokenizer):
+    """A tokenizer of our own as one of tiktoken."""
+    special = tokenizer.special_tokens
+    ranks = {token: i for i, token in enumerate(tokenizer.tokens) if i not in special.values()}
+    return tiktoken.Encoding("same", pat_str=bpe.SPLIT_PATTERNS["gpt2"], mergeable_ranks=ranks, special_tokens=special)
+
 def measure_tokenizer(*, file: str = "", vocab_size: int = 10000):
     """Learning beside tokenizers, and encoding beside tiktoken on the same merges, whose ids must be equal.
 
@@ -3519,10 +3533,7 @@ def measure_tokenizer(*, file: str = "", vocab_size: int = 10000):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TOKENIZERS_PARALLELISM", "true")  # on all cores, as ours
         their_seconds, _ = timed(tokenizers.ByteLevelBPETokenizer().train, [file], vocab_size, 0, False, [END])
-    special, text = ours.special_tokens, Path(file).read_bytes().decode()
-    ranks = {token: i for i, token in enumerate(ours.tokens) if i not in special.values()}
-    theirs = tiktoken.Encoding("same", pat_str=bpe.SPLIT_PATTERNS["gpt2"], mergeable_ranks=ranks,
-                               special_tokens=special)
+    text, theirs = Path(file).read_bytes().decode(), same_for_tiktoken(ours)
     assert bpe.encode(ours, text).tolist() == theirs.encode(text, allowed_special="all")
     ratios = [timed(theirs.encode_ordinary, text)[0] / timed(bpe.encode, ours, text)[0] for _ in range(9)]
     return {f"learn {len(ours.tokens):,} tokens, times as fast as tokenizers": their_seconds / our_seconds,
@@ -3551,6 +3562,38 @@ def state_of_rank(config, shard, num_ranks, port, rank):
     held = {name: sum(rows(w).nbytes for _, w in tinylm.tree_leaves(tree)) / 1e6 for name, tree in
             {"parameters, MB": params, "gradients, MB": grads, "moments, MB": moments}.items()}
     return held | {"sent by a rank, MB": sent / num_ranks / 1e6}
+
+# Of a script the first and the last letter, and what stands between words.
+SCRIPTS = {"Latin": "az ", "Russian": "ая ", "Arabic": "اي ", "Hindi": "अह ", "Chinese": "一妷", "Thai": "กฮ", "digits": "09 "}
+
+def text_of(script, size):
+    """A million bytes, times `size`, of 30,000 words of 2 to 9 letters, the n-th once for n times the first; by clauses."""
+    (first, last, *between), draw = SCRIPTS[script], np.random.default_rng(0)
+    letters = np.array([chr(c) for c in range(ord(first), ord(last) + 1)])
+    words = ["".join(draw.choice(letters, count)) for count in draw.integers(2, 10, 30_000)]
+    share = 1 / np.arange(1, len(words) + 1)
+    drawn = draw.choice(len(words), size * 250_000, p=share / share.sum()).tolist()
+    clauses = ("".join(between).join(words[i] for i in drawn[first:first + 8]) for first in range(0, len(drawn), 8))
+    return ", ".join(clauses).encode()[:size * 1_000_000].decode(errors="ignore")
+
+def measure_alphabets(*, size: int = 10, vocab_size: int = 10000):
+    """Encoding random words of several scripts, which our tokenizer has not met before, beside tiktoken, which keeps
+    none, on the same merges: MB/s, and times as fast.
+
+    size: MB of each
+    vocab_size: tokens, learned from a mixture of all
+    """
+    texts, figures = {script: text_of(script, size) for script in SCRIPTS}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "mixture").write_text("\n".join(text[:200_000] for text in texts.values()), encoding="utf-8")
+        ours = bpe.train([f"{folder}/mixture"], vocab_size)
+    theirs = same_for_tiktoken(ours)
+    for script, text in texts.items():
+        seconds, ids = timed(bpe.Encoder(ours).encode, text.encode())
+        their_seconds, their_ids = timed(theirs.encode_ordinary, text)
+        assert ids.tolist() == their_ids
+        figures[script] = len(text.encode()) / 1e6 / seconds, their_seconds / seconds
+    return figures
 
 def measure_ranks(*, num_ranks: int = 2, shard: bool = False):
     """What a rank holds, and sends in a step over the loopback device, for 21.2 million parameters in float32.
@@ -3651,6 +3694,7 @@ def measure_forms(*, seconds: float = 2.0, compile: bool = False):
     return figures
 
 MEASUREMENTS = {"step": measure_step, "memory": measure_memory, "write": measure_write, "tokenizer": measure_tokenizer,
+                "alphabets": measure_alphabets,
                 "ranks": measure_ranks, "forms": measure_forms, "kills": measure_kills, "damage": measure_damage}
 
 def measure(name="", *arguments):
@@ -3677,6 +3721,7 @@ SMALL_MEASUREMENTS = {  # flags, and figures with what they must lie between; al
     "write": (SMALL | dict(max_new_tokens=8, rounds=2), {"theirs, texts 16, bfloat16": (0, math.inf)}),
     "tokenizer": (dict(file=str(ROOT / "README.md"), vocab_size=400), {
         "learn 400 tokens, times as fast as tokenizers": (0, math.inf)}),
+    "alphabets": (dict(size=1, vocab_size=400), {}),
     "forms": (dict(seconds=0.01), {}),
     "kills": (dict(kills=20), {f"{kind}: killed 5 times, same bits": (1, 1) for kind in KILLED}),
     "damage": (dict(count=90), {}),

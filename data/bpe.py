@@ -265,27 +265,25 @@ WORD_STARTS = {"gpt2": word_starts, "digits": partial(word_starts, digits_alone=
 
 # ---- Words met before ----
 
-KEY_BYTES = 15  # words up to here are their own key: 16 bytes, filled up with a byte that UTF-8 never has
-FILLER = 0xFF
-# What to set in the 16 bytes that begin at a word, by the length of the word; a longer word's are all set.
-FILL_OF_LENGTH = np.array(
-    [[0] * n + [FILLER] * (16 - n) for n in range(KEY_BYTES + 1)] + [[FILLER] * 16], np.uint8).view(np.uint64)
-LONG_WORD = FILL_OF_LENGTH[-1:]  # the key that stands for all longer words
+FILLER = 0xFF  # a byte that UTF-8 never has
+# What to set in as many bytes that begin at a word, by the length of the word; a longer word's are all set.
+FILLS = {size: np.array([[0] * n + [FILLER] * (size - n) for n in range(size)] + [[FILLER] * size],
+                        np.uint8).view(np.uint64) for size in (16, 32)}
 
-def word_keys(text, starts, lengths):
-    """The exact key of each word: its bytes, or LONG_WORD. → uint64 (words, 2)."""
-    sixteen = np.ndarray((len(text),), "V16", text + bytes(16), 0, (1,))  # the 16 bytes from each position on
-    keys = sixteen[starts].view(np.uint64).reshape(-1, 2)
-    return np.bitwise_or(keys, FILL_OF_LENGTH.take(lengths, 0, mode="clip"), out=keys)
+def word_keys(text, starts, lengths, size=16):
+    """The exact key of each word: its bytes, filled up to `size`, if they are fewer. → uint64 (words, size / 8)."""
+    windows = np.ndarray((len(text),), f"V{size}", text + bytes(size), 0, (1,))  # the bytes from each position on
+    keys = windows[starts].view(np.uint64).reshape(-1, size // 8)
+    return np.bitwise_or(keys, FILLS[size].take(lengths, 0, mode="clip"), out=keys)
 
 class HashTable:
-    """A growing map from keys, pairs of uint64 the second of which is not 0, to 0, 1, 2 … in the order they were added.
+    """A growing map from the keys of words, and one for all that are too long, to 0, 1, 2 … in the order of addition.
 
-    Open addressing with linear probing, for whole arrays of keys (n, 2) at once.
+    Open addressing with linear probing, for whole arrays of keys (n, key_size / 8) at once.
     """
 
-    def __init__(self):
-        self.keys = np.empty((0, 2), np.uint64)
+    def __init__(self, key_size=16):
+        self.key_size, self.keys = key_size, np.empty((0, key_size // 8), np.uint64)
         self.rehash(1 << 14)
 
     def __len__(self):
@@ -293,20 +291,22 @@ class HashTable:
 
     def rehash(self, size):
         """Make room: place the keys anew in `size` slots, a power of two."""
-        self.slot_keys = np.zeros((size, 2), np.uint64)  # zeros: empty
+        self.slot_keys = np.zeros((size, self.key_size // 8), np.uint64)  # zeros: empty
         self.slot_number = np.full(size, -1, np.int32)
         self.slot_number[self.place(self.keys)] = np.arange(len(self))
 
     def first_slot(self, keys):
-        mixed = keys[:, 1] * np.uint64(0x9E3779B97F4A7C15)
-        mixed ^= keys[:, 0]
-        mixed *= np.uint64(0xD6E8FEB86659FD93)
+        mixed = keys[:, -1] * np.uint64(0x9E3779B97F4A7C15)
+        for column in keys.T[-2::-1]:
+            mixed ^= column
+            mixed *= np.uint64(0xD6E8FEB86659FD93)
         mixed >>= np.uint64(64 - (len(self.slot_keys).bit_length() - 1))
         return mixed.view(np.int64)
 
     def differ(self, slots, keys):
         """Which slots hold another key than these, or none. → bool (keys)."""
-        return (self.slot_keys.take(slots, 0) != keys).view(np.uint16).ravel() != 0  # two bools read as one number
+        unequal = self.slot_keys.take(slots, 0) != keys  # (keys, 2 or 4)
+        return unequal.view(f"u{unequal.shape[1]}").ravel() != 0  # a row of bools is read as one number
 
     def place(self, keys):
         """The slot of each key, which takes an empty one where it is new."""
@@ -314,7 +314,7 @@ class HashTable:
         pending = np.arange(len(keys))
         while len(pending):
             at = slots[pending]
-            empty = self.slot_keys[at, 1] == 0
+            empty = self.slot_keys[at, -1] == 0  # the last byte of a key is never 0
             # Where several keys want one empty slot the last one written has it, so the first of them, which is met
             # most often, is written last. All look again at who has it.
             self.slot_keys[at[empty][::-1]] = keys[pending[empty]][::-1]
@@ -355,18 +355,20 @@ class HashTable:
         return numbers
 
     def words(self, first=0):
-        """The keys from number `first` on as bytes, filled up, and lengths. → uint8 (keys, 15), int64 (keys)."""
+        """The keys from number `first` on as bytes, filled up, and lengths. → uint8 (keys, size - 1), int64 (keys).
+
+        The key of words that are too long has length 0.
+        """
         raw = self.keys[first:].view(np.uint8)
-        return raw[:, :KEY_BYTES], (raw != FILLER).sum(1)  # LONG_WORD has length 0
+        return raw[:, :-1], (raw != FILLER).sum(1)
 
 def split_words(text, special_spans, split="gpt2"):
-    """Cut text into words. → int64: starts (words), lengths (words), which are too long for a key of their own."""
+    """Cut text into words. → int64: starts (words), lengths (words)."""
     return with_lengths(text, WORD_STARTS[split](text, special_spans))
 
 def with_lengths(text, starts):
-    """What `split_words` says of words that begin at `starts`."""
-    lengths = np.append(starts[1:], len(text)) - starts
-    return starts, lengths, np.flatnonzero(lengths > KEY_BYTES)
+    """Words that begin at `starts`, as `split_words` gives them."""
+    return starts, np.append(starts[1:], len(text)) - starts
 
 def cut_words(text, starts, lengths, which=...):
     """The bytes of some words."""
@@ -494,8 +496,9 @@ class Ranks:
 class Encoder:
     """A tokenizer at work: the ids of every word it has met, and how to make those of one it has not.
 
-    `first` and `count` say where in `ids` the tokens of each word of `table` stand, `long_words` the same of longer
-    words; `only_id` is the id of a word of one token, and -1 for others.
+    `first` and `count` say where in `ids` the tokens of each word of `table` stand, `long_words` the same of words too
+    long for its keys; `only_id` is the id of a word of one token, and -1 for others. Keys of 16 bytes do for English;
+    where letters take two bytes or three and many words have more, longer keys are twice as fast.
     """
 
     BATCH = 1 << 17  # bytes of words merged at once
@@ -514,18 +517,19 @@ class Encoder:
         self.lengths = np.array([len(token) for token in tokenizer.tokens])
         self.margin = max(map(len, map(str.encode, tokenizer.special_tokens)), default=0) + 8
         self.merge_front = lru_cache(maxsize=4)(self.merge_front)  # a word without end may be one thing again and again
+        self.key_size = 16
         self.forget()
 
     def forget(self):
         """Start with no words but the special tokens."""
-        self.table, self.long_words = HashTable(), {}
-        self.table.add(LONG_WORD)
+        self.table, self.long_words = HashTable(self.key_size), {}
+        self.table.add(FILLS[self.key_size][-1:])
         self.ids, self.first, self.count = np.empty(0, np.int32), np.zeros(1, np.int64), np.zeros(1, np.int64)
         self.only_id = np.full(1, -1, np.int32)
         for text, token_id in self.tokenizer.special_tokens.items():
             word = text.encode()
-            if len(word) <= KEY_BYTES:
-                self.table.add(word_keys(word, np.zeros(1, np.int64), np.array([len(word)])))
+            if len(word) < self.key_size:
+                self.table.add(word_keys(word, np.zeros(1, np.int64), np.array([len(word)]), self.key_size))
                 self.remember(np.array([token_id]), np.ones(1, np.int64))
             else:
                 self.long_words[word] = self.keep(np.array([token_id]))
@@ -714,9 +718,13 @@ class Encoder:
     def split_words(self, piece):
         """`split_words`, with the parts of long ones as words of their own, if these are many or very long."""
         special_spans = find_spans(self.special_pattern, piece)
-        starts, lengths, which_long = split_words(piece, special_spans, self.tokenizer.split)
-        if lengths[which_long].max(initial=0) <= 64 and 16 * lengths[which_long].sum() < len(piece):
-            return starts, lengths, which_long  # few enough to be remembered whole
+        starts, lengths = split_words(piece, special_spans, self.tokenizer.split)
+        which_long = np.flatnonzero(lengths >= self.table.key_size)
+        long = lengths[which_long]
+        if long.max(initial=0) <= 64 and 16 * long.sum() < len(piece):
+            return starts, lengths  # few enough to be remembered whole
+        if 16 * long[long < 32].sum() > len(piece):
+            self.key_size = 32
         to_cut = which_long[~np.isin(starts[which_long], [start for start, _ in special_spans])]
         return with_lengths(piece, self.cut_parts(piece, starts, to_cut) if len(to_cut) else starts)
 
@@ -726,13 +734,13 @@ class Encoder:
         return self.encode_words((piece, self.split_words(piece)) for piece in pieces)
 
     def encode_words(self, pieces):
-        """The ids of pieces of text, each with what `split_words` says of it. → tokenizer.dtype (tokens)."""
-        if len(self.ids) > self.MOST_IDS:
+        """The ids of pieces of text, each with its words as `split_words` gives them. → tokenizer.dtype (tokens)."""
+        if len(self.ids) > self.MOST_IDS or self.table.key_size < self.key_size:
             self.forget()
         known, found = len(self.table), []
-        for piece, (starts, lengths, which_long) in pieces:
-            numbers = self.table.find_or_add(word_keys(piece, starts, lengths))
-            found.append((numbers, cut_words(piece, starts, lengths, which_long)))
+        for piece, (starts, lengths) in pieces:
+            numbers = self.table.find_or_add(word_keys(piece, starts, lengths, self.table.key_size))
+            found.append((numbers, cut_words(piece, starts, lengths, lengths >= self.table.key_size)))
         if len(self.table) > known:
             self.remember(*self.ids_of_words(*self.table.words(known)))
         self.learn_long({word: None for _, words in found for word in words if word not in self.long_words})
@@ -745,7 +753,7 @@ class Encoder:
             rest += block
             if len(rest) < enough:
                 continue
-            starts, lengths, _ = split_words(rest, find_spans(self.special_pattern, rest), self.tokenizer.split)
+            starts, lengths = split_words(rest, find_spans(self.special_pattern, rest), self.tokenizer.split)
             # What follows may still change the last two words, unless one goes on for long; white space behind always.
             is_space = rest[-4:].decode(errors="ignore")[-1:].isspace()  # its last character
             goes_on = lengths[-1] > FRONT_BYTES + self.margin and not is_space
@@ -760,7 +768,7 @@ class Encoder:
                 yield ids
                 rest, is_inside = rest[done:], is_inside or done > 0
             enough = 2 * len(rest) if len(rest) == before else 0
-        starts, _, _ = split_words(rest, find_spans(self.special_pattern, rest), self.tokenizer.split)
+        starts, _ = split_words(rest, find_spans(self.special_pattern, rest), self.tokenizer.split)
         yield self.encode_rest(rest, starts, len(rest), is_inside)
 
     def encode_front(self, text):
@@ -778,7 +786,7 @@ class Encoder:
     def encode_rest(self, text, starts, cut, is_inside):
         """The ids of the words that begin at `starts` before `cut`; the first may have begun before the text."""
         begin = np.append(starts, len(text))[int(is_inside)]
-        parts, _, _ = self.split_words(text)
+        parts, _ = self.split_words(text)
         first = self.merge_long(text[:begin])[0].astype(self.tokenizer.dtype)
         here, parts = text[begin:cut], parts[(parts >= begin) & (parts < cut)] - begin
         return np.concatenate((first, self.encode_words([(here, with_lengths(here, parts))])))
@@ -977,9 +985,9 @@ def count_words(span):
     numbers, long_words = [np.empty(0, np.int32)], Counter()
     special_pattern = compile_special_pattern(Job.special_tokens)
     for piece in cut_text(text, PIECE_BYTES, Job.special_tokens, "gpt2"):
-        starts, lengths, which_long = split_words(piece, find_spans(special_pattern, piece))
+        starts, lengths = split_words(piece, find_spans(special_pattern, piece))
         numbers.append(Job.table.find_or_add(word_keys(piece, starts, lengths)))
-        long_words.update(cut_words(piece, starts, lengths, which_long))
+        long_words.update(cut_words(piece, starts, lengths, lengths >= Job.table.key_size))
     counts = np.bincount(np.concatenate(numbers))
     met = np.flatnonzero(counts)
     return Job.table.keys[met], counts[met], long_words
@@ -1022,7 +1030,7 @@ def count_corpus(paths, special_tokens, workers, errors):
     matrix, lengths = table.words()
     words = [row[:length] for row, length in zip(map(bytes, matrix), lengths.tolist())] + list(long_words)
     counts = np.concatenate((counts, np.fromiter(long_words.values(), np.int64, len(long_words))))
-    not_words = {token.encode() for token in special_tokens} | {b""}  # b"" is what LONG_WORD spells
+    not_words = {token.encode() for token in special_tokens} | {b""}  # what the key of long words spells
     keep = np.array([len(word) > 1 and word not in not_words for word in words], bool)
     return [word for word, kept in zip(words, keep.tolist()) if kept], counts[keep]
 
