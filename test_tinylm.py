@@ -3563,16 +3563,18 @@ def state_of_rank(config, shard, num_ranks, port, rank):
             {"parameters, MB": params, "gradients, MB": grads, "moments, MB": moments}.items()}
     return held | {"sent by a rank, MB": sent / num_ranks / 1e6}
 
-# Of a script the first and the last letter, and what stands between words.
-SCRIPTS = {"Latin": "az ", "Russian": "ая ", "Arabic": "اي ", "Hindi": "अह ", "Chinese": "一妷", "Thai": "กฮ", "digits": "09 "}
+SCRIPTS = {  # the first and the last letter, and what stands between words
+    "Latin": "az ", "Russian": "ая ", "Arabic": "اي ", "Hindi": "अह ", "Chinese": "一妷", "Thai": "กฮ", "digits": "09 "}
 
 def text_of(script, size):
-    """A million bytes, times `size`, of 30,000 words of 2 to 9 letters, the n-th once for n times the first; by clauses."""
+    """Text of `size` MB: clauses of eight words each, out of 30,000, of which the n-th is met once for n times the
+    first; of 2 to 9 letters, or 1 to 4 where nothing stands between them."""
     (first, last, *between), draw = SCRIPTS[script], np.random.default_rng(0)
     letters = np.array([chr(c) for c in range(ord(first), ord(last) + 1)])
-    words = ["".join(draw.choice(letters, count)) for count in draw.integers(2, 10, 30_000)]
+    counts = draw.integers(*((2, 10) if between else (1, 5)), 30_000)
+    words = ["".join(draw.choice(letters, count)) for count in counts]
     share = 1 / np.arange(1, len(words) + 1)
-    drawn = draw.choice(len(words), size * 250_000, p=share / share.sum()).tolist()
+    drawn = draw.choice(len(words), size * 400_000, p=share / share.sum()).tolist()
     clauses = ("".join(between).join(words[i] for i in drawn[first:first + 8]) for first in range(0, len(drawn), 8))
     return ", ".join(clauses).encode()[:size * 1_000_000].decode(errors="ignore")
 
