@@ -1240,7 +1240,7 @@ def attention_in_kernels_backward(d_out, q, k, v, log_sum, row_sum):
 
 # ---- CUDA: a token in one launch ----
 
-KEYS_AT_LEAST = 256  # that a recorded step attends to; more are recorded in powers of two
+KEYS_AT_LEAST = 256  # that a recorded step attends to, more in powers of two; shorter texts are not worth a record
 
 @faster(cached_attention, lambda q, k, v, cache: isinstance(cache["filled"], torch.Tensor))
 def cached_attention_at(q, k, v, cache):
@@ -1265,8 +1265,13 @@ def record(function):
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use CUDA meanwhile
         return graph, function()
 
-@faster(transformer_blocks, lambda blocks, x, cos, sin, cache, config, remat=False:
-        x.is_cuda and x.shape[1] == 1 and cache and not is_split(first_leaf(blocks)) and not torch.is_grad_enabled())
+def is_worth_a_record(blocks, x, cos, sin, cache, config, remat=False):
+    """Whether this is one token of many on CUDA, and attention is as the record has it: its forms not dropped."""
+    return (x.is_cuda and x.shape[1] == 1 and cache and cache["k"].shape[3] >= KEYS_AT_LEAST
+            and not is_split(first_leaf(blocks)) and not torch.is_grad_enabled()
+            and attention.forms and cached_attention.forms)
+
+@faster(transformer_blocks, is_worth_a_record)
 def transformer_blocks_in_graph(blocks, x, cos, sin, cache, config, remat=False):
     """Of one token, in a graph, as the host would take longer to launch its kernels than a GPU takes to run them.
 
