@@ -3480,17 +3480,18 @@ def measure_memory(*, context_length: int = 4096, remat: bool = False):
     return {"memory, MB": peak() - before, "a pass, s": (time.perf_counter() - begin) / 3}
 
 def measure_write(*, d_model: int = 288, num_layers: int = 6, num_heads: int = 6, vocab_size: int = 32000,
-                  max_new_tokens: int = 250, rounds: int = 5):
+                  prompt_tokens: int = 1, max_new_tokens: int = 250, rounds: int = 5):
     """Greedy writing on the CPU, in turn with transformers: tokens/s, and how many times those of the first line.
 
     d_model: features of a token
     num_layers: blocks
     num_heads: attention heads
     vocab_size: tokens
+    prompt_tokens: length of the prompt, which is read first
     max_new_tokens: length of each text
     rounds: turns that are counted, after one that is not
     """
-    config = tinylm.Config(vocab_size, max_new_tokens + 1, d_model, num_layers, num_heads)
+    config = tinylm.Config(vocab_size, prompt_tokens + max_new_tokens, d_model, num_layers, num_heads)
     params, model = tinylm.init_params(config, generator()), their_model(config).eval()
     rounded = tinylm.quantize(params)
     machine.keep_freed_memory()
@@ -3503,10 +3504,10 @@ def measure_write(*, d_model: int = 288, num_layers: int = 6, num_heads: int = 6
     def theirs(start, dtype):
         return model.to(getattr(torch, dtype)).generate(
             start, attention_mask=torch.ones_like(start), pad_token_id=0, do_sample=False,
-            min_new_tokens=max_new_tokens, max_new_tokens=max_new_tokens)[:, 1:]
+            min_new_tokens=max_new_tokens, max_new_tokens=max_new_tokens)[:, prompt_tokens:]
 
     def rate(dtype, texts, who):
-        seconds, written = timed(who, torch.ones(texts, 1, dtype=torch.int64), dtype)
+        seconds, written = timed(who, torch.ones(texts, prompt_tokens, dtype=torch.int64), dtype)
         assert written.shape == (texts, max_new_tokens)
         return written.numel() / seconds
 
