@@ -667,6 +667,30 @@ def test_recorded_steps_write_the_same(dtype, monkeypatch):
             assert write().equal(expected)
     assert len(recorded) == 2 * 4
 
+def test_graphs_are_recorded_each_on_a_stream_of_the_device(monkeypatch):
+    """By PyTorch's own class, on devices that only count: on its own stream it would record for the first one alone."""
+    device, current, recorded_on = [0], [], []
+
+    class Stream:
+        def __init__(self):
+            self.device = device[0]
+
+    @contextlib.contextmanager
+    def stream(chosen):
+        current.append(chosen)
+        yield
+        current.pop()
+
+    graph = types.SimpleNamespace(capture_begin=lambda **_: recorded_on.append(current[-1]), capture_end=lambda: None)
+    names = dict(Stream=Stream, stream=stream, CUDAGraph=lambda: graph, synchronize=lambda: None)
+    for name, value in names.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)
+    monkeypatch.setattr(torch.cuda.graph, "default_capture_stream", None)
+    for device[0] in (0, 0, 1):
+        assert tinylm.record(lambda: 7) == (graph, 7)
+    assert [one.device for one in recorded_on] == [0, 0, 1] and len(set(recorded_on)) == 3
+
 @pytest.mark.parametrize("changes", [dict(d_model=30), dict(d_model=12), dict(num_kv_heads=3), dict(vocab_size=0),
                                      dict(num_layers=-1), dict(d_model=2.5), dict(rope_theta=0.0),
                                      dict(norm_eps=math.nan)])
@@ -2136,7 +2160,7 @@ class Host(TorchDispatchMode):
         names = [frame.name for frame in traceback.extract_stack() if Path(frame.filename).parent == ROOT]
         self.stops.append(next(name for name in ("write_sample", "generate", "evaluate", "train") if name in names))
 
-    def current_stream(self, device=None):
+    def current_stream(self, device):
         return self
 
     @contextlib.contextmanager
@@ -2145,9 +2169,6 @@ class Host(TorchDispatchMode):
         self.records = True
         yield
         self.records = False
-
-    def wait_stream(self, stream):
-        pass
 
     def record_event(self):
         """An event, to wait for which is a stop unless the device has got more to do since."""
@@ -2184,7 +2205,7 @@ def pretend():
     torch.cuda.get_device_properties = lambda device: types.SimpleNamespace(major=9, minor=0, L2_cache_size=50_000_000)
     torch.cuda.device_count, torch.cuda.max_memory_allocated = lambda: 1, lambda device: 0
     torch.cuda.get_device_name, torch.cuda.device_of = lambda device: "none", lambda tensor: contextlib.nullcontext()
-    torch.cuda.Stream, torch.cuda.stream = Host, lambda stream: contextlib.nullcontext()
+    torch.cuda.Stream = Host
     torch.cuda.CUDAGraph = lambda: types.SimpleNamespace(replay=lambda: None)
     machine.count_devices, machine.check_compiler = lambda: (1, None), lambda *args: None
 

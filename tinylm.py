@@ -1254,15 +1254,13 @@ def record(function):
     """Have CUDA record what a function launches, as a graph to be launched at once → the graph, the function's result.
 
     Each launch writes to the same result. The function runs once before, as libraries prepare themselves when first
-    called, and must do no harm by that.
+    called, and must do no harm by that. The stream is the graph's own: PyTorch's is of the device that recorded first,
+    and a graph that goes takes cuBLAS's memory for its stream along, which others on that stream would still write to.
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        function()
-    torch.cuda.current_stream().wait_stream(stream)
+    function()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use CUDA meanwhile
+    # While this thread records, others may use CUDA.
+    with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
         return graph, function()
 
 def is_worth_a_record(blocks, x, cos, sin, cache, config, remat=False):
