@@ -667,6 +667,25 @@ def test_recorded_steps_write_the_same(dtype, monkeypatch):
             assert write().equal(expected)
     assert len(recorded) == 2 * 4
 
+def test_recorded_steps_follow_parameters_and_caches(monkeypatch):
+    """Those of a cache with which other parameters begin anew, and of one whose texts were put in another order."""
+    config, tokens = small_config(), random_tokens(small_config(), 2, 2)
+    written = []
+    for forms in ([], [(lambda blocks, x, *_: x.shape[1] == 1, tinylm.transformer_blocks_in_graph)]):
+        monkeypatch.setattr(tinylm, "record", record_on_cpu)
+        monkeypatch.setattr(tinylm.transformer_blocks, "forms", forms)
+        cache = tinylm.init_cache(config, 2, 8, torch.float32, "cpu")
+        with torch.no_grad():
+            for params in (random_params(config, 1), random_params(config, 2)):
+                cache = cache | {"filled": 0}
+                for _ in range(2):
+                    logits, cache = tinylm.forward(params, tokens[:, :1], config, cache=cache)
+                    written.append(logits)
+                cache = cache | {name: cache[name][:, [1, 0]] for name in ("k", "v")}
+                logits, cache = tinylm.forward(params, tokens[:, 1:2], config, cache=cache)
+                written.append(logits)
+    torch.testing.assert_close(written[6:], written[:6])
+
 def test_graphs_are_recorded_each_on_a_stream_of_the_device(monkeypatch):
     """By PyTorch's own class, on devices that only count: on its own stream it would record for the first one alone."""
     device, current, recorded_on = [0], [], []

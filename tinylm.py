@@ -1273,11 +1273,16 @@ def is_worth_a_record(blocks, x, cos, sin, cache, config, remat=False):
 def transformer_blocks_in_graph(blocks, x, cos, sin, cache, config, remat=False):
     """Of one token, in a graph, as the host would take longer to launch its kernels than a GPU takes to run them.
 
-    The graphs stay in the cache that they belong to, by the number of keys that they attend to.
+    The graphs stay in the cache that they belong to, by the number of keys that they attend to, for as long as parameters,
+    keys and values are the same tensors.
     """
     keys = min(cache["k"].shape[3], max(KEYS_AT_LEAST, 1 << cache["filled"].bit_length()))
     position = torch.full((1,), cache["filled"], device=x.device)
-    graphs = cache.setdefault("graphs", {})
+    tensors = blocks, cache["k"], cache["v"]  # which a graph knows by their addresses
+    recorded, graphs = cache.get("graphs", (tensors, {}))
+    if any(old is not new for old, new in zip(recorded, tensors)):
+        graphs = {}
+    cache["graphs"] = tensors, graphs
     if keys not in graphs:
         inputs = [tensor.clone() for tensor in (x, cos, sin, position)]  # from where the graph reads them each time
         seen = {"k": cache["k"][..., :keys, :], "v": cache["v"][..., :keys, :], "filled": inputs[3]}
@@ -1285,8 +1290,8 @@ def transformer_blocks_in_graph(blocks, x, cos, sin, cache, config, remat=False)
         with torch.cuda.device_of(x):  # CUDA would take the current device
             graphs[keys] = inputs, *record(function)
     inputs, graph, out = graphs[keys]
-    for recorded, tensor in zip(inputs, (x, cos, sin, position)):
-        recorded.copy_(tensor)
+    for read, tensor in zip(inputs, (x, cos, sin, position)):
+        read.copy_(tensor)
     graph.replay()
     return out
 
