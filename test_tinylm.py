@@ -686,6 +686,15 @@ def test_recorded_steps_follow_parameters_and_caches(monkeypatch):
                 written.append(logits)
     torch.testing.assert_close(written[6:], written[:6])
 
+def test_compiled_steps_are_not_recorded(monkeypatch):
+    """The compiler can't take a recording apart, and would raise."""
+    x = types.SimpleNamespace(is_cuda=True, shape=(1, 1, 8))
+    for compiling in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+        with torch.no_grad():
+            fits = [fits({"w": x}, x, None, None, {"filled": 1}, None) for fits, _ in tinylm.transformer_blocks.forms]
+        assert any(fits) != compiling
+
 def test_graphs_are_recorded_each_on_a_stream_of_the_device(monkeypatch):
     """By PyTorch's own class, on devices that only count: on its own stream it would record for the first one alone."""
     device, current, recorded_on = [0], [], []

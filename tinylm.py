@@ -1267,14 +1267,14 @@ def is_worth_a_record(blocks, x, cos, sin, cache, config, remat=False):
     """Whether this is one token of many on CUDA, and attention is as the record has it: its forms not dropped."""
     return (x.is_cuda and x.shape[1] == 1 and cache and cache["k"].shape[3] >= KEYS_AT_LEAST
             and not is_split(first_leaf(blocks)) and not torch.is_grad_enabled()
-            and attention.forms and cached_attention.forms)
+            and is_eager() and attention.forms and cached_attention.forms)
 
 @faster(transformer_blocks, is_worth_a_record)
 def transformer_blocks_in_graph(blocks, x, cos, sin, cache, config, remat=False):
     """Of one token, in a graph, as the host would take longer to launch its kernels than a GPU takes to run them.
 
-    The graphs stay in the cache that they belong to, by the number of keys that they attend to, for as long as parameters,
-    keys and values are the same tensors.
+    The graphs stay in the cache that they belong to, by the number of keys that they attend to, for as long as
+    parameters, keys and values are the same tensors.
     """
     keys = min(cache["k"].shape[3], max(KEYS_AT_LEAST, 1 << cache["filled"].bit_length()))
     position = torch.full((1,), cache["filled"], device=x.device)
