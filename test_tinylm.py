@@ -2883,10 +2883,19 @@ def test_gpus_that_cannot_be_used_are_named(monkeypatch):
         else:
             with pytest.raises(cli.InputError, match="Tesla V100 has compute capability .* no code .*--device=cpu"):
                 machine.choose_device("cuda:0")
-    ranks = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="::1", MASTER_PORT="1")
+    ranks = dict(RANK="0", WORLD_SIZE="3", LOCAL_WORLD_SIZE="3", MASTER_ADDR="::1", MASTER_PORT="1")
     for name, value in ranks.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(cli.InputError, match="2 ranks on this machine, .* of which it has 1; .*--nproc_per_node=1$"):
+    for number, speaks in (("1", True), ("2", False)):
+        monkeypatch.setenv("LOCAL_RANK", number)
+        message = "3 ranks on this machine, .* of which it has 1; .*--nproc_per_node=1$"
+        with pytest.raises(cli.InputError, match=message) as mistake:
+            machine.join_ranks("cuda")
+        assert mistake.value.is_of_one_rank == speaks
+    monkeypatch.setenv("LOCAL_RANK", "0")  # every rank's with torchrun --virtual-local-rank, which shows it one device
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(machine.dist, "rendezvous", lambda *_, **__: iter([]))
+    with pytest.raises(StopIteration):  # it goes on to meet the others
         machine.join_ranks("cuda")
     machine.count_devices.cache_clear()
 

@@ -229,10 +229,13 @@ def join_ranks(device):
         return device, 0, 1
     kind = device.split(":")[0]
     if kind == "cuda":
-        here, count = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), count_devices()[0]
-        if here > count:
-            raise InputError(f"{here} ranks on this machine, and each needs a CUDA device, of which it has {count}; "
-                             f"give torchrun --nproc_per_node={count}")
+        number, count = int(os.environ["LOCAL_RANK"]), count_devices()[0]
+        if number >= count:  # which is 0 of 1 on every rank with torchrun --virtual-local-rank
+            here = os.environ.get("LOCAL_WORLD_SIZE", number + 1)
+            mistake = InputError(f"{here} ranks on this machine, and each needs a CUDA device, of which it has "
+                                 f"{count}; give torchrun --nproc_per_node={count}")
+            mistake.is_of_one_rank = number == count  # the first without a device says it
+            raise mistake
         device = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(device)
     # The first rank may prepare data for hours before the others hear of it. One that dies is noticed by torchrun.
