@@ -399,6 +399,12 @@ def test_muon_is_that_of_torch(monkeypatch):
     for path, p in tinylm.tree_leaves(params):
         assert (p - theirs[path]).norm() < (0.01 if path.startswith("blocks.") else 1e-5) * (p - initial[path]).norm()
 
+def test_muon_serves_devices_that_no_form_knows():
+    """As Apple's and Intel's; here that of shapes alone."""
+    params = tinylm.tree_map(lambda w: w.to("meta"), random_params(small_config()))
+    updated, _ = tinylm.muon_update(params, params, tinylm.muon_init(params), 0.01)
+    assert [w.shape for _, w in tinylm.tree_leaves(updated)] == [w.shape for _, w in tinylm.tree_leaves(params)]
+
 def test_defaults_follow_from_the_text_and_the_width(tmp_path, capsys):
     """A text that is read often gets fewer steps and more decay, never too much; what is given stays."""
     complete = lambda tokens=math.inf, **given: train.Settings.complete({"device": "cpu"} | given, train_tokens=tokens)

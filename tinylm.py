@@ -696,7 +696,7 @@ def polar_express(g):
 
 STACKED_AT_MOST = {"cpu": 1 << 20, "cuda": 1 << 27}  # numbers
 
-@faster(orthogonalize_all, always)
+@faster(orthogonalize_all, lambda matrices: first_leaf(matrices).is_cpu or first_leaf(matrices).is_cuda)
 def orthogonalize_by_shape(matrices):
     """Those of one shape go together, as fewer and larger products."""
     groups, done = {}, {}
