@@ -1236,6 +1236,15 @@ def test_long_words_get_longer_keys(three_tokenizers):
         assert encoder.encode(text.encode()).tolist() == theirs.encode(text, allowed_special="all")
         assert encoder.table.key_size == key_size
 
+def test_ids_are_right_after_ctrl_c(three_tokenizers, monkeypatch):
+    """In a notebook the tokenizer goes on after it, with what it remembers."""
+    tokenizer, _, theirs = three_tokenizers
+    encoder, text = bpe.Encoder(tokenizer), "".join(stories.story(3, i) for i in range(3))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(encoder, "merge_words", lambda *_: signal.raise_signal(signal.SIGINT))
+        encoder.encode(text[:300].encode())
+    assert encoder.encode(text.encode()).tolist() == theirs.encode(text)
+
 @settings(max_examples=400)
 @given(nasty)
 def test_ids_are_those_of_tokenizers_and_tiktoken(three_tokenizers, text):

@@ -592,7 +592,6 @@ class Encoder:
     def check_bytes(self, missing):
         """Raise InputError where some bytes have no token."""
         if len(missing):
-            self.forget()  # the table has words by now whose ids it will not get
             raise InputError(f"the text has the byte {missing[0]:#04x}, for which this tokenizer has no token; remove "
                              "it, or use another tokenizer")
 
@@ -738,12 +737,16 @@ class Encoder:
         if len(self.ids) > self.MOST_IDS or self.table.key_size < self.key_size:
             self.forget()
         known, found = len(self.table), []
-        for piece, (starts, lengths) in pieces:
-            numbers = self.table.find_or_add(word_keys(piece, starts, lengths, self.table.key_size))
-            found.append((numbers, cut_words(piece, starts, lengths, lengths >= self.table.key_size)))
-        if len(self.table) > known:
-            self.remember(*self.ids_of_words(*self.table.words(known)))
-        self.learn_long({word: None for _, words in found for word in words if word not in self.long_words})
+        try:
+            for piece, (starts, lengths) in pieces:
+                numbers = self.table.find_or_add(word_keys(piece, starts, lengths, self.table.key_size))
+                found.append((numbers, cut_words(piece, starts, lengths, lengths >= self.table.key_size)))
+            if len(self.table) > known:
+                self.remember(*self.ids_of_words(*self.table.words(known)))
+            self.learn_long({word: None for _, words in found for word in words if word not in self.long_words})
+        except BaseException:  # Ctrl-C too
+            self.forget()  # the table may have words by now whose ids it will not get
+            raise
         return np.concatenate([np.empty(0, self.tokenizer.dtype), *(self.spell(*piece) for piece in found)])
 
     def encode_endless(self, blocks):
