@@ -692,14 +692,18 @@ def test_recorded_steps_follow_parameters_and_caches(monkeypatch):
                 written.append(logits)
     torch.testing.assert_close(written[6:], written[:6])
 
-def test_compiled_steps_are_not_recorded(monkeypatch):
-    """The compiler can't take a recording apart, and would raise."""
-    x = types.SimpleNamespace(is_cuda=True, shape=(1, 1, 8))
-    for compiling in (False, True):
+def test_what_is_recorded(monkeypatch):
+    """One token of a long text; not in compiled code, as the compiler can't take a recording apart, nor without the
+    form of attention that the record has."""
+    def is_recorded(tokens=1, length=300, compiling=False):
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+        x, cache = types.SimpleNamespace(is_cuda=True, shape=(1, tokens, 8)), {"k": torch.empty(1, 1, 1, length, 8)}
         with torch.no_grad():
-            fits = [fits({"w": x}, x, None, None, {"filled": 1}, None) for fits, _ in tinylm.transformer_blocks.forms]
-        assert any(fits) != compiling
+            return any(fits({"w": x}, x, None, None, cache, None) for fits, _ in tinylm.transformer_blocks.forms)
+
+    assert is_recorded() and not any((is_recorded(tokens=2), is_recorded(length=60), is_recorded(compiling=True)))
+    monkeypatch.setattr(tinylm.attention, "forms", [])
+    assert not is_recorded()
 
 def test_graphs_are_recorded_each_on_a_stream_of_the_device(monkeypatch):
     """By PyTorch's own class, on devices that only count: on its own stream it would record for the first one alone."""
