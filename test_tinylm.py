@@ -1089,6 +1089,7 @@ def test_export_as_a_command(trained, tmp_path, monkeypatch, capsys):
     for arguments, message in (([output, "--dtype=q4"], "expected one of f32, f16"), (["a", "b"], "2 models given"),
                                (["runs/tiny", "--output=no/x"], "there is no folder no"),
                                (["runs/tiny", f"--output={tmp_path}"], "is a folder"),
+                               ([""], "MODEL is empty"), (["runs/tiny", "--output="], "is a folder"),
                                (["nowhere"], "is not there"), (["runs/tiny", "--out=x"], "did you mean --output")):
         code, error = call(monkeypatch, capsys, gguf.export, *arguments)
         assert code == 2 and message in error and error.count("\n") == 1, error
@@ -1587,6 +1588,16 @@ def test_resuming_refuses_what_would_make_another_run(tmp_path):
     with pytest.raises(run.Finished, match="has done its 6 steps"):
         train.train(resume="auto", data=str(tmp_path / "data"), output_dir=str(tmp_path / "run"))
 
+def test_a_run_goes_on_where_it_was_moved(tmp_path):
+    """Also with bytes in its metrics that are no text, as a failing disk leaves them."""
+    data = str(prepared(tmp_path))
+    train.train(data=data, output_dir=str(tmp_path / "run"), **TINY)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    with open(tmp_path / "moved/metrics.jsonl", "ab") as file:
+        file.write(b"\xff\x92")
+    train.train(resume="auto", data=data, output_dir=str(tmp_path / "moved"), num_steps=7)
+    assert metrics(tmp_path / "moved")[-1]["step"] == 7
+
 @pytest.mark.parametrize("tile", [tinylm.TILE_QUERIES, 5], ids=["plain attention", "tiled attention"])
 def test_compiled_training_is_the_same(tmp_path, monkeypatch, tile):
     monkeypatch.setattr(tinylm, "TILE_QUERIES", tile)
@@ -1725,6 +1736,8 @@ def test_plot_draws_what_was_measured(tmp_path, trained, monkeypatch, capsys):
     mark, = root.iter("{http://www.w3.org/2000/svg}circle")
     assert (float(mark.get("cx")), float(mark.get("cy"))) == lines[1][0] and f"at {len(losses)}" in " ".join(texts)
     for arguments, message in (([], "no run given"), ([str(tmp_path)], "no metrics.jsonl"),
+                               (["no/run"], "no/run has no metrics.jsonl"),
+                               ([str(trained / "runs/tiny"), "--output="], "is a folder"),
                                ([str(trained / "runs/tiny"), "--output=no/x.svg"], "there is no folder no")):
         code, error = call(monkeypatch, capsys, plot.plot, *arguments)
         assert code == 2 and message in error
@@ -1956,6 +1969,7 @@ def test_help_names_every_flag(function):
     for name in inspect.signature(function).parameters:
         assert re.search(rf"^  --{name} ", text, re.M), name
     assert all(len(line) <= 100 for line in text.splitlines())
+    assert not re.search(r"^\S.*:(?!\n  --)$", text, re.M), "a heading over no flags"
 
 @pytest.mark.parametrize("command, table", [(train.train, train.Settings), (sample.sample, sample.Settings),
                                             (prepare.prepare, prepare.Settings)])
@@ -2954,6 +2968,9 @@ def test_a_device_without_enough_memory(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tinylm, "init_cache", no_memory)
     code, error = call(monkeypatch, capsys, sample.sample, f"--checkpoint={tmp_path}/run")
     assert code == 2 and error.count("\n") == 1 and "out of memory; give a smaller --num_samples" in error, error
+    monkeypatch.setattr(tinylm, "init_cache", lambda *_: torch.empty(2**60))
+    code, error = call(monkeypatch, capsys, sample.sample, f"--checkpoint={tmp_path}/run")
+    assert code == 2 and error.count("\n") == 1 and "allocate memory" in error and "; give a smaller" in error, error
 
 def test_a_byte_order_mark_is_no_text(tmp_path, capsys):
     text = "Once upon a time there was a cat. " * 50

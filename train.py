@@ -187,8 +187,7 @@ class Settings:
 
     is_compiled = property(lambda self: self.compile and not self.shard)
     tokens_per_step = property(lambda self: self.batch_size * self.grad_accum_steps * self.context_length)
-    # What defaults depend on, once it is known.
-    train_tokens, is_pretrained, weights_dtype = math.inf, False, "float32"
+    train_tokens, is_pretrained, weights_dtype = math.inf, False, "float32"  # defaults depend on them, once known
     epochs = property(lambda self: self.num_steps * self.tokens_per_step / self.train_tokens)
 
 # ---- The loop ----

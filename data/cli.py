@@ -289,7 +289,7 @@ class ReaderGone(Exception):
 def json_lines(path):
     """The objects in a file of one JSON object a line, without lines cut short; none where there is no such file."""
     objects = []
-    for line in path.read_text(encoding="utf-8").splitlines() if os.path.isfile(path) else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if os.path.isfile(path) else []:
         try:
             objects.append(json.loads(line))
         except ValueError:

@@ -137,19 +137,21 @@ def write_gguf(path, params, config, dtype, said):
         progress.close()
         files.remove(partial)
 
-def export(*model, output: str = "", dtype: str = "f16"):
+def export(*model, output: str = "model.gguf", dtype: str = "f16"):
     """Write a model as one GGUF file, for llama.cpp: python sample.py export MODEL [flags].
 
     MODEL is a run of train.py, a checkpoint, or a Llama folder from elsewhere; without it the newest run.
 
-    output: the file to write [model.gguf]
+    output: the file to write
     dtype: of its matrices, f32, f16, bf16 or q8_0, which takes 8.5 bits a number
     """
     if len(model) > 1:
         raise InputError(f"{len(model)} models given, expected one; write python sample.py export runs/NAME")
     if dtype not in DTYPES:
         raise InputError(f"--dtype={dtype}: expected one of {', '.join(DTYPES)}")
-    folder, path = find_checkpoint(str(model[0]) if model else ""), Path(output or "model.gguf")
+    if "" in model:  # as of a shell's variable that is not set
+        raise InputError("MODEL is empty; give a run, or leave it out for the newest one")
+    folder, path = find_checkpoint(str(model[0]) if model else ""), Path(output)
     files.check_output(path)
     checkpoint.load_config(folder)  # raises where it is no model
     tokenizer = bpe.load(folder)

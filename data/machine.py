@@ -141,7 +141,10 @@ def within_memory(advice):
     """Within it a device that has too little memory is one line, with advice."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:  # from CUDA; from a CPU, in PyTorch and in NumPy
+        of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+        if not of_memory:
+            raise
         what = " ".join(str(error).split()).split(" GPU ")[0].rstrip(".")  # the rest is about PyTorch's allocator
         raise OutOfMemory(f"{what}; {advice}") from None
 

@@ -79,7 +79,7 @@ def svg_of(runs):
                       'font-family="sans-serif" font-size="12">',
                       f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>', *body, *legend, "</svg>"])
 
-def plot(*runs, output: str = ""):
+def plot(*runs, output: str = None):
     """Draw the losses and learning rates of one or several runs into an SVG that a browser opens.
 
     output: the file to write [loss.svg in the first run's folder]
@@ -87,8 +87,8 @@ def plot(*runs, output: str = ""):
     if not runs:
         raise InputError("no run given; write python train.py plot runs/NAME")
     runs = [str(run) for run in runs]  # a name such as 2024 comes as a number
-    path = Path(output) if output else Path(runs[0]) / "loss.svg"
+    lines = {run: read_metrics(run) for run in runs}
+    path = Path(runs[0]) / "loss.svg" if output is None else Path(output)
     files.check_output(path)
-    svg = svg_of({run: read_metrics(run) for run in runs})
-    path.write_text(svg, encoding="utf-8")
+    path.write_text(svg_of(lines), encoding="utf-8")
     say(f"wrote {path}")

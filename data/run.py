@@ -230,6 +230,8 @@ def resume_run(folder, given, table, claims, done=InputError):
         if not (type(step) is int and step >= 0 and isinstance(seconds, (int, float))
                 and isinstance(state["best"], (int, float, type(None)))):
             raise TypeError(f"step {step!r}, seconds {seconds!r}, best {state['best']!r}")
+        if "output_dir" in given and Path(given["output_dir"]).resolve() == folder.resolve():
+            given = {flag: value for flag, value in given.items() if flag != "output_dir"}  # the run may have moved
         for flag, value in given.items():
             before = kept.get(flag, cli.flags_of(table)[flag].metadata["default"])  # for a run of before it was a flag
             if not cli.may_change(table, flag) and value != before:
