@@ -33,7 +33,7 @@ import traceback
 import types
 import unittest.mock
 import warnings
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -791,7 +791,9 @@ EXAMPLES = {
     "orthogonalize_all": lambda dtype: [({"blocks": {"0": tree_of((8, 5), (5, 8)), "1": tree_of((8, 5), (5, 8))}},)],
     "nucleus_floor": lambda dtype: [(F.softmax(randn(3, V).float() * 3, -1), top_p)
                                     for V in (5, 400) for top_p in (0.1, 0.95)],
-    "loss_fn": lambda dtype: [(random_params(small_config()), *random_tokens(small_config(), 2, 3, 9), small_config())],
+    "loss_fn": lambda dtype: [(random_params(config), *random_tokens(config, 2, 3, 9), config) for config in (
+        small_config(), small_config(num_kv_heads=2, d_ff=24, rope_theta=99.0, norm_eps=0.1, tie_embeddings=True,
+                                     head_dim=6, rope_scaling=(8.0, 1.0, 4.0, 20)))],
     "weights_for_writing": lambda dtype: [(random_params(small_config()), dtype, num_texts) for num_texts in (1, 8)],
 }
 DIFFERENTIABLE = {"linear", "embedding", "rmsnorm", "rope", "attention", "gated_silu", "token_losses"}
@@ -875,6 +877,13 @@ def test_every_form_computes_its_definition(name, monkeypatch, mesh_of_one):
                 assert error <= tolerance * e.double().norm(), (form.__name__, room, dtype, e.shape)
     assert reached == {form for _, form in operation.forms}, "a form that no example reaches"
 
+def test_examples_ask_for_every_option():
+    """Of Config, so that a form that forgets one is found."""
+    configs = [example[-1] for example in EXAMPLES["loss_fn"](torch.float32)]
+    for field in fields(tinylm.Config):
+        assert {getattr(config, field.name) for config in configs} - {field.default}, (
+            f"give {field.name} a value that asks for something in EXAMPLES, of loss_fn")
+
 def test_int8_weights_lose_little(trained, capsys):
     """The loss stays within half a percent, with an output matrix of its own or tied; rows are within half a step."""
     folder = trained / "runs/tiny/latest"
@@ -902,11 +911,12 @@ def test_the_model_with_forms_and_without(dtype, compiled):
     args = params, tokens[:, :-1], tokens[:, 1:], config, dtype
     loss, grads = tinylm.value_and_grad(loss_fn, *args)
     written = torch.stack(list(tinylm.generate(params, tokens[:, :5], config, 20, temperature=0)))
+    forms = {name: operation.forms[:] for name, operation in tinylm.OPERATIONS.items()}
     with tinylm.definitions_alone():
         assert not any(operation.forms for operation in tinylm.OPERATIONS.values())
         plain_loss, plain_grads = tinylm.value_and_grad(tinylm.loss_fn, *args)
         assert torch.stack(list(tinylm.generate(params, tokens[:, :5], config, 20, temperature=0))).equal(written)
-    assert all(tinylm.OPERATIONS[name].forms for name in EXAMPLES)
+    assert any(forms.values()) and forms == {name: operation.forms for name, operation in tinylm.OPERATIONS.items()}
     tolerance = 1e-5 if dtype == torch.float32 else 0.05
     assert loss.item() == pytest.approx(plain_loss.item(), rel=tolerance)
     for (path, g), (_, plain) in zip(tinylm.tree_leaves(grads), tinylm.tree_leaves(plain_grads)):
@@ -3074,13 +3084,13 @@ def test_a_fork_loses_nothing(tmp_path):
                         window=8, beta2=0.98, sharpness=2.0)
     program = f"""if True:
         import json, os, tinylm, train
-        from data import checkpoint
+        from data import checkpoint, gguf
         from data.cli import InputError
         flags = {flags!r}
 
-        def refused(*words, **changes):
+        def refused(*words, command=train.train, **changes):
             try:
-                train.train(**flags | changes)
+                command(**flags | changes)
             except InputError as error:
                 assert all(word in str(error) for word in words) and "\\n" not in str(error), error
                 return
@@ -3103,6 +3113,10 @@ def test_a_fork_loses_nothing(tmp_path):
         assert checkpoint.load_checkpoint("run/latest")[1].window == 8
         import sample
         sample.sample(checkpoint="run", max_new_tokens=3)
+        refused("window 8 would be lost in a GGUF file", command=lambda **_: gguf.export("run"))
+        del params["blocks"]["0"]["mlp"]["w_gate"]
+        plain = tinylm.Config(50, 8, 8, 2, 2)
+        refused("has no blocks.{{}}.mlp.w_gate", command=lambda **_: gguf.check_is_llama(params, plain))
         state = json.load(open("run/latest/training/train_state.json"))
         state["settings"]["window"] = 4
         json.dump(state, open("run/latest/training/train_state.json", "w"))

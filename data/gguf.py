@@ -2,6 +2,7 @@
 
 import os
 import struct
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,9 @@ GGUF_NAMES = {
     "blocks.{}.mlp.w_gate": "blk.{}.ffn_gate.weight", "blocks.{}.mlp.w_up": "blk.{}.ffn_up.weight",
     "blocks.{}.mlp.w_down": "blk.{}.ffn_down.weight",
 }
+# Of Config, what the file says, in keys or by its tensors.
+GGUF_SIZES = {"vocab_size", "context_length", "d_model", "num_layers", "num_heads", "num_kv_heads", "d_ff",
+              "rope_theta", "norm_eps", "tie_embeddings", "head_dim", "rope_scaling"}
 # Of a dtype: its number for a tensor, its number for a file, and how many bytes so many values take.
 DTYPES = {"f32": (0, 0, (1, 4)), "f16": (1, 1, (1, 2)), "bf16": (30, 32, (1, 2)), "q8_0": (8, 7, (32, 34))}
 PRE_TOKENIZERS = {"gpt2": "gpt-2", "digits": "smollm", "llama3": "llama-bpe"}  # llama.cpp's names
@@ -73,6 +77,15 @@ def gguf_name(path):
     if general not in GGUF_NAMES:
         raise InputError(f"the parameter {general} has no name in a GGUF file of a Llama model")
     return GGUF_NAMES[general].format(layer)
+
+def check_is_llama(params, config):
+    """Raise InputError for what a file of a Llama model would lose, or lack."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.name not in GGUF_SIZES and value != field.default:
+            raise InputError(f"{field.name} {value!r} would be lost in a GGUF file of a Llama model")
+    for name in GGUF_NAMES.keys() - {"lm_head"} - {checkpoint.layer_of(path)[1] for path, _ in tree_leaves(params)}:
+        raise InputError(f"the model has no {name}, which a GGUF file of a Llama model needs")
 
 def dtype_of(shape, dtype):
     """The dtype of a parameter in a file of some dtype: norms stay float32, rows of no whole blocks become float16."""
@@ -157,6 +170,7 @@ def export(*model, output: str = "model.gguf", dtype: str = "f16"):
     tokenizer = bpe.load(folder)
     begin, ends, empty = bpe.special_ids(folder, tokenizer)
     params, config = checkpoint.load_checkpoint(folder)
+    check_is_llama(params, config)
     if tokenizer.vocab_size > config.vocab_size:
         raise InputError(f"{folder}: its tokenizer has {tokenizer.vocab_size} tokens, its model {config.vocab_size}; "
                          "they do not belong together")
