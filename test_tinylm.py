@@ -6,6 +6,7 @@ Run as a script it measures, beside the ready-made libraries: python test_tinylm
 import concurrent.futures
 import contextlib
 import ctypes
+import errno
 import functools
 import glob
 import hashlib
@@ -1848,6 +1849,7 @@ WRONG_TRAIN = [
     (["--d_model=64", "--num_heads=4", "--num_kv_heads=3"], "no multiple of num_kv_heads"),
     (["--vocab_size=300"], "the data has 400 tokens"),
     (["--data=nowhere"], "no such data folder"),
+    (["--data=full"], "data/prepare.py --input=full"),
     (["--context_length=100000"], "context_length 100000"),
     (["--device=tpu"], "expected cpu"),
     (["--device=cuda:99"], "CUDA device"),
@@ -1957,6 +1959,13 @@ def test_wrong_flags_of_sample(trained, monkeypatch, capsys, arguments, message)
     monkeypatch.chdir(trained)
     code, error = call(monkeypatch, capsys, sample.sample, *arguments)
     assert code == 2 and message in error and error.count("\n") == 1, error
+
+def test_a_full_disk_is_named(monkeypatch, capsys):
+    def write():
+        raise OSError(errno.ENOSPC, "No space left on device", "model.gguf")
+
+    code, error = call(monkeypatch, capsys, write)
+    assert code == 2 and error == "command.py: model.gguf: No space left on device; make room and start again\n"
 
 def test_no_checkpoint_yet(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -3132,6 +3141,8 @@ def test_a_fork_loses_nothing(tmp_path):
             train.train(resume="run", num_steps=9)
         except InputError as error:
             assert "depth_scale" in str(error), error
+        del checkpoint.HF_SIZES["window"]  # as in code that knows of no window
+        refused("has tinylm_window", "the code that wrote it", command=lambda **_: checkpoint.load_config("run/latest"))
         """
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

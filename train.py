@@ -107,7 +107,8 @@ class Settings:
     num_steps: int = flag({"cpu": default_num_steps(2500), "cuda": default_num_steps(5000)}, "steps in all", "[1, inf)",
                           stated="CPU 2500, CUDA 5000, fewer where they read the text 16 times, or 3 with --init_from",
                           may_change=True)
-    schedule: str = flag("cosine", "course of the learning rate", choices=tinylm.SCHEDULES)
+    schedule: str = flag("cosine", f"course of the learning rate, {' or '.join(tinylm.SCHEDULES)}",
+                         choices=tinylm.SCHEDULES)
     lr_max: float = flag(default_lr_max, "learning rate after the warm-up", "[0, inf)",
                          stated="4e-3 · √(128 / d_model); a twentieth with --init_from", may_change=True)
     lr_min: float = flag(lambda settings: settings.lr_max / 100, "learning rate at the end", "[0, inf)",

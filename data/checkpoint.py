@@ -75,7 +75,7 @@ def read_header(path):
         if position != size - 8 - length:
             raise ValueError(f"it has {size - 8 - length} bytes of numbers, its header speaks of {position}")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise InputError(f"{path} is damaged ({error}); take another checkpoint") from None
+        raise InputError(f"{path} is damaged ({error}); {ANOTHER}") from None
     return entries, 8 + length
 
 def read_safetensors(path):
@@ -90,7 +90,7 @@ def read_tensors(path):
             file.seek(begin + start)
             data = np.fromfile(file, dtype=np.uint8, count=end - start)
             if len(data) < end - start:
-                raise InputError(f"{path} became shorter while it was read; take another checkpoint")
+                raise InputError(f"{path} became shorter while it was read; {ANOTHER}")
             tensor = torch.from_numpy(data).view(dtype) if len(data) else torch.empty(0, dtype=dtype)
             yield name, tensor.view(shape)
 
@@ -109,6 +109,8 @@ HF_NAMES = {
     "blocks.{}.mlp.w_up": "model.layers.{}.mlp.up_proj.weight",
     "blocks.{}.mlp.w_down": "model.layers.{}.mlp.down_proj.weight",
 }
+# What to do about a checkpoint that can't be used.
+ANOTHER = "take another checkpoint, or delete the folder of this one to resume from the one before it"
 # Of a field of Config.
 HF_SIZES = {
     "vocab_size": "vocab_size", "context_length": "max_position_embeddings", "d_model": "hidden_size",
@@ -168,7 +170,7 @@ def from_hf(tensors, config, source, dtype):
             raise InputError(f"{source}: {hf_name(path)} is {tensor.dtype} {tuple(tensor.shape)}; "
                              f"expected floating-point {shape}")
         if not is_finite(tensor):
-            raise InputError(f"{source}: {hf_name(path)} has numbers that are not finite; take another checkpoint")
+            raise InputError(f"{source}: {hf_name(path)} has numbers that are not finite; {ANOTHER}")
         tensor = tensor.to(dtype or (torch.float32 if tensor.dtype == torch.float16 else tensor.dtype))
         params.append((path, halves_to_pairs(tensor, config.head_dim) if is_rotated(path) else tensor))
     return tree_build(params)
@@ -197,6 +199,9 @@ def config_from_hf(hf, source):
     """The Config of a Llama config.json. Raises InputError that names an option which this model has not."""
     if not isinstance(hf, dict) or hf.get("model_type") != "llama":
         raise InputError(f"{source} is not the config of a Llama model (model_type is not 'llama')")
+    for option in hf.keys() - HF_SIZES.values():
+        if option.startswith("tinylm_"):
+            raise InputError(f"{source} has {option}, as of a changed tinylm: read it with the code that wrote it")
     for option, value in HF_PLAIN.items():
         if hf.get(option, value) not in (value, None):
             raise InputError(f"{source} asks for {option} {hf[option]!r}, which this model has not")
@@ -389,7 +394,7 @@ def weights_files(folder):
             raise InputError(f"{index} is damaged ({type(error).__name__}: {error})") from None
     for name in names:
         if Path(name).name != name or not (folder / name).is_file():
-            raise InputError(f"{folder} lacks {name}; take another checkpoint")
+            raise InputError(f"{folder} lacks {name}; {ANOTHER}")
     return names
 
 def load_optimizer(folder, like):
@@ -400,5 +405,5 @@ def load_optimizer(folder, like):
     tensors = read_safetensors(path)
     expected = [(name, t.shape, t.dtype) for name, t in tree_leaves(like)]
     if [(name, t.shape, t.dtype) for name, t in tensors.items()] != expected:
-        raise InputError(f"{path} does not belong to this model; take another checkpoint")
+        raise InputError(f"{path} does not belong to this model; {ANOTHER}")
     return tree_build(tensors.items())

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import errno
 import inspect
 import itertools
 import json
@@ -151,8 +152,10 @@ def described(table):
             lines += ["", f"{heading[1]}:"]
         elif name and name[1] in fields:
             field = fields[name[1]]
+            choices = [choice for choice in field.metadata["choices"] or () if choice not in field.metadata["meaning"]]
+            or_another = f"; or {', '.join(choices)}" if choices else ""
             on_resuming = "; may change on resuming" if field.metadata["may_change"] else ""
-            lines.append(f"{field.name}: {field.metadata['meaning']}{on_resuming}{stated_default(field)}")
+            lines.append(f"{field.name}: {field.metadata['meaning']}{or_another}{on_resuming}{stated_default(field)}")
     return lines
 
 def stated_default(field):
@@ -241,7 +244,8 @@ def run(function, arguments=None):
         sys.exit(0)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        sys.exit(fail(f"{program}: {where}{error.strerror or error}"))
+        advice = "; make room and start again" if error.errno == errno.ENOSPC else ""
+        sys.exit(fail(f"{program}: {where}{error.strerror or error}{advice}"))
     except KeyboardInterrupt:
         fail(f"\n{program}: interrupted")
         sys.exit(130)

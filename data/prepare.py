@@ -308,8 +308,9 @@ def find_data(name, model=None):
         if not is_data(folder):
             prepare(**flags, output=str(folder))
     if folder is None:
+        text = name if Path(name).is_dir() else "YOUR_TEXT"
         raise InputError(f"--data={name}: no such data folder or text file; make one with data/prepare.py "
-                         f"--input=YOUR_TEXT, or use one of {', '.join(VOCAB_SIZES)}")
+                         f"--input={text}, or use one of {', '.join(VOCAB_SIZES)}")
     return folder
 
 def load_tokenizer(path):

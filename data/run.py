@@ -262,7 +262,7 @@ def state_of(folder):
     try:
         yield files.read_json(path)
     except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is damaged ({type(error).__name__}: {error}); take another checkpoint") from None
+        raise InputError(f"{path} is damaged ({type(error).__name__}: {error}); {checkpoint.ANOTHER}") from None
 
 def data_of(state, latest):
     """The data folder of a run with this state: where it was, or, in a copy of the project, of the same name."""
