@@ -722,8 +722,10 @@ class Encoder:
         long = lengths[which_long]
         if long.max(initial=0) <= 64 and 16 * long.sum() < len(piece):
             return starts, lengths  # few enough to be remembered whole
-        if 16 * long[long < 32].sum() > len(piece):
-            self.key_size = 32
+        if self.key_size < 32 and 16 * long[long < 32].sum() > len(piece):
+            words = cut_words(piece, starts, lengths, which_long[long < 32])
+            if len(set(words)) < 0.8 * len(words):  # else they would not be met again
+                self.key_size = 32
         to_cut = which_long[~np.isin(starts[which_long], [start for start, _ in special_spans])]
         return with_lengths(piece, self.cut_parts(piece, starts, to_cut) if len(to_cut) else starts)
 
