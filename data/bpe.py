@@ -732,7 +732,10 @@ class Encoder:
     def encode(self, text):
         """The ids of a text. bytes of UTF-8 → tokenizer.dtype (tokens)."""
         pieces = cut_text(text, PIECE_BYTES, self.tokenizer.special_tokens, self.tokenizer.split)
-        return self.encode_words((piece, self.split_words(piece)) for piece in pieces)
+        ids = [np.empty(0, self.tokenizer.dtype)]
+        while some := list(itertools.islice(pieces, 8)):  # so that the length of keys suits the text from the second time on
+            ids.append(self.encode_words((piece, self.split_words(piece)) for piece in some))
+        return np.concatenate(ids)
 
     def encode_words(self, pieces):
         """The ids of pieces of text, each with its words as `split_words` gives them. → tokenizer.dtype (tokens)."""
@@ -742,7 +745,8 @@ class Encoder:
         try:
             for piece, (starts, lengths) in pieces:
                 numbers = self.table.find_or_add(word_keys(piece, starts, lengths, self.table.key_size))
-                found.append((numbers, cut_words(piece, starts, lengths, lengths >= self.table.key_size)))
+                which_long = np.flatnonzero(lengths >= self.table.key_size)
+                found.append((numbers, cut_words(piece, starts, lengths, which_long)))
             if len(self.table) > known:
                 self.remember(*self.ids_of_words(*self.table.words(known)))
             self.learn_long({word: None for _, words in found for word in words if word not in self.long_words})
