@@ -1918,6 +1918,7 @@ WRONG_PREPARE = [
     (["--input=empty.txt"], "no text"),
     (["--input=emptyfolder"], "no files"),
     (["--input=one.txt"], "too little text"),
+    (["--input=utf16.txt"], "utf16.txt is UTF-16; save it as UTF-8"),
     (["--input=text.txt", "--val_fraction=1.5"], "between 0 and 1"),
     (["--input=text.txt", "--val_input=nowhere"], "is not there"),
     (["--input=text.txt", "--dataset=stories"], "one of the two"),
@@ -1935,6 +1936,7 @@ def test_wrong_flags_of_prepare(tmp_path, monkeypatch, capsys, arguments, messag
     for name, text in (("empty.txt", ""), ("one.txt", "x"), ("text.txt", "some text\n" * 50), ("mine/keep", "")):
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_text(text)
+    Path("utf16.txt").write_text("some text\n" * 50, encoding="utf-16")
     Path("emptyfolder").mkdir()
     before = sorted(tmp_path.rglob("*"))
     code, error = call(monkeypatch, capsys, prepare.prepare, *arguments)

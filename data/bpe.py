@@ -457,7 +457,7 @@ class Joints:
         return places[~spanned]
 
 class Ranks:
-    """Which merge joins a pair of ids: a hash table, its slots a quarter full, with linear probing."""
+    """Which merge joins a pair of ids: a hash table, a quarter full at most, with linear probing."""
 
     EMPTY = np.uint64(2**64 - 1)  # the key of ids -1 and -1, which no merge joins
 
@@ -911,10 +911,13 @@ def as_span(path):
         return path
     try:
         with open(path, "rb") as file:
-            mark = file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
-        return str(path), len(codecs.BOM_UTF8) * mark, os.path.getsize(path)
+            mark = file.read(len(codecs.BOM_UTF8))
+        size = os.path.getsize(path)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; expected a text file") from None
+    if mark.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # as Windows calls "Unicode"
+        raise InputError(f"{path} is UTF-16; save it as UTF-8")
+    return str(path), len(mark) if mark == codecs.BOM_UTF8 else 0, size
 
 def reader(file):
     """read(start, end) of an open file."""
