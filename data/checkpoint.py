@@ -185,8 +185,9 @@ def config_to_hf(config, bos_token_id, eos_token_id):
     for field in fields(Config):
         value = getattr(config, field.name)
         if getattr(read_back, field.name) != value:
-            raise InputError(f"{field.name} {value!r} would be lost in a checkpoint; give {field.name} a name in "
-                             f"HF_SIZES of data/checkpoint.py, or leave it at {getattr(read_back, field.name)!r}")
+            raise InputError(f"{field.name} {value!r} would be lost in a checkpoint; give it a name in HF_SIZES of "
+                             f"data/checkpoint.py, such as tinylm_{field.name}, which code without it refuses, or "
+                             f"leave it at {getattr(read_back, field.name)!r}")
     return hf
 
 def check_can_be_saved(config):
