@@ -1839,7 +1839,8 @@ def damage(data, name, change):
     (data / name).write_bytes(change(content))
 
 WRONG_TRAIN = [
-    (["--d_modle=64"], "did you mean --d_model"),
+    (["--d_modle=64"], "did you mean --d_model?"),
+    (["--lr=1e-3"], "did you mean --lr_max or --lr_min?"),
     (["512"], "not a flag"),
     (["--d_model=abc"], "whole number"),
     (["--d_model"], "has no value"),

@@ -109,8 +109,8 @@ HF_NAMES = {
     "blocks.{}.mlp.w_up": "model.layers.{}.mlp.up_proj.weight",
     "blocks.{}.mlp.w_down": "model.layers.{}.mlp.down_proj.weight",
 }
-# What to do about a checkpoint that can't be used.
-ANOTHER = "take another checkpoint, or delete the folder of this one to resume from the one before it"
+# What to do about a checkpoint that can't be used, be it of a run or from elsewhere.
+ANOTHER = "take another checkpoint (a run goes on from the one before, where the folder of this one is moved away)"
 # Of a field of Config.
 HF_SIZES = {
     "vocab_size": "vocab_size", "context_length": "max_position_embeddings", "d_model": "hidden_size",

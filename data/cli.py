@@ -61,8 +61,9 @@ def convert(name, kind, value):
 
 def unknown(name, names):
     """The error for a flag that is none of `names`."""
-    near = difflib.get_close_matches(name, names, 1, 0.5)
-    return InputError(f"unknown flag --{name}; " + (f"did you mean --{near[0]}?" if near else "--help lists the names"))
+    near = [one for one in names if one.startswith(name)] or difflib.get_close_matches(name, names, 1, 0.5)
+    meant = " or ".join(f"--{one}" for one in near)
+    return InputError(f"unknown flag --{name}; " + (f"did you mean {meant}?" if near else "--help lists the names"))
 
 def read(table, given):
     """The flags that were given, {name: value of its type}. Raises InputError for one that the table has not."""
