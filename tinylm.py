@@ -694,8 +694,8 @@ def polar_express(g):
         x = torch.baddbmm(x, torch.baddbmm(A, A, A, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
 
-# Numbers. On two cores of a Xeon 2^19 take 0.83 of the time of a block alone at 128 wide, 0.96 at 256, 1.00 at 512; 2^18
-# 0.91, 1.03, 1.01; 2^20 0.83, 1.09, 1.02. On CUDA nothing was measured.
+# Numbers. On two cores of a Xeon 2^19 take 0.83 of the time of a block alone at 128 wide, 0.96 at 256, 1.00 at 512;
+# 2^18 0.91, 1.03, 1.01; 2^20 0.83, 1.09, 1.02. On CUDA nothing was measured.
 STACKED_AT_MOST = {"cpu": 1 << 19, "cuda": 1 << 27}
 
 @faster(orthogonalize_all, lambda matrices: first_leaf(matrices).is_cpu or first_leaf(matrices).is_cuda)
