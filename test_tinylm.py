@@ -3511,9 +3511,12 @@ def test_data_that_changes_under_a_run(tmp_path):
 # ---- Measurements: python test_tinylm.py NAME … ----
 
 def timed(function, *args):
-    """→ (seconds that a call takes, what it returns)."""
+    """→ (seconds that a call takes, with what it leaves a GPU to do, what it returns)."""
+    finish = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
+    finish()
     begin = time.perf_counter()
     result = function(*args)
+    finish()
     return time.perf_counter() - begin, result
 
 def in_new_processes(function, *calls):
@@ -3533,20 +3536,21 @@ def their_model(config):
 def our_training(config, settings):
     """Takes a step as train.py does (data, forward, backward, clipping, AdamW) for each loss asked for."""
     ids = np.random.default_rng(0).integers(0, config.vocab_size, 1 << 20).astype(np.uint16)
-    params = tinylm.init_params(config, generator())
+    params = tinylm.tree_map(lambda w: w.to(settings.device), tinylm.init_params(config, generator()))
     optimizer, (loss_fn, update, _) = tinylm.adamw_init(params), train.step_functions(config, settings)
     for number in itertools.count():
-        with machine.numerics("cpu"):
-            loss, grads = train.accumulate_gradients(loss_fn, params, ids, settings, number)
-            params, optimizer, _ = update(params, grads, optimizer, torch.tensor(1e-3), loss)
+        loss, grads = train.accumulate_gradients(loss_fn, params, ids, settings, number)
+        params, optimizer, _ = update(params, grads, optimizer, torch.tensor(1e-3), loss)
         yield loss
 
-def their_training(config, batch_size, compile, dtype):
+def their_training(config, settings):
     """Takes a step with transformers and PyTorch's fused AdamW for each loss asked for."""
-    model, x = their_model(config), torch.randint(config.vocab_size, (batch_size, config.context_length))
-    forward, optimizer = torch.compile(model) if compile else model, torch.optim.AdamW(model.parameters(), fused=True)
+    model, kind = their_model(config).to(settings.device), settings.device.split(":")[0]
+    x = torch.randint(config.vocab_size, (settings.batch_size, config.context_length), device=settings.device)
+    forward = torch.compile(model) if settings.compile else model
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     while True:
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+        with torch.autocast(kind, torch.bfloat16, enabled=settings.dtype == "bfloat16"):
             loss = forward(input_ids=x, labels=x, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -3556,8 +3560,8 @@ def their_training(config, batch_size, compile, dtype):
 
 def measure_step(*, d_model: int = 128, num_layers: int = 4, num_heads: int = 4, context_length: int = 64,
                  batch_size: int = 12, vocab_size: int = 256, compile: bool = False, dtype: str = "float32",
-                 seconds: float = 60.0):
-    """A training step on the CPU, in turn with one of the same model of transformers.
+                 device: str = "cpu", seconds: float = 60.0):
+    """A training step, in turn with one of the same model of transformers.
 
     d_model: features of a token
     num_layers: blocks
@@ -3567,24 +3571,39 @@ def measure_step(*, d_model: int = 128, num_layers: int = 4, num_heads: int = 4,
     vocab_size: tokens
     compile: compile both with torch.compile
     dtype: what both compute in, float32 or bfloat16
+    device: cpu or cuda
     seconds: how long to measure
     """
     settings = train.Settings.complete(dict(
-        device="cpu", d_model=d_model, num_layers=num_layers, num_heads=num_heads, context_length=context_length,
+        device=device, d_model=d_model, num_layers=num_layers, num_heads=num_heads, context_length=context_length,
         batch_size=batch_size, compile=compile, dtype=dtype))
-    config = run.model_config(settings, vocab_size)
+    config, on_cpu = run.model_config(settings, vocab_size), device == "cpu"
     machine.keep_freed_memory()  # it serves both
-    trainings = our_training(config, settings), their_training(config, batch_size, compile, dtype)
-    (our_first, our_loss), (their_first, their_loss) = (timed(next, training) for training in trainings)
-    turn = lambda: [timed(lambda: [next(training) for _ in range(3)])[0] / 3 for training in trainings]
-    turn()  # not counted
-    turns, begin = [], time.perf_counter()
-    while not turns or time.perf_counter() - begin < seconds:
-        turns.append(turn())
+    trainings = our_training(config, settings), their_training(config, settings)
+    steps = lambda training, count: [next(training) for _ in range(count)][-1].item()
+    first, memory, turns = [], [], []
+    with machine.numerics(device):
+        for training in trainings:
+            before = 0 if on_cpu else torch.cuda.memory_allocated(device)
+            first.append(timed(steps, training, 1))
+            steps(training, 3)
+            memory.append(machine.peak_memory(device).get("peak_memory", 0) - before)
+            None if on_cpu else torch.cuda.reset_peak_memory_stats(device)
+        count = 3 if on_cpu else 20
+        turn = lambda: [timed(steps, training, count)[0] / count for training in trainings]
+        turn()  # not counted
+        begin = time.perf_counter()
+        while not turns or time.perf_counter() - begin < seconds:
+            turns.append(turn())
     ours, theirs = np.array(turns).T
-    return {"first losses, ours and that of transformers": (our_loss, their_loss),
-            "first steps, s": (our_first, their_first), "a step, ms": np.median(ours) * 1e3,
-            "times as fast as transformers, median and quartiles": np.quantile(theirs / ours, (0.5, 0.25, 0.75))}
+    rates = settings.tokens_per_step / np.median(turns, 0)
+    peak = {} if on_cpu else {
+        "share of peak bfloat16 FLOP/s": rates * log.flops_per_token(config) / machine.peak_flops(device),
+        "most memory, GB": np.array(memory) / 1e9}
+    return {"first losses, ours and that of transformers": [loss for _, loss in first],
+            "first steps, s": [seconds for seconds, _ in first], "a step, ms": np.median(ours) * 1e3,
+            "tokens/s": rates,
+            "times as fast as transformers, median and quartiles": np.quantile(theirs / ours, (0.5, 0.25, 0.75))} | peak
 
 def measure_memory(*, context_length: int = 4096, remat: bool = False):
     """Most memory of three forward and backward passes over one sequence, beyond Python, torch and the parameters.
@@ -3601,9 +3620,46 @@ def measure_memory(*, context_length: int = 4096, remat: bool = False):
         result = tinylm.value_and_grad(tinylm.loss_fn, params, x[:, :-1], x[:, 1:], config, torch.float32, remat)
     return {"memory, MB": peak() - before, "a pass, s": (time.perf_counter() - begin) / 3}
 
+def measure_attention(*, num_heads: int = 12, head_dim: int = 64, tokens: int = 32768, longest: int = 16384,
+                      dtype: str = "bfloat16", device: str = "cuda", rounds: int = 20):
+    """Attention's forward pass, and forward and backward, in turn with PyTorch's scaled_dot_product_attention, for
+    1,024 tokens at once and twice as many each time.
+
+    num_heads: attention heads
+    head_dim: features of a head
+    tokens: in a batch, of sequences of each length
+    longest: the last length
+    dtype: float32 or bfloat16
+    device: cpu or cuda
+    rounds: turns that are counted
+    """
+    figures, theirs = {}, functools.partial(F.scaled_dot_product_attention, is_causal=True)
+    with machine.numerics(device):
+        for length in (1 << i for i in range(10, longest.bit_length())):
+            shape = -(-tokens // length), num_heads, length, head_dim
+            inputs = [randn(*shape, seed=i).to(device, machine.DTYPES[dtype]) for i in range(4)]
+            for name, passes, trains in (("forward", 1, False), ("both passes", 3.5, True)):
+                calls = [forward_and_backward(way, inputs[:3], trains) for way in (tinylm.attention, theirs)]
+                count = 1 if device == "cpu" else 10
+                turn = lambda: [timed(lambda: [call() for _ in range(count)])[0] / count for call in calls]
+                turn()  # not counted
+                ours, others = np.array([turn() for _ in range(rounds)]).T
+                flops = passes * 2 * math.prod(shape) * length  # half of two products, which the mask leaves
+                figures[f"{length:,} tokens, {name}: ms, TFLOP/s, times as fast with quartiles"] = (
+                    np.median(ours) * 1e3, flops / np.median(ours) / 1e12,
+                    *np.quantile(others / ours, (0.5, 0.25, 0.75)))
+    return figures
+
+def bytes_per_second(device):
+    """What a device's memory gives: of an array copied, read and written."""
+    source = torch.ones(1 << 28, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / min(timed(target.copy_, source)[0] for _ in range(9))
+
 def measure_write(*, d_model: int = 288, num_layers: int = 6, num_heads: int = 6, vocab_size: int = 32000,
-                  prompt_tokens: int = 1, max_new_tokens: int = 250, rounds: int = 5):
-    """Greedy writing on the CPU, in turn with transformers: tokens/s, and how many times those of the first line.
+                  prompt_tokens: int = 1, max_new_tokens: int = 250, rounds: int = 5, device: str = "cpu"):
+    """Greedy writing, in turn with transformers: tokens/s, and how many times those of the first line. On CUDA also
+    without graphs, and what share of the memory's rate it is to read the weights once a token.
 
     d_model: features of a token
     num_layers: blocks
@@ -3612,10 +3668,11 @@ def measure_write(*, d_model: int = 288, num_layers: int = 6, num_heads: int = 6
     prompt_tokens: length of the prompt, which is read first
     max_new_tokens: length of each text
     rounds: turns that are counted, after one that is not
+    device: cpu or cuda
     """
     config = tinylm.Config(vocab_size, prompt_tokens + max_new_tokens, d_model, num_layers, num_heads)
-    params, model = tinylm.init_params(config, generator()), their_model(config).eval()
-    rounded = tinylm.quantize(params)
+    params = tinylm.tree_map(lambda w: w.to(device), tinylm.init_params(config, generator()))
+    model, rounded = their_model(config).eval().to(device), tinylm.quantize(params) if device == "cpu" else None
     machine.keep_freed_memory()
 
     def ours(start, dtype):
@@ -3623,21 +3680,34 @@ def measure_write(*, d_model: int = 288, num_layers: int = 6, num_heads: int = 6
         return torch.stack(list(tinylm.generate(weights, start, config, max_new_tokens, temperature=0,
                                                 dtype=getattr(torch, dtype))), 1)
 
+    def without_graphs(start, dtype):
+        with unittest.mock.patch.object(tinylm.transformer_blocks, "forms", []):
+            return ours(start, dtype)
+
     def theirs(start, dtype):
         return model.to(getattr(torch, dtype)).generate(
             start, attention_mask=torch.ones_like(start), pad_token_id=0, do_sample=False,
             min_new_tokens=max_new_tokens, max_new_tokens=max_new_tokens)[:, prompt_tokens:]
 
     def rate(dtype, texts, who):
-        seconds, written = timed(who, torch.ones(texts, prompt_tokens, dtype=torch.int64), dtype)
+        start = torch.ones(texts, prompt_tokens, dtype=torch.int64, device=device)
+        seconds, written = timed(who, start, dtype)
         assert written.shape == (texts, max_new_tokens)
         return written.numel() / seconds
 
-    ways = [*itertools.product(("float32", "bfloat16"), (1, 16), (ours, theirs)),
-            ("int8", 1, ours), ("int8", 16, ours)]
-    rates = np.array([[rate(*way) for way in ways] for _ in range(rounds + 1)])[1:]  # (rounds, ways)
-    return {f"{who.__name__}, texts {texts}, {dtype}": figures for (dtype, texts, who), *figures in
-            zip(ways, np.median(rates, 0), np.median(rates / rates[:, :1], 0))}
+    whose = (ours, theirs) if device == "cpu" else (ours, without_graphs, theirs)
+    ways = [*itertools.product(("float32", "bfloat16"), (1, 16), whose)]
+    ways += [("int8", 1, ours), ("int8", 16, ours)] if device == "cpu" else []
+    with machine.numerics(device):
+        rates = np.array([[rate(*way) for way in ways] for _ in range(rounds + 1)])[1:]  # (rounds, ways)
+    figures = {f"{who.__name__}, texts {texts}, {dtype}": figures for (dtype, texts, who), *figures in
+               zip(ways, np.median(rates, 0), np.median(rates / rates[:, :1], 0))}
+    if device != "cpu":
+        read = tinylm.num_params(config) - params["embedding"].numel()
+        for dtype, size in (("float32", 4), ("bfloat16", 2)):
+            most = bytes_per_second(device) / (read * size)
+            figures[f"share of the memory's rate, one text, {dtype}"] = figures[f"ours, texts 1, {dtype}"][0] / most
+    return figures
 
 def same_for_tiktoken(tokenizer):
     """A tokenizer of our own as one of tiktoken."""
@@ -3762,18 +3832,18 @@ def measure_damage(*, count: int = 10_000):
                 -(-count // len(DAMAGED)), *damaged(Path(folder), name, -(-count // len(DAMAGED))))
     return figures
 
-def sizes_of_forms():
+def sizes_of_forms(device):
     """Of each operation that has forms: a label, whether gradients are taken, and arguments as the default run has."""
     f32 = lambda *shape, seed=0: randn(*shape, seed=seed).float()
     moments = lambda tree: {"step": torch.tensor(9), "m": tree, "v": tinylm.tree_map(torch.square, tree)}
     block = tree_of(*[(128, 128)] * 4, (384, 128), (384, 128), (128, 384))
     many = tree_of(*[(384, 128)] * 28)
-    table = tinylm.rope_angles.definition(256, 32, 1e4, NO_SCALING, "cpu")
+    table = tinylm.rope_angles.definition(256, 32, 1e4, NO_SCALING, device)
     yield "linear", "one vector", False, (f32(1, 1, 288), f32(2048, 288))
     yield "linear", "8 vectors", False, (f32(8, 1, 288), f32(2048, 288))
     yield "linear", "2,048 vectors", True, (f32(2048, 512), f32(2048, 512, seed=1))
     yield "rmsnorm", "", True, (f32(4, 256, 128), torch.ones(128), 1e-5)
-    yield "rope_angles", "", False, (256, 32, 1e4, NO_SCALING, "cpu")
+    yield "rope_angles", "", False, (256, 32, 1e4, NO_SCALING, device)
     yield "rope", "", True, (f32(4, 256, 4, 32).transpose(1, 2), *table)
     for T, S in ((256, 256), (64, 64), (1, 256)):
         yield "attention", f"{T} queries, {S} keys", T > 1, attention_example(torch.float32, (4,), 4, 1, T, S, 32)
@@ -3795,15 +3865,18 @@ def forward_and_backward(function, arguments, trains):
     inputs = [x for x in arguments[:2] if is_floating(x)]
     return lambda: torch.autograd.grad(tensors_in(function(*arguments)), inputs, upstream, allow_unused=True)
 
-def measure_forms(*, seconds: float = 2.0, compile: bool = False):
+def measure_forms(*, seconds: float = 2.0, compile: bool = False, device: str = "cpu"):
     """How many times as fast as its definition each form is, in turn: median and quartiles.
 
     seconds: how long to measure each
     compile: compile both with torch.compile
+    device: cpu or cuda
     """
+    there = lambda x: tinylm.tree_map(lambda w: w.to(device), x) if isinstance(x, dict | torch.Tensor) else x
     figures = {}
-    with machine.numerics("cpu"):
-        for name, label, trains, arguments in sizes_of_forms():
+    with machine.numerics(device):
+        for name, label, trains, arguments in sizes_of_forms(device):
+            arguments = [there(x) for x in arguments]
             operation = tinylm.OPERATIONS[name]
             ways = (lambda *args: operation(*args)), (lambda *args: operation.definition(*args))
             if compile:
@@ -3819,9 +3892,9 @@ def measure_forms(*, seconds: float = 2.0, compile: bool = False):
             figures[f"{name} {label}".strip()] = np.quantile(ratios[1:], (0.5, 0.25, 0.75))
     return figures
 
-MEASUREMENTS = {"step": measure_step, "memory": measure_memory, "write": measure_write, "tokenizer": measure_tokenizer,
-                "alphabets": measure_alphabets,
-                "ranks": measure_ranks, "forms": measure_forms, "kills": measure_kills, "damage": measure_damage}
+MEASUREMENTS = {"step": measure_step, "memory": measure_memory, "attention": measure_attention, "write": measure_write,
+                "tokenizer": measure_tokenizer, "alphabets": measure_alphabets, "ranks": measure_ranks,
+                "forms": measure_forms, "kills": measure_kills, "damage": measure_damage}
 
 def measure(name="", *arguments):
     """The command: take a measurement by its name and flags, and print its figures."""
@@ -3844,6 +3917,7 @@ SMALL_MEASUREMENTS = {  # flags, and figures with what they must lie between; al
     "step": (SMALL | dict(context_length=8, batch_size=2, seconds=0.2), {
         "first losses, ours and that of transformers": (5.2, 6.0)}),  # log 257 = 5.55, that of a uniform guess
     "memory": (dict(context_length=64), {"memory, MB": (110, 400)}),  # above the gradients of two passes, 60 MB each
+    "attention": (dict(tokens=1024, longest=1024, num_heads=1, head_dim=8, dtype="float32", device="cpu", rounds=1), {}),
     "write": (SMALL | dict(max_new_tokens=8, rounds=2), {"theirs, texts 16, bfloat16": (0, math.inf)}),
     "tokenizer": (dict(file=str(ROOT / "README.md"), vocab_size=400), {
         "learn 400 tokens, times as fast as tokenizers": (0, math.inf)}),
@@ -3871,7 +3945,7 @@ def test_small_measurements(name):
 def test_measurements_are_commands(monkeypatch, capsys):
     measure("tokenizer", f"--file={ROOT}/README.md", "--vocab_size=270")
     assert re.fullmatch(r"learn 270 tokens.*: [\d.]+\nencode.*:( [\d.]+){3}\n", capsys.readouterr().out)
-    for arguments, message in (("", "step, memory, write"), ("pace", "pace: expected"), ("tokenizer", "--file=TEXT"),
+    for arguments, message in (("", "step, memory, attention, write"), ("pace", "pace: expected"), ("tokenizer", "--file=TEXT"),
                                ("write --rounds=0", "1 or more"), ("ranks --share", "did you mean --shard")):
         monkeypatch.setattr(sys, "argv", ["test_tinylm.py", *arguments.split()])
         with pytest.raises(SystemExit, match="^2$"):
