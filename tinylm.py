@@ -303,11 +303,10 @@ def global_norm(tree):
     return torch.linalg.vector_norm(torch.stack(norms))
 
 @operation
-def clip_gradients(grads, max_norm):
-    """Scale a tree to a global norm of at most `max_norm` (Pascanu et al. 2013, alg. 1); → (new tree, norm before)."""
-    norm = global_norm(grads)
+def clip_gradients(grads, norm, max_norm):
+    """Scale a tree, whose global norm is `norm`, to one of at most `max_norm` (Pascanu et al. 2013, alg. 1)."""
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    return tree_map(lambda g: g * scale, grads), norm
+    return tree_map(lambda g: g * scale, grads)
 
 def adamw_init(params):
     """The state AdamW starts from: zero moments m and v like `params`, in float32, and the count of steps."""
@@ -695,8 +694,9 @@ def polar_express(g):
     return x.mT if tall else x
 
 # Numbers. On two cores of a Xeon 2^19 take 0.83 of the time of a block alone at 128 wide, 0.96 at 256, 1.00 at 512;
-# 2^18 0.91, 1.03, 1.01; 2^20 0.83, 1.09, 1.02. On CUDA nothing was measured.
-STACKED_AT_MOST = {"cpu": 1 << 19, "cuda": 1 << 27}
+# 2^18 0.91, 1.03, 1.01; 2^20 0.83, 1.09, 1.02. On an H200 eight blocks 512 wide take 17 ms one by one, and with 2^22,
+# 2^24, 2^26 and 2^28 2.7, 1.4, 1.4 and 1.4; twelve of 768 25, 8.1, 5.1, 4.7 and 4.8; four of 2,048 21, 21, 22, 20, 20.
+STACKED_AT_MOST = {"cpu": 1 << 19, "cuda": 1 << 26}
 
 @faster(orthogonalize_all, lambda matrices: first_leaf(matrices).is_cpu or first_leaf(matrices).is_cuda)
 def orthogonalize_by_shape(matrices):
@@ -958,10 +958,10 @@ def attention_in_tiles(q, k, v):
             kept.append(p.div_(total))
     return out, log_sum, *kept
 
-def attention_in_tiles_backward(d_out, q, k, v, log_sum, row_sum, *kept):
+def attention_in_tiles_backward(d_out, q, k, v, out, log_sum, *kept):
     """The gradients of `attention_in_tiles`."""
     dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    scale = q.shape[-1]**-0.5
+    row_sum, scale = at_least_float32(d_out * out).sum(-1, keepdim=True), q.shape[-1]**-0.5  # (N, T, group, 1)
     for i, (n, t, seen) in enumerate(tiles(q, k)):
         q_rows, dq_rows, d_rows, logs, sums = (x[n, t].flatten(1, 2) for x in (q, dq, d_out, log_sum, row_sum))
         p = kept[i] if kept else tile_scores(q[n, t], k[n, seen]).sub_(logs).exp2_()  # (n, t·group, s)
@@ -998,9 +998,8 @@ class TiledAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_out):
         q, k, v, out, log_sum, *kept = ctx.saved_tensors
-        row_sum = at_least_float32(d_out * out).sum(-1, keepdim=True)  # (N, T, group, 1)
         backward = attention_backward if is_compiled() else attention_parts(q)[1]
-        return backward(d_out, q, k, v, log_sum, row_sum, *kept)
+        return backward(d_out, q, k, v, out, log_sum, *kept)
 
 def tiled_attention(q, k, v):
     """`attention` by TiledAttention, whose queries stand together by the key head that they read."""
@@ -1036,11 +1035,10 @@ def attention_of_one(q, k, v, unseen=None):
 def attention_eager(q, k, v):
     return attention_of_one(q, k, v) if q.shape[-2] == 1 else tiled_attention(q, k, v)
 
-@faster(clip_gradients, lambda grads, max_norm: first_leaf(grads).is_cpu and is_eager())
-def clip_gradients_on_cpu(grads, max_norm):
+@faster(clip_gradients, lambda grads, norm, max_norm: norm.is_cpu and is_eager())
+def clip_gradients_on_cpu(grads, norm, max_norm):
     """Gradients that need no scaling stay as they are. A look at the norm would make the host wait for a GPU."""
-    norm = global_norm(grads)
-    return (grads, norm) if norm <= max_norm else clip_gradients.definition(grads, max_norm)
+    return grads if norm <= max_norm else clip_gradients.definition(grads, norm, max_norm)
 
 @faster(orthogonalize, lambda g: g.ndim == 3 and g.is_cpu)
 def orthogonalize_on_cpu(g):
@@ -1141,17 +1139,18 @@ def keys_backward_kernel(q, k, v, d_out, log_sum, row_sum, dk, dv, R, S, before,
     store_rows(dk, keys, S, dk_sums * D**-0.5, D, WIDTH)
     store_rows(dv, keys, S, dv_sums, D, WIDTH)
 
-def queries_backward_kernel(q, k, v, d_out, log_sum, row_sum, dq, R, S, before, group: tl.constexpr,
+def queries_backward_kernel(q, k, v, d_out, out, log_sum, row_sum, dq, R, S, before, group: tl.constexpr,
                             D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr):
-    """The gradients of a block of queries, from the keys that they see."""
+    """The gradients of a block of queries, from the keys that they see; and each row's sum of d out ⊙ out."""
     n = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
-    q, d_out, log_sum, row_sum = q + n * R * D, d_out + n * R * D, log_sum + n * R, row_sum + n * R
-    k, v, dq = k + n * S * D, v + n * S * D, dq + n * R * D
+    q, d_out, out, dq = q + n * R * D, d_out + n * R * D, out + n * R * D, dq + n * R * D
+    k, v, log_sum, row_sum = k + n * S * D, v + n * S * D, log_sum + n * R, row_sum + n * R
     start = (tl.num_programs(1) - 1 - tl.program_id(1)) * ROWS
     rows = start + tl.arange(0, ROWS)
     q_rows, d_rows = load_rows(q, rows, R, D, WIDTH), load_rows(d_out, rows, R, D, WIDTH)
-    last_seen = before + rows // group
-    logs, sums = tl.load(log_sum + rows, mask=rows < R, other=0.0), tl.load(row_sum + rows, mask=rows < R, other=0.0)
+    last_seen, logs = before + rows // group, tl.load(log_sum + rows, mask=rows < R, other=0.0)
+    sums = tl.sum(d_rows.to(tl.float32) * load_rows(out, rows, R, D, WIDTH).to(tl.float32), 1)
+    tl.store(row_sum + rows, sums, mask=rows < R)
     dq_sums = tl.zeros([ROWS, WIDTH], tl.float32)
     seen_by_all, seen = keys_seen(start, S, before, group, ROWS, KEYS)
     for masked in tl.static_range(2):
@@ -1188,19 +1187,20 @@ def has_kernels(q):
     return (q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 128
             and torch.cuda.get_device_capability(q.device) >= (8, 0) and attention_kernels() is not None)
 
-# ROWS, KEYS and stages of each kernel for heads of up to 64 features, of up to 128, and on an H100 or B200: tiles as
-# large as 255 registers a thread and a block's shared memory allow, and no third stage where its registers would keep a
-# second block from running beside. Factors of products lie in registers, and an RTX 3090 has 99 KB; in an H100 or B200
-# they lie in shared memory, of 227 KB.
-KERNEL_BLOCKS = {"attention_kernel": ((128, 64, 2), (128, 32, 3), (128, 64, 2)),
-                 "keys_backward_kernel": ((32, 128, 2), (64, 64, 2), (64, 128, 3)),
-                 "queries_backward_kernel": ((128, 32, 2), (128, 32, 2), (128, 64, 3))}
+# ROWS, KEYS, warps and stages of each kernel for heads of up to 64 features, of up to 128, and on an H100 or B200. There
+# they are, of about 25 that keep no register in memory, the fastest on an H200 at 32, 64 and 128 features, or slower by
+# a tenth at most. Elsewhere nothing was measured; tiles are as large as 255 registers a thread and a block's shared
+# memory allow, without a third stage where its registers would keep a second block from running beside. Factors of
+# products lie in registers, and an RTX 3090 has 99 KB; in an H100 or B200 they lie in shared memory, of 227 KB.
+KERNEL_BLOCKS = {"attention_kernel": ((128, 64, 8, 2), (128, 32, 8, 3), (64, 64, 4, 3)),
+                 "keys_backward_kernel": ((32, 128, 8, 2), (64, 64, 8, 2), (32, 64, 4, 3)),
+                 "queries_backward_kernel": ((128, 32, 8, 2), (128, 32, 8, 2), (64, 64, 4, 2))}
 
 def kernel_options(name, D, capability):
     """What a kernel is compiled for beside types: its sizes, warps and stages, for heads of D features on a GPU."""
-    rows, keys, stages = KERNEL_BLOCKS[name][2 if capability[0] in (9, 10) else D > 64]
+    rows, keys, warps, stages = KERNEL_BLOCKS[name][2 if capability[0] in (9, 10) else D > 64]
     width = max(16, 1 << (D - 1).bit_length())  # the next power of two
-    return {"D": D, "WIDTH": width, "ROWS": rows, "KEYS": keys, "num_warps": 8, "num_stages": stages}
+    return {"D": D, "WIDTH": width, "ROWS": rows, "KEYS": keys, "num_warps": warps, "num_stages": stages}
 
 def side_by_side(N, num_bytes, l2_size):
     """How many of N heads, with num_bytes of q and k together, to compute side by side: a divisor of N.
@@ -1228,21 +1228,90 @@ def attention_in_kernels(q, k, v):
     launch("attention_kernel", False, q, k, v, out, log_sum)
     return out, log_sum
 
-def attention_in_kernels_backward(d_out, q, k, v, log_sum, row_sum):
+def attention_in_kernels_backward(d_out, q, k, v, out, log_sum):
     """The gradients of `attention_in_kernels`, in two kernels, so that each sum is taken in one place, in one order.
 
     One kernel would spare two of seven products, but had to add up dq in memory: a byte for each 64 operations spared,
     and GPUs do more in the time of a byte.
     """
     d_out, q, k, v = (x.contiguous() for x in (d_out, q, k, v))
-    dq, dk, dv = map(torch.empty_like, (q, k, v))
+    (dq, dk, dv), row_sum = map(torch.empty_like, (q, k, v)), torch.empty_like(log_sum)
+    launch("queries_backward_kernel", False, q, k, v, d_out, out, log_sum, row_sum, dq)
     launch("keys_backward_kernel", True, q, k, v, d_out, log_sum, row_sum, dk, dv)
-    launch("queries_backward_kernel", False, q, k, v, d_out, log_sum, row_sum, dq)
     return dq, dk, dv
 
-# ---- CUDA: a token in one launch ----
+# ---- CUDA: many launches as one, as the host would take longer for them than a GPU for what they ask for ----
 
-KEYS_AT_LEAST = 256  # that a recorded step attends to, more in powers of two; shorter texts, as training's, go without
+def record(function):
+    """Have CUDA record what a function launches, as a graph to be launched at once → the graph, the function's result.
+
+    Each launch writes to the same result. The stream is the graph's own: PyTorch's is of the device that recorded
+    first, and a graph that goes takes cuBLAS's memory for its stream along, which others on that stream would still
+    write to.
+    """
+    graph = torch.cuda.CUDAGraph()
+    # While this thread records, others may use CUDA.
+    with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
+        return graph, function()
+
+def in_graph(function, num_kept):
+    """A function of trees on CUDA, launched as one from its second call on; in the first, libraries prepare themselves.
+
+    The first `num_kept` arguments are read where they are, so for other tensors than before it is recorded anew. The
+    others, tensors, are copied to where the record reads them. Each call writes to the same results.
+    """
+    is_prepared, recorded = False, None
+
+    def call(*args):
+        nonlocal is_prepared, recorded
+        if not is_prepared:
+            is_prepared = True
+            return function(*args)
+        trees, inputs = args[:num_kept], args[num_kept:]
+        kept = [leaf for tree in trees for _, leaf in tree_leaves(tree)]
+        if recorded is None or any(old is not new for old, new in zip(recorded[0], kept)):
+            recorded = None  # whose memory serves again
+            inputs = [x.clone() for x in inputs]
+            with torch.cuda.device_of(first_leaf(args[0])):  # CUDA would take the current device
+                recorded = kept, inputs, *record(partial(function, *trees, *inputs))
+        _, places, graph, result = recorded
+        for place, x in zip(places, inputs):
+            place.copy_(x)
+        graph.replay()
+        return result
+
+    return call
+
+def in_place(update):
+    """An update of (params, grads, state, …) that writes the new params and state over the old, which are donated."""
+    def call(params, grads, state, *args):
+        for old, new in zip((params, state), update(params, grads, state, *args)):
+            tree_map(torch.Tensor.copy_, old, new)
+
+    return call
+
+def is_separable(update):
+    """Whether an update of some parameters depends on these alone, and the count of steps: AdamW as it is known here."""
+    return update is adamw_update and bool(update.forms)
+
+def block_by_block(write):
+    """`write`, an update in place, of one part after the other: what is compiled for one block serves all of them."""
+    def call(params, grads, state, *args):
+        rest = lambda tree: {key: w for key, w in tree.items() if key != "blocks"}
+        for part in (rest, *(lambda tree, name=name: tree["blocks"][name] for name in params["blocks"])):
+            own = {key: part(tree) if isinstance(tree, dict) else tree.clone() for key, tree in state.items()}
+            write(part(params), part(grads), own, *args)
+        state["step"].copy_(own["step"])
+
+    return call
+
+@faster(global_norm, lambda tree: first_leaf(tree).is_cuda and is_eager())
+def global_norm_in_few_launches(tree):
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm([leaf.float() for _, leaf in tree_leaves(tree)])))
+
+# That a recorded step attends to, more in powers of two, each a graph. On an H200 63 tokens of four layers 512 wide are
+# written at 1,720 tokens/s so, with graphs from 8 keys on at 1,150, without at 450; of twelve of 768 at 655, 477, 173.
+KEYS_AT_LEAST = 64
 
 @faster(cached_attention, lambda q, k, v, cache: isinstance(cache["filled"], torch.Tensor))
 def cached_attention_at(q, k, v, cache):
@@ -1252,31 +1321,15 @@ def cached_attention_at(q, k, v, cache):
     unseen = torch.arange(cache["k"].shape[2], device=q.device) > cache["filled"]  # (S)
     return attention_of_one(q, cache["k"], cache["v"], unseen)
 
-def record(function):
-    """Have CUDA record what a function launches, as a graph to be launched at once → the graph, the function's result.
-
-    Each launch writes to the same result. The function runs once before, as libraries prepare themselves when first
-    called, and must do no harm by that. The stream is the graph's own: PyTorch's is of the device that recorded first,
-    and a graph that goes takes cuBLAS's memory for its stream along, which others on that stream would still write to.
-    """
-    function()
-    graph = torch.cuda.CUDAGraph()
-    # While this thread records, others may use CUDA.
-    with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
-        return graph, function()
-
 def is_worth_a_record(blocks, x, cos, sin, cache, config, remat=False):
-    """Whether this is one token of many on CUDA, and attention is as the record has it: its forms not dropped."""
-    return (x.is_cuda and x.shape[1] == 1 and cache and cache["k"].shape[3] >= KEYS_AT_LEAST
-            and not is_split(first_leaf(blocks)) and not torch.is_grad_enabled()
-            and is_eager() and attention.forms and cached_attention.forms)
+    """Whether this is one token of several on CUDA, and attention is as the record has it: its forms not dropped."""
+    return (x.is_cuda and x.shape[1] == 1 and cache and not is_split(first_leaf(blocks))
+            and not torch.is_grad_enabled() and is_eager() and attention.forms and cached_attention.forms)
 
 @faster(transformer_blocks, is_worth_a_record)
 def transformer_blocks_in_graph(blocks, x, cos, sin, cache, config, remat=False):
-    """Of one token, in a graph, as the host would take longer to launch its kernels than a GPU takes to run them.
-
-    The graphs stay in the cache that they belong to, by the number of keys that they attend to, for as long as
-    parameters, keys and values are the same tensors.
+    """Of one token. The graphs stay in the cache that they belong to, by the number of keys that they attend to, for
+    as long as parameters, keys and values are the same tensors.
     """
     keys = min(cache["k"].shape[3], max(KEYS_AT_LEAST, 1 << cache["filled"].bit_length()))
     position = torch.full((1,), cache["filled"], device=x.device)
@@ -1286,16 +1339,10 @@ def transformer_blocks_in_graph(blocks, x, cos, sin, cache, config, remat=False)
         graphs = {}
     cache["graphs"] = tensors, graphs
     if keys not in graphs:
-        inputs = [tensor.clone() for tensor in (x, cos, sin, position)]  # from where the graph reads them each time
-        seen = {"k": cache["k"][..., :keys, :], "v": cache["v"][..., :keys, :], "filled": inputs[3]}
-        function = partial(transformer_blocks.definition, blocks, *inputs[:3], seen, config)
-        with torch.cuda.device_of(x):  # CUDA would take the current device
-            graphs[keys] = inputs, *record(function)
-    inputs, graph, out = graphs[keys]
-    for read, tensor in zip(inputs, (x, cos, sin, position)):
-        read.copy_(tensor)
-    graph.replay()
-    return out
+        seen = {name: cache[name][..., :keys, :] for name in ("k", "v")}
+        graphs[keys] = in_graph(lambda x, cos, sin, position: transformer_blocks.definition(
+            blocks, x, cos, sin, seen | {"filled": position}, config), 0)
+    return graphs[keys](x, cos, sin, position)
 
 @faster(orthogonalize, lambda g: g.ndim == 3 and g.is_cuda)
 def orthogonalize_on_cuda(g):
@@ -1326,17 +1373,17 @@ def attention_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tupl
     return attention_parts(q)[0](q, k, v)[:2]
 
 @torch.library.custom_op("tinylm::attention_backward", mutates_args=())
-def attention_backward(d_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_sum: torch.Tensor,
-                       row_sum: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`TiledAttention`'s backward pass; row_sum (N, T, group, 1) is that of d out ⊙ out → d q, d k, d v."""
-    return attention_parts(q)[1](d_out, q, k, v, log_sum, row_sum)
+def attention_backward(d_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor,
+                       log_sum: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`TiledAttention`'s backward pass → d q, d k, d v."""
+    return attention_parts(q)[1](d_out, q, k, v, out, log_sum)
 
 @attention_forward.register_fake
 def _(q, k, v):
     return q.new_empty(q.shape), at_least_float32(q.new_empty(*q.shape[:-1], 1))
 
 @attention_backward.register_fake
-def _(d_out, q, k, v, log_sum, row_sum):
+def _(d_out, q, k, v, out, log_sum):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 # ==== III. Split over ranks ====

@@ -208,16 +208,17 @@ def train(given):
           machine.Interrupt() as interrupt):
         settings = run.settings
         train_ids, val_ids, ranks = run.ids["train"], run.ids["val"], (run.rank, run.num_ranks)
-        loss_fn, update, losses = step_functions(run.config, settings)
+        gradients, update, losses = step_functions(run.config, settings)
         learning_rate = schedule(settings)
         is_due = lambda step, interval: step % getattr(settings, interval) == 0 or step == settings.num_steps
 
         for step in range(run.step + 1, settings.num_steps + 1):
             lr = learning_rate(step - 1)
             val_loss, problem = math.inf, None  # where nothing is evaluated, nothing saved
-            loss, grads = accumulate_gradients(loss_fn, run.params, train_ids, settings, step - 1, *ranks)
+            loss, grads = accumulate_gradients(gradients, run.params, train_ids, settings, step - 1, *ranks)
             loss, asked = machine.agree(loss, interrupt.asked)
-            run.params, run.optimizer, norm = update(run.params, grads, run.optimizer, torch.tensor(lr), loss)
+            rate = torch.full_like(loss, lr).float()
+            run.params, run.optimizer, norm = update(run.params, grads, run.optimizer, rate, loss)
             # The host may be a step ahead of the device, but where something is to be said of this very step.
             at_once = is_due(step, "eval_interval") or is_due(step, "checkpoint_interval")
             asked = log.step(step, lr, machine.to_host(torch.stack((loss, norm, asked))), at_once)
@@ -250,35 +251,52 @@ def schedule(settings):
     return partial(function, **{p.name: getattr(settings, p.name) for p in own if hasattr(settings, p.name)})
 
 def step_functions(config, settings):
-    """What a step computes, compiled where asked: the loss of a batch, the update, the losses of each token."""
+    """What a step computes, compiled where asked: the gradients of a batch, the update, the losses of each token."""
     dtype, (_, optimizer_update) = DTYPES[settings.dtype], tinylm.OPTIMIZERS[settings.optimizer]
     own = {name: getattr(settings, name) for name in hyperparameters(settings.optimizer) if hasattr(settings, name)}
 
     def loss(params, inputs, targets):
         return tinylm.loss_fn(params, inputs, targets, config, dtype, settings.remat)
 
-    def clipped_update(params, grads, optimizer, lr):
-        grads, norm = tinylm.clip_gradients(grads, settings.clip_grad)
-        return *optimizer_update(params, grads, optimizer, lr, **own), norm
+    def gradients(params, inputs, targets, on_gradient=None):
+        function = tinylm.watched(loss, on_gradient) if on_gradient else loss
+        return tinylm.value_and_grad(function, params, inputs, targets)
 
-    def update(params, grads, optimizer, lr, loss):  # a step whose numbers are not finite changes nothing
-        *new, norm = clipped_update(params, grads, optimizer, lr)
-        return *(tinylm.if_finite(loss + norm, *trees) for trees in zip(new, (params, optimizer))), norm.double()
+    def updated(params, grads, optimizer, lr, norm):
+        grads = tinylm.clip_gradients(grads, norm, settings.clip_grad)
+        return optimizer_update(params, grads, optimizer, lr, **own)
+
+    def updated_if_finite(params, grads, optimizer, lr, norm, loss):  # else a step changes nothing
+        new = updated(params, grads, optimizer, lr, norm)
+        return [tinylm.if_finite(loss + norm, *trees) for trees in zip(new, (params, optimizer))]
+
+    def update(params, grads, optimizer, lr, loss):
+        norm = tinylm.global_norm(grads)
+        return *updated_if_finite(params, grads, optimizer, lr, norm, loss), norm.double()
 
     def losses(params, inputs, targets):
         return tinylm.token_losses_in_pieces(params, inputs, targets, config, dtype)
 
-    if settings.is_compiled:
-        # On a CPU the calls of small kernels take so long that they too are compiled, and the host decides whether a
-        # step is applied; on CUDA the device does, and kernels that don't wait for each other become one.
-        on_cpu = settings.device == "cpu"
-        options = {"cpp_wrapper": True} if on_cpu else {"combo_kernels": True}
-        compiled = partial(torch.compile, fullgraph=True, options=options)
-        loss, losses = compiled(loss), compiled(losses)
-        clipped_update, update = (compiled(clipped_update), update) if on_cpu else (clipped_update, compiled(update))
-    return loss, torch.no_grad()(update), torch.no_grad()(losses)
+    if settings.is_compiled and settings.device == "cpu":
+        # The calls of small kernels take so long that they too are compiled. The host decides if a step is applied.
+        compiled = partial(torch.compile, fullgraph=True, options={"cpp_wrapper": True})
+        loss, losses, updated = compiled(loss), compiled(losses), compiled(updated)
+    elif settings.is_compiled:  # kernels that don't wait for each other become one, and the device decides
+        compiled = partial(torch.compile, fullgraph=True, options={"combo_kernels": True})
+        loss, losses, write = compiled(loss), compiled(losses), compiled(tinylm.in_place(updated_if_finite))
+        if tinylm.is_separable(optimizer_update):
+            write = tinylm.block_by_block(write)
 
-def accumulate_gradients(loss_fn, params, ids, settings, step, rank=0, num_ranks=1):
+        def update(params, grads, optimizer, lr, loss):
+            norm = tinylm.global_norm(grads)
+            write(params, grads, optimizer, lr, norm, loss)
+            return params, optimizer, norm.double()
+
+        if settings.grad_accum_steps * machine.num_ranks() == 1:  # else results of two calls are needed at once
+            gradients, update = tinylm.in_graph(gradients, 1), tinylm.in_graph(update, 3)
+    return gradients, torch.no_grad()(update), torch.no_grad()(losses)
+
+def accumulate_gradients(gradients, params, ids, settings, step, rank=0, num_ranks=1):
     """The loss on this rank and the mean gradients of a step, over its grad_accum_steps batches and all ranks.
 
     Of each batch a rank computes its part. Gradients travel once, as the last backward pass makes them; those of a
@@ -294,10 +312,10 @@ def accumulate_gradients(loss_fn, params, ids, settings, step, rank=0, num_ranks
         is_last = micro_step == (step + 1) * count - 1
         if averager and is_last:
             on_gradient = lambda path, g: averager.add(path, so_far[path] + g if so_far else g)
-            loss, _ = tinylm.value_and_grad(tinylm.watched(loss_fn, on_gradient), params, *batch)
+            loss, _ = gradients(params, *batch, on_gradient)
             so_far = averager.averages()
         else:
-            loss, grads = tinylm.value_and_grad(loss_fn, params, *batch)
+            loss, grads = gradients(params, *batch)
             so_far = {path: so_far[path] + g if so_far else g for path, g in tinylm.tree_leaves(grads)}
         total_loss = total_loss + loss
     mean = lambda g: g / count if count > 1 else g
