@@ -1883,6 +1883,8 @@ WRONG_TRAIN = [
     (["--data=nowhere"], "no such data folder"),
     (["--data=full"], "data/prepare.py --input=full"),
     (["--context_length=100000"], "context_length 100000"),
+    (["--num_steps=5", "--warmup_steps=6"], "--warmup_steps=6: expected at most num_steps, 5"),
+    (["--run_name=../a"], "--run_name=../a: expected a name"),
     (["--device=tpu"], "expected cpu"),
     (["--device=cuda:99"], "CUDA device"),
     (["--dtype=float8"], "float32 or bfloat16"),
@@ -2089,6 +2091,25 @@ def test_a_stop_loses_no_step(tmp_path, monkeypatch, is_behind):
     train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", **TINY | rare)
     last = metrics(tmp_path / "run")[-1]["step"]
     assert last == 3 + is_behind and run.newest(tmp_path / "run").name == f"step-{last:07d}"
+
+@pytest.mark.parametrize("is_behind", [False, True], ids=["looked at at once", "a step later"])
+def test_the_pace_is_that_of_steps_that_compile_nothing(tmp_path, monkeypatch, is_behind, capsys):
+    """Nor is it that of numbers that are looked at together."""
+    genuine = train.accumulate_gradients
+
+    def slow(gradients, params, ids, settings, step, *ranks):
+        time.sleep(0.1 if step else 1.5)
+        return genuine(gradients, params, ids, settings, step, *ranks)
+
+    monkeypatch.setattr(train, "accumulate_gradients", slow)
+    monkeypatch.setattr(log.Log, "is_behind", is_behind)
+    for interval in (1, 3):
+        folder = tmp_path / f"run{interval}"
+        train.train(data=prepared(tmp_path), output_dir=folder, **TINY | dict(log_interval=interval))
+        rates = [line["tokens_per_second"] for line in metrics(folder) if "train_loss" in line]
+        assert all(0.3 < rate * 0.1 / 128 <= 1 for rate in rates[interval == 1:]), rates
+        left = re.findall(r"step (\d)/6 .* (\d)s left", capsys.readouterr().out)
+        assert all(int(seconds) <= 1 for step, seconds in left[interval == 1:]), left
 
 def test_a_run_that_diverges_gives_up_and_keeps_its_checkpoint(tmp_path, monkeypatch, capsys):
     data = prepared(tmp_path)
@@ -3928,8 +3949,8 @@ def measure_forms(*, seconds: float = 2.0, compile: bool = False, device: str = 
             figures[f"{name} {label}".strip()] = np.quantile(ratios[1:], (0.5, 0.25, 0.75))
     return figures
 
-MEASUREMENTS = {"step": measure_step, "memory": measure_memory, "attention": measure_attention,
-                "write": measure_write, "tokenizer": measure_tokenizer, "alphabets": measure_alphabets, "ranks": measure_ranks,
+MEASUREMENTS = {"step": measure_step, "memory": measure_memory, "attention": measure_attention, "write": measure_write,
+                "tokenizer": measure_tokenizer, "alphabets": measure_alphabets, "ranks": measure_ranks,
                 "forms": measure_forms, "kills": measure_kills, "damage": measure_damage}
 
 def measure(name="", *arguments):
@@ -3982,7 +4003,7 @@ def test_small_measurements(name):
 def test_measurements_are_commands(monkeypatch, capsys):
     measure("tokenizer", f"--file={ROOT}/README.md", "--vocab_size=270")
     assert re.fullmatch(r"learn 270 tokens.*: [\d.]+\nencode.*:( [\d.]+){3}\n", capsys.readouterr().out)
-    for arguments, message in (("", "step, memory, attention, write"), ("pace", "pace: expected"), ("tokenizer", "--file=TEXT"),
+    for arguments, message in (("", "memory, attention"), ("pace", "pace: expected"), ("tokenizer", "--file=TEXT"),
                                ("write --rounds=0", "1 or more"), ("ranks --share", "did you mean --shard")):
         monkeypatch.setattr(sys, "argv", ["test_tinylm.py", *arguments.split()])
         with pytest.raises(SystemExit, match="^2$"):

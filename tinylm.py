@@ -1187,9 +1187,9 @@ def has_kernels(q):
     return (q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 128
             and torch.cuda.get_device_capability(q.device) >= (8, 0) and attention_kernels() is not None)
 
-# ROWS, KEYS, warps and stages of each kernel for heads of up to 64 features, of up to 128, and on an H100 or B200. There
-# they are, of about 25 that keep no register in memory, the fastest on an H200 at 32, 64 and 128 features, or slower by
-# a tenth at most. Elsewhere nothing was measured; tiles are as large as 255 registers a thread and a block's shared
+# ROWS, KEYS, warps and stages of each kernel for heads of up to 64 features, of up to 128, and on an H100 or B200. They
+# are there, of about 25 that keep no register in memory, the fastest on an H200 at 32, 64 and 128 features, or slower
+# by a tenth at most. Elsewhere nothing was measured; tiles are as large as 255 registers a thread and a block's shared
 # memory allow, without a third stage where its registers would keep a second block from running beside. Factors of
 # products lie in registers, and an RTX 3090 has 99 KB; in an H100 or B200 they lie in shared memory, of 227 KB.
 KERNEL_BLOCKS = {"attention_kernel": ((128, 64, 8, 2), (128, 32, 8, 3), (64, 64, 4, 3)),
@@ -1291,7 +1291,7 @@ def in_place(update):
     return call
 
 def is_separable(update):
-    """Whether an update of some parameters depends on these alone, and the count of steps: AdamW as it is known here."""
+    """Whether an update of some parameters depends on these alone, and the count of steps: AdamW as known here."""
     return update is adamw_update and bool(update.forms)
 
 def block_by_block(write):

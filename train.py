@@ -173,6 +173,12 @@ class Settings:
                 raise InputError(f"--{name}={value}: {settings.optimizer} has no {name}; leave the flag out")
         if settings.lr_min > settings.lr_max:
             raise InputError(f"--lr_min={settings.lr_min}: expected a number from 0 up to lr_max, {settings.lr_max:g}")
+        if settings.run_name and Path(settings.run_name).name != settings.run_name:
+            raise InputError(f"--run_name={settings.run_name}: expected a name for a folder below runs/; for another "
+                             "place give --output_dir")
+        if settings.warmup_steps > settings.num_steps:
+            raise InputError(f"--warmup_steps={settings.warmup_steps}: expected at most num_steps, "
+                             f"{settings.num_steps}")
         if settings.batch_size % machine.num_ranks():
             raise InputError(f"--batch_size={settings.batch_size} can't be split over {machine.num_ranks()} ranks; "
                              "expected a multiple of that")

@@ -62,7 +62,7 @@ def flops_per_token(config):
 def introduce(run):
     """Say what is about to run."""
     settings, config, ids = run.settings, run.config, run.ids
-    compiled = ", compiled" if settings.is_compiled else ""
+    compiled = ", compiled in the first step, which takes a while" if settings.is_compiled else ""
     sharded = ", sharded" if settings.shard else ""
     ranks = f", {run.num_ranks} ranks{sharded}" if torch.distributed.is_initialized() else ""
     held_out = min(len(ids["val"]) - 1, settings.eval_tokens)
@@ -123,7 +123,7 @@ class Log:
             run.wandb_id = self.wandb_run.id
         self.bad_steps, self.waiting = 0, []  # in a row; steps whose numbers nobody has looked at
         self.begin = self.mark = time.perf_counter()
-        self.marked_step = run.step
+        self.marked_step, self.steady_since = run.step, (self.begin, run.step)
 
     def __enter__(self):
         return self
@@ -181,23 +181,25 @@ class Log:
         On a CPU, and where `at_once`, it looks at them now, else at those of the step before, while the device computes
         this one. → whether to stop.
         """
-        self.waiting.append((step, lr, numbers))
+        self.waiting.append((step, lr, numbers, time.perf_counter()))
         held_back, is_asked = int(self.is_behind and not at_once), False
         while len(self.waiting) > (0 if is_asked else held_back):
-            step, lr, numbers = self.waiting.pop(0)
+            step, lr, numbers, now = self.waiting.pop(0)
             loss, norm, asked = numbers()
             is_asked |= asked > 0
             is_due = step % self.settings.log_interval == 0 or step == self.settings.num_steps
             if self.applied(step, loss, norm, lr) and is_due:
-                self.training(step, loss, norm, lr)
+                self.training(step, loss, norm, lr, now)
+            if step == self.run.step + 1:  # behind it the pace is steady, as all is compiled
+                self.mark, self.marked_step, self.steady_since = now, step, (now, step)
         return is_asked
 
-    def training(self, step, loss, norm, lr):
-        """Keep and show the state of training."""
-        now, num_steps = time.perf_counter(), self.settings.num_steps
+    def training(self, step, loss, norm, lr, now):
+        """Keep and show the state of training, as it was when the host had done a step."""
+        num_steps, (since, begin) = self.settings.num_steps, self.steady_since
         rate = (step - self.marked_step) * self.settings.tokens_per_step / max(1e-9, now - self.mark)
         self.mark, self.marked_step = now, step
-        left = (num_steps - step) * (now - self.begin) / (step - self.run.step)
+        left = (num_steps - step) * (now - since) / (step - begin)
         share = {"flops_share": round(rate * self.flops / self.peak_flops, 4)} if self.peak_flops else {}
         self.write(step, train_loss=loss, lr=lr, grad_norm=norm, tokens_per_second=round(rate, 1),
                    **machine.peak_memory(self.settings.device), **share)
