@@ -690,20 +690,24 @@ def test_recorded_steps_follow_parameters_and_caches(monkeypatch):
                     if cache["filled"] == 3:
                         cache = cache | {name: cache[name][:, [1, 0]] for name in ("k", "v")}
                     logits, cache = tinylm.forward(params, tokens[:, :1], config, cache=cache)
-                    written.append(logits.clone())
+                    written.append(logits)
     torch.testing.assert_close(written[12:], written[:12])
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_steps_in_graphs_train_the_same(optimizer, monkeypatch):
+@pytest.mark.parametrize("optimizer, writes", [("adamw", 3), ("muon", 1)])
+@pytest.mark.parametrize("count", [1, 2])
+def test_steps_in_graphs_train_the_same(optimizer, writes, count, monkeypatch):
     """As on CUDA, but for the record and the compiler: the same bits as on a CPU, a step that is not applied included.
-    Recorded once, and once more for other parameters."""
-    recorded = []
+    Recorded from the second step on, once, and once more for other parameters; with accumulation not at all."""
+    recorded, calls = [], []
     monkeypatch.setattr(tinylm, "record", lambda function: recorded.append(function) or record_on_cpu(function))
-    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: lambda *args: (
+        calls.append(function.__qualname__), function(*args))[1])
     settings = train.Settings.complete(dict(device="cpu", d_model=32, num_layers=2, context_length=8, batch_size=2,
-                                            optimizer=optimizer))
+                                            optimizer=optimizer, grad_accum_steps=count))
     config, ids, histories = run.model_config(settings, 50), np.arange(400) % 50, []
     for changes in ({}, dict(device="cuda", compile=True)):
+        if changes:  # then the device decides whether a step is applied
+            monkeypatch.setattr(tinylm, "is_eager", lambda *_, **__: False)
         gradients, update, _ = train.step_functions(config, replace(settings, **changes))
         histories.append([])
         for seed in (0, 1):
@@ -714,9 +718,50 @@ def test_steps_in_graphs_train_the_same(optimizer, monkeypatch):
                 loss, lr = loss * (math.nan if step == 2 else 1), torch.tensor(1e-3 * (step + 1))
                 params, state, norm = update(params, grads, state, lr, loss)
                 histories[-1] += [loss, norm.clone(), *(w.clone() for _, w in tinylm.tree_leaves(params | state))]
-    assert len(recorded) == 4
+                assert not recorded or step or seed
+    assert len(recorded) == (4 if count == 1 else 0)
+    assert len([name for name in calls if name.startswith("in_place")]) == 8 * writes
     for actual, expected in zip(*histories, strict=True):
         assert actual.allclose(expected, rtol=0, atol=0, equal_nan=True)
+
+def test_what_is_separable(monkeypatch):
+    """AdamW, as long as its form is there; scalars of a state beside the count of steps are kept too."""
+    assert tinylm.is_separable(tinylm.adamw_update) and not tinylm.is_separable(tinylm.muon_update)
+    params = {"blocks": {str(i): tree_of((2, 3), seed=i) for i in range(2)}, "norm": torch.ones(3)}
+    ones = tinylm.tree_map(torch.ones_like, params)
+    state = {"step": torch.tensor(0), "scale": torch.tensor(1.0), "m": tinylm.tree_map(torch.zeros_like, params)}
+
+    def update(params, grads, state):
+        new = tinylm.tree_map(lambda p, g, m: p + g + m, params, grads, state["m"])
+        return new, {"step": state["step"] + 1, "scale": state["scale"] * 2, "m": grads}
+
+    expected = update(params, ones, state)
+    tinylm.block_by_block(tinylm.in_place(update))(params, ones, state)
+    for (path, actual), (_, e) in zip(*map(tinylm.tree_leaves, (params | state, expected[0] | expected[1])), strict=True):
+        assert actual.equal(e), path
+    monkeypatch.setattr(tinylm.adamw_update, "forms", [])
+    assert not tinylm.is_separable(tinylm.adamw_update)
+
+def test_graphs_of_other_shapes(monkeypatch):
+    """Each shape of inputs begins anew, and nothing is broadcast."""
+    monkeypatch.setattr(tinylm, "record", record_on_cpu)
+    total = tinylm.in_graph(lambda tree, x: (tree["w"] * x).sum(), 1)
+    for shape in ((2, 3), (2, 3), (2, 3), (1, 3), (1, 3), (3,), (3,), (2, 3), (2, 3)):
+        tree, x = {"w": torch.ones(3)}, randn(*shape)
+        assert total(tree, x) == x.sum()
+
+def test_compiled_runs_of_one_process(monkeypatch):
+    """Of other sizes each time, of which none may be taken to vary."""
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compiler(function, fullgraph=True, backend="aot_eager"))
+    for d_model, context_length in ((16, 8), (32, 12)):
+        settings = train.Settings.complete(dict(device="cpu", compile=True, d_model=d_model, num_layers=1, batch_size=2,
+                                                context_length=context_length, num_heads=2))
+        config, tokens = run.model_config(settings, 50), torch.ones(2, context_length, dtype=torch.int64)
+        gradients, update, _ = train.step_functions(config, settings)
+        params = random_params(config)
+        loss, grads = gradients(params, tokens, tokens)
+        update(params, grads, tinylm.adamw_init(params), torch.tensor(1e-3), loss)
 
 def test_what_is_recorded(monkeypatch):
     """One token; not in compiled code, as the compiler can't take a recording apart, nor without the form of attention
@@ -751,9 +796,13 @@ def test_graphs_are_recorded_each_on_a_stream_of_the_device(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)
     monkeypatch.setattr(torch.cuda.graph, "default_capture_stream", None)
+    mask = functools.partial(tinylm.future_mask, 2, 2, 1, torch.float32, "cpu")
+    masks = [mask()]
     for device[0] in (0, 0, 1):
-        assert tinylm.record(lambda: 7) == (graph, 7)
+        assert tinylm.record(lambda: masks.append(mask()) or 7) == (graph, 7)
+        masks.append(mask())
     assert [one.device for one in recorded_on] == [0, 0, 1] and len(set(recorded_on)) == 3
+    assert len(set(map(id, masks))) == 7  # a graph's are its own, and no one else's
 
 @pytest.mark.parametrize("changes", [dict(d_model=30), dict(d_model=12), dict(num_kv_heads=3), dict(vocab_size=0),
                                      dict(num_layers=-1), dict(d_model=2.5), dict(rope_theta=0.0),
@@ -2395,6 +2444,7 @@ PATHS = {
     "ranks": dict(compile=False, ranks=2, grad_accum_steps=2, optimizer="muon", tie_embeddings=True),
     "sharded": dict(shard=True, ranks=2, optimizer="muon", remat=True),
     "compiled": dict(num_layers=2),
+    "compiled float32": dict(dtype="float32"),
     "compiled ranks": dict(ranks=2, grad_accum_steps=2),
     "compiled, Muon": dict(optimizer="muon", tie_embeddings=True, num_kv_heads=1, context_length=64, eval_tokens=512),
 }

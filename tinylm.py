@@ -1234,46 +1234,50 @@ def attention_in_kernels_backward(d_out, q, k, v, out, log_sum):
     One kernel would spare two of seven products, but had to add up dq in memory: a byte for each 64 operations spared,
     and GPUs do more in the time of a byte.
     """
-    d_out, q, k, v = (x.contiguous() for x in (d_out, q, k, v))
+    d_out, q, k, v, out = (x.contiguous() for x in (d_out, q, k, v, out))
     (dq, dk, dv), row_sum = map(torch.empty_like, (q, k, v)), torch.empty_like(log_sum)
     launch("queries_backward_kernel", False, q, k, v, d_out, out, log_sum, row_sum, dq)
     launch("keys_backward_kernel", True, q, k, v, d_out, log_sum, row_sum, dk, dv)
     return dq, dk, dv
 
-# ---- CUDA: many launches as one, as the host would take longer for them than a GPU for what they ask for ----
+# ---- CUDA: many kernels in one launch, as to launch them one by one takes longer than to run them ----
 
 def record(function):
     """Have CUDA record what a function launches, as a graph to be launched at once → the graph, the function's result.
 
-    Each launch writes to the same result. The stream is the graph's own: PyTorch's is of the device that recorded
-    first, and a graph that goes takes cuBLAS's memory for its stream along, which others on that stream would still
-    write to.
+    Each launch writes to the same result. Masks that others have made are not read, as they may go before the graph
+    does. The stream is not PyTorch's own for graphs, which is of the device that recorded first.
     """
+    future_mask.cache_clear()
     graph = torch.cuda.CUDAGraph()
     # While this thread records, others may use CUDA.
     with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
-        return graph, function()
+        result = function()
+    future_mask.cache_clear()  # these have no content before the launch
+    return graph, result
 
 def in_graph(function, num_kept):
-    """A function of trees on CUDA, launched as one from its second call on; in the first, libraries prepare themselves.
+    """A function on CUDA, launched as one from the second call on; in the first, libraries prepare themselves.
 
-    The first `num_kept` arguments are read where they are, so for other tensors than before it is recorded anew. The
-    others, tensors, are copied to where the record reads them. Each call writes to the same results.
+    The first `num_kept` arguments, trees, are read where they are, so for other tensors it is recorded anew. The
+    others, tensors, are copied to where the record reads them; other shapes are a first call again. What a record
+    returns is overwritten by the next call.
     """
-    is_prepared, recorded = False, None
+    shapes = recorded = None
 
     def call(*args):
-        nonlocal is_prepared, recorded
-        if not is_prepared:
-            is_prepared = True
-            return function(*args)
+        nonlocal shapes, recorded
         trees, inputs = args[:num_kept], args[num_kept:]
-        kept = [leaf for tree in trees for _, leaf in tree_leaves(tree)]
-        if recorded is None or any(old is not new for old, new in zip(recorded[0], kept)):
+        new_shapes = [(x.shape, x.dtype) for x in inputs]
+        if shapes != new_shapes:
+            shapes, recorded = new_shapes, None
+            return function(*args)
+        kept = {id(leaf): leaf for tree in trees for _, leaf in tree_leaves(tree)}
+        if recorded is None or list(recorded[0]) != list(kept):
             recorded = None  # whose memory serves again
-            inputs = [x.clone() for x in inputs]
+            places = [x.clone() for x in inputs]
             with torch.cuda.device_of(first_leaf(args[0])):  # CUDA would take the current device
-                recorded = kept, inputs, *record(partial(function, *trees, *inputs))
+                recorded = kept, places, *record(partial(function, *trees, *places))
         _, places, graph, result = recorded
         for place, x in zip(places, inputs):
             place.copy_(x)
@@ -1291,17 +1295,21 @@ def in_place(update):
     return call
 
 def is_separable(update):
-    """Whether an update of some parameters depends on these alone, and the count of steps: AdamW as known here."""
+    """Whether an update of some parameters depends on these alone and on scalars of the state: known of AdamW, as long
+    as it has its form. Whoever lets it depend on more, in its form too, has to say so here.
+    """
     return update is adamw_update and bool(update.forms)
 
 def block_by_block(write):
     """`write`, an update in place, of one part after the other: what is compiled for one block serves all of them."""
     def call(params, grads, state, *args):
         rest = lambda tree: {key: w for key, w in tree.items() if key != "blocks"}
+        scalars = {key: x for key, x in state.items() if not isinstance(x, dict)}  # of which each part begins anew
         for part in (rest, *(lambda tree, name=name: tree["blocks"][name] for name in params["blocks"])):
-            own = {key: part(tree) if isinstance(tree, dict) else tree.clone() for key, tree in state.items()}
+            own = tree_map(torch.clone, scalars) | {key: part(state[key]) for key in state.keys() - scalars.keys()}
             write(part(params), part(grads), own, *args)
-        state["step"].copy_(own["step"])
+        for key, x in scalars.items():
+            x.copy_(own[key])
 
     return call
 
@@ -1309,8 +1317,9 @@ def block_by_block(write):
 def global_norm_in_few_launches(tree):
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm([leaf.float() for _, leaf in tree_leaves(tree)])))
 
-# That a recorded step attends to, more in powers of two, each a graph. On an H200 63 tokens of four layers 512 wide are
-# written at 1,720 tokens/s so, with graphs from 8 keys on at 1,150, without at 450; of twelve of 768 at 655, 477, 173.
+# The fewest keys that a recorded step attends to; more come in powers of two, each a graph. On an H200 63 tokens of
+# four layers 512 wide are written at 1,720 tokens/s so, with graphs from 8 keys on at 1,150, without at 450; of twelve
+# of 768 at 655, 477 and 173.
 KEYS_AT_LEAST = 64
 
 @faster(cached_attention, lambda q, k, v, cache: isinstance(cache["filled"], torch.Tensor))
@@ -1322,7 +1331,7 @@ def cached_attention_at(q, k, v, cache):
     return attention_of_one(q, cache["k"], cache["v"], unseen)
 
 def is_worth_a_record(blocks, x, cos, sin, cache, config, remat=False):
-    """Whether this is one token of several on CUDA, and attention is as the record has it: its forms not dropped."""
+    """Whether this is one token on CUDA, and attention is as the record has it: its forms not dropped."""
     return (x.is_cuda and x.shape[1] == 1 and cache and not is_split(first_leaf(blocks))
             and not torch.is_grad_enabled() and is_eager() and attention.forms and cached_attention.forms)
 

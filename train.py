@@ -257,7 +257,11 @@ def schedule(settings):
     return partial(function, **{p.name: getattr(settings, p.name) for p in own if hasattr(settings, p.name)})
 
 def step_functions(config, settings):
-    """What a step computes, compiled where asked: the gradients of a batch, the update, the losses of each token."""
+    """What a step computes, compiled where asked: the gradients of a batch, the update, the losses of each token.
+
+    Compiled on CUDA, the update is given its parameters and state, which it changes, and what it and the gradients
+    return is overwritten by their next call.
+    """
     dtype, (_, optimizer_update) = DTYPES[settings.dtype], tinylm.OPTIMIZERS[settings.optimizer]
     own = {name: getattr(settings, name) for name in hyperparameters(settings.optimizer) if hasattr(settings, name)}
 
@@ -283,6 +287,8 @@ def step_functions(config, settings):
     def losses(params, inputs, targets):
         return tinylm.token_losses_in_pieces(params, inputs, targets, config, dtype)
 
+    if settings.is_compiled:
+        torch.compiler.reset()  # of the runs before in this process: sizes that differ would be taken to vary
     if settings.is_compiled and settings.device == "cpu":
         # The calls of small kernels take so long that they too are compiled. The host decides if a step is applied.
         compiled = partial(torch.compile, fullgraph=True, options={"cpp_wrapper": True})
@@ -298,7 +304,8 @@ def step_functions(config, settings):
             write(params, grads, optimizer, lr, norm, loss)
             return params, optimizer, norm.double()
 
-        if settings.grad_accum_steps * machine.num_ranks() == 1:  # else results of two calls are needed at once
+        # With accumulation the results of two calls are needed at once; with ranks messages leave in between.
+        if settings.grad_accum_steps == machine.num_ranks() == 1:
             gradients, update = tinylm.in_graph(gradients, 1), tinylm.in_graph(update, 3)
     return gradients, torch.no_grad()(update), torch.no_grad()(losses)
 
