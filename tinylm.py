@@ -1256,6 +1256,10 @@ def record(function):
     future_mask.cache_clear()  # these have no content before the launch
     return graph, result
 
+def has_tensors_of(old, new):
+    """Whether two trees, of the same structure, have the same tensors, not only equal ones."""
+    return all(has_tensors_of(old[key], new[key]) for key in old) if isinstance(old, dict) else old is new
+
 def in_graph(function, num_kept):
     """A function on CUDA, launched as one from the second call on; in the first, libraries prepare themselves.
 
@@ -1272,10 +1276,9 @@ def in_graph(function, num_kept):
         if shapes != new_shapes:
             shapes, recorded = new_shapes, None
             return function(*args)
-        kept = {id(leaf): leaf for tree in trees for _, leaf in tree_leaves(tree)}
-        if recorded is None or list(recorded[0]) != list(kept):
+        if recorded is None or not all(map(has_tensors_of, recorded[0], trees)):
             recorded = None  # whose memory serves again
-            places = [x.clone() for x in inputs]
+            kept, places = [tree_map(lambda leaf: leaf, tree) for tree in trees], [x.clone() for x in inputs]
             with torch.cuda.device_of(first_leaf(args[0])):  # CUDA would take the current device
                 recorded = kept, places, *record(partial(function, *trees, *places))
         _, places, graph, result = recorded

@@ -316,7 +316,7 @@ def accumulate_gradients(gradients, params, ids, settings, step, rank=0, num_ran
     sharded model are averaged where they are made.
     """
     prepare.check_unchanged(ids)
-    count, total_loss, so_far = settings.grad_accum_steps, 0.0, {}
+    count, total_loss, total = settings.grad_accum_steps, 0.0, None
     averager = tinylm.GradientAverager() if num_ranks > 1 and not settings.shard else None
     for micro_step in range(step * count, (step + 1) * count):
         batch = tinylm.get_batch(ids, settings.batch_size // num_ranks, settings.context_length, settings.seed,
@@ -324,15 +324,16 @@ def accumulate_gradients(gradients, params, ids, settings, step, rank=0, num_ran
         batch = machine.on_device(*batch, settings.device)
         is_last = micro_step == (step + 1) * count - 1
         if averager and is_last:
+            so_far = dict(tinylm.tree_leaves(total)) if total else {}
             on_gradient = lambda path, g: averager.add(path, so_far[path] + g if so_far else g)
-            loss, _ = gradients(params, *batch, on_gradient)
-            so_far = averager.averages()
+            loss, grads = gradients(params, *batch, on_gradient)
+            averages = averager.averages()
+            total = tinylm.tree_build((path, averages[path]) for path, _ in tinylm.tree_leaves(grads))
         else:
             loss, grads = gradients(params, *batch)
-            so_far = {path: so_far[path] + g if so_far else g for path, g in tinylm.tree_leaves(grads)}
+            total = tinylm.tree_map(torch.add, total, grads) if total else grads
         total_loss = total_loss + loss
-    mean = lambda g: g / count if count > 1 else g
-    return total_loss / count, tinylm.tree_build((path, mean(so_far[path])) for path, _ in tinylm.tree_leaves(params))
+    return total_loss / count, tinylm.tree_map(lambda g: g / count, total) if count > 1 else total
 
 # ---- Evaluation ----
 
