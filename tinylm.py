@@ -1309,7 +1309,7 @@ def block_by_block(write):
         rest = lambda tree: {key: w for key, w in tree.items() if key != "blocks"}
         scalars = {key: x for key, x in state.items() if not isinstance(x, dict)}  # of which each part begins anew
         for part in (rest, *(lambda tree, name=name: tree["blocks"][name] for name in params["blocks"])):
-            own = tree_map(torch.clone, scalars) | {key: part(state[key]) for key in state.keys() - scalars.keys()}
+            own = {key: x.clone() if key in scalars else part(x) for key, x in state.items()}
             write(part(params), part(grads), own, *args)
         for key, x in scalars.items():
             x.copy_(own[key])
