@@ -1307,7 +1307,7 @@ def block_by_block(write):
     """`write`, an update in place, of one part after the other: what is compiled for one block serves all of them."""
     def call(params, grads, state, *args):
         rest = lambda tree: {key: w for key, w in tree.items() if key != "blocks"}
-        scalars = {key: x for key, x in state.items() if not isinstance(x, dict)}  # of which each part begins anew
+        scalars = {key: x for key, x in state.items() if not isinstance(x, dict)}  # each part changes a copy
         for part in (rest, *(lambda tree, name=name: tree["blocks"][name] for name in params["blocks"])):
             own = {key: x.clone() if key in scalars else part(x) for key, x in state.items()}
             write(part(params), part(grads), own, *args)
