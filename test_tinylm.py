@@ -4013,6 +4013,8 @@ def measure(name="", *arguments):
         for flag, value in flags.items():
             if type(value) is int and value < 1:
                 raise cli.InputError(f"--{flag}={value}: expected 1 or more")
+        device = inspect.signature(MEASUREMENTS[name]).parameters.get("device")
+        machine.choose_device(flags.get("device", device.default if device else "cpu"))  # raises where it isn't there
         for figure, numbers in MEASUREMENTS[name](**flags).items():
             print(f"{figure}:", *(f"{number:,.2f}" for number in np.ravel(numbers)))
 
@@ -4053,7 +4055,8 @@ def test_measurements_are_commands(monkeypatch, capsys):
     measure("tokenizer", f"--file={ROOT}/README.md", "--vocab_size=270")
     assert re.fullmatch(r"learn 270 tokens.*: [\d.]+\nencode.*:( [\d.]+){3}\n", capsys.readouterr().out)
     for arguments, message in (("", "memory, attention"), ("pace", "pace: expected"), ("tokenizer", "--file=TEXT"),
-                               ("write --rounds=0", "1 or more"), ("ranks --share", "did you mean --shard")):
+                               ("write --rounds=0", "1 or more"), ("ranks --share", "did you mean --shard"),
+                               ("write --device=cuda:99", "CUDA device"), ("forms --device=tpu", "expected cpu")):
         monkeypatch.setattr(sys, "argv", ["test_tinylm.py", *arguments.split()])
         with pytest.raises(SystemExit, match="^2$"):
             runpy.run_path(__file__, run_name="__main__")
