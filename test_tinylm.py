@@ -737,7 +737,8 @@ def test_what_is_separable(monkeypatch):
 
     expected = update(params, ones, state)
     tinylm.block_by_block(tinylm.in_place(update))(params, ones, state)
-    for (path, actual), (_, e) in zip(*map(tinylm.tree_leaves, (params | state, expected[0] | expected[1])), strict=True):
+    trees = params | state, expected[0] | expected[1]
+    for (path, actual), (_, e) in zip(*map(tinylm.tree_leaves, trees), strict=True):
         assert actual.equal(e), path
     monkeypatch.setattr(tinylm.adamw_update, "forms", [])
     assert not tinylm.is_separable(tinylm.adamw_update)
@@ -3702,9 +3703,9 @@ def measure_step(*, d_model: int = 128, num_layers: int = 4, num_heads: int = 4,
             turns.append(turn())
     ours, theirs = np.array(turns).T
     rates = settings.tokens_per_step / np.median(turns, 0)
-    peak = {} if on_cpu else {
-        "share of peak bfloat16 FLOP/s": rates * log.flops_per_token(config) / machine.peak_flops(device),
-        "most memory, GB": np.array(memory) / 1e9}
+    peak = {} if on_cpu else {"most memory, GB": np.array(memory) / 1e9}
+    if machine.peak_flops(device):  # of devices that are known
+        peak["share of peak bfloat16 FLOP/s"] = rates * log.flops_per_token(config) / machine.peak_flops(device)
     return {"first losses, ours and that of transformers": [loss for _, loss in first],
             "first steps, s": [seconds for seconds, _ in first], "a step, ms": np.median(ours) * 1e3,
             "tokens/s": rates,

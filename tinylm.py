@@ -1251,10 +1251,11 @@ def record(function):
     future_mask.cache_clear()
     graph = torch.cuda.CUDAGraph()
     # While this thread records, others may use CUDA.
-    with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
-        result = function()
-    future_mask.cache_clear()  # these have no content before the launch
-    return graph, result
+    try:
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
+            return graph, function()
+    finally:
+        future_mask.cache_clear()  # these have no content before the launch
 
 def has_tensors_of(old, new):
     """Whether two trees, of the same structure, have the same tensors, not only equal ones."""
