@@ -2318,6 +2318,7 @@ REGISTER_CUDA_HOOKS(CUDAHooks)
 """
 
 ASKING = torch.ops.aten._local_scalar_dense, torch.ops.aten.item, torch.ops.aten.is_nonzero
+IN_NO_ORDER = torch.ops.aten.index_add, torch.ops.aten.index_add_, torch.ops.aten.index_put_
 
 class Host(TorchDispatchMode):
     """Within it fake tensors answer 0, or token 1, where the host asks for a number; it notes where that stops it."""
@@ -2328,6 +2329,7 @@ class Host(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         asks = function.overloadpacket in ASKING
+        assert function.overloadpacket not in IN_NO_ORDER or not args[0].is_cuda, f"{function} adds in no fixed order"
         out = {torch.bool: False, torch.int64: 1}.get(args[0].dtype, 0.0) if asks else function(*args, **kwargs or {})
         comes_back = isinstance(out, torch.Tensor) and out.is_cpu and not (kwargs or {}).get("non_blocking")
         self.launches += 1
@@ -2456,6 +2458,7 @@ FAULTS = {
     "a missing key": (dict(dtype="float32"), ', "cuda": 1 << 27', "", "KeyError: 'cuda'"),
     "an assert": ({}, "    if top_p < 1:\n", "    assert probabilities.isfinite().all() or 1\n    if top_p < 1:\n",
                   "'generate': 16"),
+    "no order": ({}, "w.is_cuda and torch.is_grad_enabled()", "False", "adds in no fixed order"),
     "no record": ({}, "x.is_cuda and x.shape[1] == 1 and cache and", "False and", "operations a token"),
     "a copy in a record": ({}, "[2], device=q.device) >", "[2]).to(q.device) >", "a copy to the device while"),
     "a stop in a record": ({}, '> cache["filled"]  #', '> cache["filled"].item()  #', "a stop while the device"),
@@ -2516,8 +2519,8 @@ def test_the_cuda_path_on_a_pretended_device(tmp_path, on_pretended_device):
         assert error is None if name in PATHS else error and FAULTS[name][-1] in error, f"{name}: {error}"
 
 # What compiled code launches at most, of one layer and of Muon's update of two: kernels that Triton makes, products,
-# operations of our own.
-LAUNCHES = {"loss": (10, 10, 1), "gradients": (14, 14, 1), "Muon": (19, 45, 1)}
+# operations of our own; and how often it adds in no fixed order.
+LAUNCHES = {"loss": (10, 10, 1, 0), "gradients": (14, 14, 2, 0), "Muon": (19, 45, 1, 0)}
 
 def report_launches():
     """Print the launches of each, as Inductor writes them for an H100 that is not there."""
@@ -2567,7 +2570,7 @@ def report_launches():
                 gradients(params, tokens, tokens)
             update(params, grads, state, torch.full_like(loss, 1e-3).float(), loss)
         for name, code in zip(names, written, strict=True):
-            kinds = r"\btriton_\w+\.run\(", r"\bextern_kernels\.\w+\(", r"= torch\.ops\.tinylm\."
+            kinds = r"\btriton_\w+\.run\(", r"\bextern_kernels\.\w+\(", r"= torch\.ops\.tinylm\.", r"\batomic_add\b"
             os.write(1, (json.dumps([name, [len(re.findall(kind, code)) for kind in kinds]]) + "\n").encode())
     os._exit(0)
 

@@ -1357,6 +1357,38 @@ def transformer_blocks_in_graph(blocks, x, cos, sin, cache, config, remat=False)
             blocks, x, cos, sin, seen | {"filled": position}, config), 0)
     return graphs[keys](x, cos, sin, position)
 
+# ---- CUDA: one operation in a fixed order, one in less precision ----
+
+def embedding_gradient(d_out: torch.Tensor, tokens: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """The rows d_out (..., d_model) of each token, added up in a fixed order → (vocab_size, d_model)."""
+    return torch.ops.aten.embedding_dense_backward(d_out, tokens, vocab_size, -1, False)
+
+# The compiler would take it apart, and add rows in whatever order its threads come.
+opaque_embedding_gradient = torch.library.custom_op("tinylm::embedding_gradient", embedding_gradient, mutates_args=())
+
+@opaque_embedding_gradient.register_fake
+def _(d_out, tokens, vocab_size):
+    return d_out.new_empty(vocab_size, d_out.shape[-1])
+
+class EmbeddingInOrder(torch.autograd.Function):
+    """`embedding` whose gradient has the same bits each time, so that a run that goes on is the run it would have been.
+    """
+
+    @staticmethod
+    def forward(ctx, tokens, w):
+        ctx.save_for_backward(tokens)
+        ctx.vocab_size = len(w)
+        return embedding.definition(tokens, w)
+
+    @staticmethod
+    def backward(ctx, d_out):
+        gradient = embedding_gradient if is_eager() else opaque_embedding_gradient
+        return None, gradient(d_out, *ctx.saved_tensors, ctx.vocab_size)
+
+@faster(embedding, lambda tokens, w: w.is_cuda and torch.is_grad_enabled())
+def embedding_in_order(tokens, w):
+    return EmbeddingInOrder.apply(tokens, w)
+
 @faster(orthogonalize, lambda g: g.ndim == 3 and g.is_cuda)
 def orthogonalize_on_cuda(g):
     """In bfloat16, which is faster and enough."""
@@ -1423,10 +1455,7 @@ def shard(tree, mesh):
 
 def all_gather(w):
     """All rows of a tensor that is split, gathered from the ranks, which must all take part; another as it is."""
-    if not is_split(w):
-        return w
-    from torch.distributed.tensor import Replicate
-    return w.redistribute(placements=[Replicate()]).to_local()
+    return w.full_tensor() if is_split(w) else w
 
 def own_rows(w, like):
     """This rank's rows of a tensor that every rank has whole, split like another."""
