@@ -1290,33 +1290,6 @@ def in_graph(function, num_kept):
 
     return call
 
-def in_place(update):
-    """An update of (params, grads, state, …) that writes the new params and state over the old, which are donated."""
-    def call(params, grads, state, *args):
-        for old, new in zip((params, state), update(params, grads, state, *args)):
-            tree_map(torch.Tensor.copy_, old, new)
-
-    return call
-
-def is_separable(update):
-    """Whether an update of some parameters depends on these alone and on scalars of the state: known of AdamW, as long
-    as it has its form. Whoever lets it depend on more, in its form too, has to say so here.
-    """
-    return update is adamw_update and bool(update.forms)
-
-def block_by_block(write):
-    """`write`, an update in place, of one part after the other: what is compiled for one block serves all of them."""
-    def call(params, grads, state, *args):
-        rest = lambda tree: {key: w for key, w in tree.items() if key != "blocks"}
-        scalars = {key: x for key, x in state.items() if not isinstance(x, dict)}  # each part changes a copy
-        for part in (rest, *(lambda tree, name=name: tree["blocks"][name] for name in params["blocks"])):
-            own = {key: x.clone() if key in scalars else part(x) for key, x in state.items()}
-            write(part(params), part(grads), own, *args)
-        for key, x in scalars.items():
-            x.copy_(own[key])
-
-    return call
-
 @faster(global_norm, lambda tree: first_leaf(tree).is_cuda and is_eager())
 def global_norm_in_few_launches(tree):
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm([leaf.float() for _, leaf in tree_leaves(tree)])))
@@ -1430,6 +1403,33 @@ def _(q, k, v):
 @attention_backward.register_fake
 def _(d_out, q, k, v, out, log_sum):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+def in_place(update):
+    """An update of (params, grads, state, …) that writes the new params and state over the old, which are donated."""
+    def call(params, grads, state, *args):
+        for old, new in zip((params, state), update(params, grads, state, *args)):
+            tree_map(torch.Tensor.copy_, old, new)
+
+    return call
+
+def is_separable(update):
+    """Whether an update of some parameters depends on these alone and on scalars of the state: known of AdamW, as long
+    as it has its form. Whoever lets it depend on more, in its form too, has to say so here.
+    """
+    return update is adamw_update and bool(update.forms)
+
+def block_by_block(write):
+    """`write`, an update in place, of one part after the other: what is compiled for one block serves all of them."""
+    def call(params, grads, state, *args):
+        rest = lambda tree: {key: w for key, w in tree.items() if key != "blocks"}
+        scalars = {key: x for key, x in state.items() if not isinstance(x, dict)}  # each part changes a copy
+        for part in (rest, *(lambda tree, name=name: tree["blocks"][name] for name in params["blocks"])):
+            own = {key: x.clone() if key in scalars else part(x) for key, x in state.items()}
+            write(part(params), part(grads), own, *args)
+        for key, x in scalars.items():
+            x.copy_(own[key])
+
+    return call
 
 # ==== III. Split over ranks ====
 

@@ -259,8 +259,8 @@ def schedule(settings):
 def step_functions(config, settings):
     """What a step computes, compiled where asked: the gradients of a batch, the update, the losses of each token.
 
-    Compiled on CUDA, the update is given its parameters and state, which it changes, and what it and the gradients
-    return is overwritten by their next call.
+    Compiled, the update is given its parameters and state, which it changes; on CUDA what it and the gradients return
+    is overwritten by their next call.
     """
     dtype, (_, optimizer_update) = DTYPES[settings.dtype], tinylm.OPTIMIZERS[settings.optimizer]
     own = {name: getattr(settings, name) for name in hyperparameters(settings.optimizer) if hasattr(settings, name)}
@@ -272,12 +272,9 @@ def step_functions(config, settings):
         function = tinylm.watched(loss, on_gradient) if on_gradient else loss
         return tinylm.value_and_grad(function, params, inputs, targets)
 
-    def updated(params, grads, optimizer, lr, norm):
-        grads = tinylm.clip_gradients(grads, norm, settings.clip_grad)
-        return optimizer_update(params, grads, optimizer, lr, **own)
-
     def updated_if_finite(params, grads, optimizer, lr, norm, loss):  # else a step changes nothing
-        new = updated(params, grads, optimizer, lr, norm)
+        grads = tinylm.clip_gradients(grads, norm, settings.clip_grad)
+        new = optimizer_update(params, grads, optimizer, lr, **own)
         return [tinylm.if_finite(loss + norm, *trees) for trees in zip(new, (params, optimizer))]
 
     def update(params, grads, optimizer, lr, loss):
@@ -289,12 +286,10 @@ def step_functions(config, settings):
 
     if settings.is_compiled:
         torch.compiler.reset()  # of the runs before in this process: sizes that differ would be taken to vary
-    if settings.is_compiled and settings.device == "cpu":
-        # The calls of small kernels take so long that they too are compiled. The host decides if a step is applied.
-        compiled = partial(torch.compile, fullgraph=True, options={"cpp_wrapper": True})
-        loss, losses, updated = compiled(loss), compiled(losses), compiled(updated)
-    elif settings.is_compiled:  # kernels that don't wait for each other become one, and the device decides
-        compiled = partial(torch.compile, fullgraph=True, options={"combo_kernels": True})
+        # On a CPU the calls of small kernels take so long that they too are compiled. On CUDA kernels that don't wait
+        # for each other become one.
+        option = "cpp_wrapper" if settings.device == "cpu" else "combo_kernels"
+        compiled = partial(torch.compile, fullgraph=True, options={option: True})
         loss, losses, write = compiled(loss), compiled(losses), compiled(tinylm.in_place(updated_if_finite))
         if tinylm.is_separable(optimizer_update):
             write = tinylm.block_by_block(write)
@@ -305,7 +300,7 @@ def step_functions(config, settings):
             return params, optimizer, norm.double()
 
         # With accumulation the results of two calls are needed at once; with ranks messages leave in between.
-        if settings.grad_accum_steps == machine.num_ranks() == 1:
+        if settings.device != "cpu" and settings.grad_accum_steps == machine.num_ranks() == 1:
             gradients, update = tinylm.in_graph(gradients, 1), tinylm.in_graph(update, 3)
     return gradients, torch.no_grad()(update), torch.no_grad()(losses)
 
