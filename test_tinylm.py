@@ -743,6 +743,34 @@ def test_what_is_separable(monkeypatch):
     monkeypatch.setattr(tinylm.adamw_update, "forms", [])
     assert not tinylm.is_separable(tinylm.adamw_update)
 
+@pytest.mark.parametrize("flags", [{}, dict(remat=True, tie_embeddings=True, num_kv_heads=1)])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_gradients_of_ranks_arrive_block_by_block(flags, device, monkeypatch):
+    """Compiled, those of a block are given when attention has gone backward in it and in those above alone; and they
+    are those of code that is not compiled. On CUDA the loss in pieces is compiled too."""
+    compiler, backward, done, compiled = torch.compile, tinylm.attention_in_tiles_backward, [], []
+    monkeypatch.setattr(tinylm, "attention_in_tiles_backward", lambda *args: done.append(1) or backward(*args))
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compiled.append(function.__name__) or compiler(
+        function, fullgraph=True, backend="aot_eager"))
+    monkeypatch.setattr(machine, "num_ranks", lambda: 2)
+    settings = train.Settings.complete(dict(device="cpu", d_model=16, num_layers=3, context_length=130, batch_size=2,
+                                            num_heads=2, **flags))
+    config, tokens = run.model_config(settings, 50), torch.randint(50, (2, 131), generator=generator())
+    params, arrivals = random_params(config), {}
+    if device == "cuda":
+        monkeypatch.setattr(tinylm.loss_fn, "forms", [(tinylm.always, tinylm.loss_in_pieces)])
+    forms = [target.forms[:] for target in (tinylm.transformer_block, tinylm.mean_loss)]
+    _, expected = train.step_functions(config, settings)[0](params, tokens[:, :-1], tokens[:, 1:])
+    done.clear()
+    gradients = train.step_functions(config, replace(settings, compile=True))[0]
+    _, grads = gradients(params, tokens[:, :-1], tokens[:, 1:], lambda path, _: arrivals.update({path: len(done)}))
+    for (path, actual), (_, e) in zip(*map(tinylm.tree_leaves, (grads, expected)), strict=True):
+        same(actual, e, 1e-5)
+        layer = int(path.split(".")[1]) if path.startswith("blocks") else 0 if path == "embedding" else 3
+        assert arrivals[path] == 3 - layer, path
+    assert {"transformer_block", "mean_loss"} <= {*compiled}
+    assert forms == [target.forms for target in (tinylm.transformer_block, tinylm.mean_loss)]
+
 def test_graphs_of_other_shapes(monkeypatch):
     """Each shape of inputs begins anew, and nothing is broadcast."""
     monkeypatch.setattr(tinylm, "record", record_on_cpu)
@@ -2372,13 +2400,13 @@ def pretend():
     def compile(function, fullgraph, options):
         compiled, seen = compiler(function, fullgraph=fullgraph, backend="aot_eager"), set()
 
-        def call(*args):
+        def call(*args, **options):
             paths = tuple(path for path, _ in tinylm.tree_leaves(args[0]))
             torch._dynamo.config.error_on_recompile = paths in seen
             seen.add(paths)
             host = _pop_mode()  # the compiler takes nothing apart within a mode like this
             try:
-                return compiled(*args)
+                return compiled(*args, **options)
             finally:
                 _push_mode(host)
         return call

@@ -751,12 +751,17 @@ class LossInPieces(torch.autograd.Function):
         dx, dw = ctx.saved_tensors
         return dx * d_loss.to(dx.dtype), dw * d_loss, None
 
+@operation
+def mean_loss(x, w, targets):
+    """`LossInPieces`: the mean of `token_losses` of x wᵀ."""
+    return LossInPieces.apply(x, w, targets)
+
 loss_fn = operation(loss_fn)  # which only here has forms
 
 @faster(loss_fn, lambda params, *_, **__: first_leaf(params).is_cuda and not is_split(first_leaf(params)))
 def loss_in_pieces(params, inputs, targets, config, dtype=torch.float32, remat=False):
     x, _ = hidden_states(params, inputs, config, dtype, remat=remat)
-    return LossInPieces.apply(x.flatten(0, 1), params.get("lm_head", params["embedding"]), targets.flatten())
+    return mean_loss(x.flatten(0, 1), params.get("lm_head", params["embedding"]), targets.flatten())
 
 # ---- CPU ----
 
@@ -1403,6 +1408,25 @@ def _(q, k, v):
 @attention_backward.register_fake
 def _(d_out, q, k, v, out, log_sum):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+transformer_block = operation(transformer_block)  # whose form, and that of `mean_loss`, is there while a run computes
+
+def layer_by_layer(gradients, compiled):
+    """`gradients` of a model whose blocks and loss are compiled by themselves, not together: so those of one block are
+    there, and can travel, before those of the blocks below it are computed.
+    """
+    forms = [(target, (always, compiled(target.definition))) for target in (transformer_block, mean_loss)]
+
+    def call(*args):
+        for target, form in forms:
+            target.forms.append(form)
+        try:
+            return gradients(*args)
+        finally:
+            for target, form in forms:
+                target.forms.remove(form)
+
+    return call
 
 def in_place(update):
     """An update of (params, grads, state, …) that writes the new params and state over the old, which are donated."""

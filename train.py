@@ -290,7 +290,11 @@ def step_functions(config, settings):
         # for each other become one.
         option = "cpp_wrapper" if settings.device == "cpu" else "combo_kernels"
         compiled = partial(torch.compile, fullgraph=True, options={option: True})
-        loss, losses, write = compiled(loss), compiled(losses), compiled(tinylm.in_place(updated_if_finite))
+        losses, write = compiled(losses), compiled(tinylm.in_place(updated_if_finite))
+        if machine.num_ranks() > 1:  # gradients travel while others are computed
+            gradients = tinylm.layer_by_layer(gradients, compiled)
+        else:
+            loss = compiled(loss)
         if tinylm.is_separable(optimizer_update):
             write = tinylm.block_by_block(write)
 
