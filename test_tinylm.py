@@ -311,6 +311,18 @@ def test_cross_entropy_of_large_logits():
     logits = torch.tensor([[1e4, -1e4, 0.0]])
     same(tinylm.cross_entropy(logits, torch.tensor([2])), torch.tensor(1e4))
 
+@pytest.mark.parametrize("shape", [(), (7,), (3, 1024), (1, 3073)])
+def test_gradient_of_an_embedding(shape):
+    """As on CUDA; the mode of the process stays what it was."""
+    tokens, d_out = torch.randint(50, shape, generator=generator()), randn(*shape, 6)
+    w = leaf(50, 6)
+    for mode in (0, 2):
+        torch.set_deterministic_debug_mode(mode)
+        actual = tinylm.embedding_gradient(d_out, tokens, 50)
+        assert torch.get_deterministic_debug_mode() == mode
+    torch.set_deterministic_debug_mode(0)
+    same(actual, torch.autograd.grad(F.embedding(tokens, w), w, d_out)[0])
+
 @pytest.mark.parametrize("at_once", [1, 350, 1 << 27])
 def test_loss_in_pieces(at_once, monkeypatch):
     monkeypatch.setattr(tinylm, "LOGITS_AT_ONCE", at_once)
@@ -3091,6 +3103,28 @@ def test_gpus_that_cannot_be_used_are_named(monkeypatch):
         machine.join_ranks("cuda")
     machine.count_devices.cache_clear()
 
+@pytest.mark.parametrize("backend, error, left", [("nccl", KeyError, 0), ("gloo", KeyError, 1), ("nccl", None, 1)])
+def test_a_rank_that_fails_waits_for_no_other(backend, error, left, monkeypatch):
+    """To leave the others NCCL waits for them, and the error would not be seen."""
+    group = unittest.mock.Mock(is_initialized=lambda: True, get_backend=lambda: backend)
+    monkeypatch.setattr(machine, "dist", group)
+    monkeypatch.setattr(machine, "join_ranks", lambda device: (device, 0, 2))
+    with contextlib.suppress(KeyError), machine.ranks("cuda"):
+        if error:
+            raise error
+    assert group.destroy_process_group.call_count == left
+
+def test_a_gpu_that_nothing_compiles_for(monkeypatch):
+    monkeypatch.setattr(machine.shutil, "which", lambda name: name)
+    monkeypatch.setattr(machine, "Path", unittest.mock.MagicMock())
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla P4")
+    for capability in ((6, 1), (7, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        machine.check_compiler("cuda:0", torch.float32)
+        expected = pytest.raises(cli.InputError, match="7.0, which Tesla P4 has not; give --compile=False")
+        with expected if capability < (7, 0) else contextlib.nullcontext():
+            machine.check_compiler("cuda:0", torch.float32, True)
+
 def test_gpus_without_bfloat16_get_float32(monkeypatch):
     monkeypatch.setattr(machine, "choose_device", lambda device: "cuda")
     monkeypatch.setattr(machine, "check_compiler", lambda *args: None)
@@ -3110,16 +3144,21 @@ def test_gpus_without_bfloat16_get_float32(monkeypatch):
 def test_a_device_without_enough_memory(tmp_path, monkeypatch, capsys):
     """One line, and a run that goes on from what it had saved."""
     data, accumulate = prepared(tmp_path), train.accumulate_gradients
-
-    def allocate(gradients, params, ids, settings, step, *ranks):
-        if step == 4:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has a capacity of 8 GiB.")
-        return accumulate(gradients, params, ids, settings, step, *ranks)
-
-    monkeypatch.setattr(train, "accumulate_gradients", allocate)
     flags = [f"--{name}={value}" for name, value in TINY.items()]
-    code, error = call(monkeypatch, capsys, train.train, f"--data={data}", f"--output_dir={tmp_path}/run", *flags)
-    assert code == 2 and error.count("\n") == 1 and "allocate 9 GiB; give a smaller --batch_size" in error, error
+    for error, said in (
+            (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might …"), "CUDA error: out of memory; give"),
+            (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), "CUBLAS_STATUS_ALLOC_FAILED"),
+            (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has a capacity of 8 GiB."),
+             "allocate 9 GiB; give a smaller --batch_size")):
+        def allocate(gradients, params, ids, settings, step, *ranks):
+            if step == 4:
+                raise error
+            return accumulate(gradients, params, ids, settings, step, *ranks)
+
+        monkeypatch.setattr(train, "accumulate_gradients", allocate)
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        code, line = call(monkeypatch, capsys, train.train, f"--data={data}", f"--output_dir={tmp_path}/run", *flags)
+        assert code == 2 and line.count("\n") == 1 and said in line, line
     monkeypatch.setattr(train, "accumulate_gradients", accumulate)
     train.train(resume=tmp_path / "run")
     assert [line["step"] for line in metrics(tmp_path / "run") if "val_loss" in line] == [3, 6]

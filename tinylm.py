@@ -1338,8 +1338,21 @@ def transformer_blocks_in_graph(blocks, x, cos, sin, cache, config, remat=False)
 # ---- CUDA: one operation in a fixed order, one in less precision ----
 
 def embedding_gradient(d_out: torch.Tensor, tokens: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """The rows d_out (..., d_model) of each token, added up in a fixed order → (vocab_size, d_model)."""
-    return torch.ops.aten.embedding_dense_backward(d_out, tokens, vocab_size, -1, False)
+    """The rows d_out (..., d_model) of each token, added up in a fixed order → (vocab_size, d_model).
+
+    Up to 3,072 rows PyTorch has a kernel that may lose some (issue 187687), and for a small vocabulary one that adds in
+    no order unless all has to be deterministic.
+    """
+    rows, tokens = d_out.reshape(-1, d_out.shape[-1]), tokens.flatten()  # (N, d_model), (N)
+    if len(tokens) <= 3072:
+        more = 3073 - len(tokens)  # zeros, for token 0
+        rows, tokens = torch.constant_pad_nd(rows, (0, 0, 0, more)), torch.constant_pad_nd(tokens, (0, more))
+    mode = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("warn")
+    try:
+        return torch.ops.aten.embedding_dense_backward(rows, tokens, vocab_size, -1, False)
+    finally:
+        torch.set_deterministic_debug_mode(mode)
 
 # The compiler would take it apart, and add rows in whatever order its threads come.
 opaque_embedding_gradient = torch.library.custom_op("tinylm::embedding_gradient", embedding_gradient, mutates_args=())
@@ -1570,8 +1583,8 @@ class GradientAverager:
         result = {}
         for gradients, message, work in self.sent:
             work.wait()
-            mean = message / torch.distributed.get_world_size()
-            parts = mean.split([gradient.numel() for _, gradient in gradients])
+            message.div_(torch.distributed.get_world_size())
+            parts = message.split([gradient.numel() for _, gradient in gradients])
             result |= {path: part.view_as(gradient) for (path, gradient), part in zip(gradients, parts)}
         return result
 

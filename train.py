@@ -239,6 +239,7 @@ def train(given):
                 if not problem:
                     log.checkpoint(step)
                 log.pause(step)
+            grads = None  # whose memory serves the next step
             if asked:
                 break
 

@@ -112,7 +112,7 @@ def dtype_to_write_in(name, device):
     return DTYPES.get(name) or (None if has_bfloat16(device) else torch.float32)
 
 def check_compiler(device, dtype, compiles=False):
-    """Raise InputError where something is to be compiled, and a compiler or Python's headers are not there.
+    """Raise InputError where something is to be compiled, and a compiler, Python's headers or a newer GPU are missing.
 
     torch.compile needs them, and Triton for the kernels of attention that bfloat16 has on CUDA.
     """
@@ -130,6 +130,9 @@ def check_compiler(device, dtype, compiles=False):
         if not is_there:
             raise InputError(f"{purpose} needs {needed}, which is not there; install a C++ compiler and Python's "
                              f"headers (g++ and python3-dev on Debian), or give {instead}")
+    if compiles and device != "cpu" and torch.cuda.get_device_capability(device) < (7, 0):
+        raise InputError("--compile: torch.compile needs compute capability 7.0, which "
+                         f"{torch.cuda.get_device_name(device)} has not; give --compile=False")
 
 class OutOfMemory(InputError):
     """A device has too little memory, which its own rank alone knows and must say."""
@@ -142,10 +145,11 @@ def within_memory(advice):
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # from CUDA; from a CPU, in PyTorch and in NumPy
-        of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-        if not of_memory:
+        texts = "can't allocate memory", "out of memory", "ALLOC_FAILED"
+        if not isinstance(error, MemoryError) and not any(text in str(error) for text in texts):
             raise
-        what = " ".join(str(error).split()).split(" GPU ")[0].rstrip(".")  # the rest is about PyTorch's allocator
+        # The rest is about PyTorch's allocator, or how to find a mistake in a kernel.
+        what = re.split(" GPU | CUDA kernel", " ".join(str(error).split()))[0].rstrip(".")
         raise OutOfMemory(f"{what}; {advice}") from None
 
 def on_device(inputs, targets, device):
@@ -222,9 +226,12 @@ def ranks(device):
     """Within it this process is with the other ranks, where torchrun started it. → its device, its number, how many."""
     try:
         yield join_ranks(device)
-    finally:
-        if dist.is_initialized():
+    except BaseException:  # of this rank alone, maybe, and NCCL would wait for the others here
+        if dist.is_initialized() and dist.get_backend() == "gloo":
             dist.destroy_process_group()
+        raise
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 def join_ranks(device):
     """Join the other ranks, where there are some. → (device of this rank, its number, how many)."""
