@@ -837,7 +837,7 @@ def test_graphs_are_recorded_each_on_a_stream_of_the_device(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)
     monkeypatch.setattr(torch.cuda.graph, "default_capture_stream", None)
-    mask = functools.partial(tinylm.future_mask, 2, 2, 1, torch.float32, "cpu")
+    mask = functools.partial(tinylm.future_mask, 2, 1, torch.float32, "cpu")
     masks = [mask()]
     for device[0] in (0, 0, 1):
         assert tinylm.record(lambda: masks.append(mask()) or 7) == (graph, 7)

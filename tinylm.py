@@ -928,16 +928,17 @@ def tiles(q, k):
     return [(slice(i, i + rows), slice(a, min(T, a + block)), slice(S - T + min(T, a + block)))
             for a in range(0, T, block) for i in range(0, N, rows)]
 
-@lru_cache(maxsize=8)  # as many as tiles of a context of 1,024 tokens
-def future_mask(t, s, group, dtype, device):
-    """-∞ where a key lies in the future of a query, else 0, for the last t of s positions: (t·group, s)."""
-    return torch.full((t, s), -math.inf, dtype=dtype, device=device).triu_(s - t + 1).repeat_interleave(group, 0)
+@lru_cache(maxsize=2)  # a text's last tile has fewer queries
+def future_mask(t, group, dtype, device):
+    """-∞ where a key lies in the future of a query, else 0, for the keys of t queries themselves: (t·group, t)."""
+    return torch.full((t, t), -math.inf, dtype=dtype, device=device).triu_(1).repeat_interleave(group, 0)
 
 def tile_scores(q, k):
     """Scaled scores to base 2, -∞ for keys in the future. q (n, t, group, D), k (n, s, D) → (n, t·group, s)."""
-    (_, t, group, D), s = q.shape, k.shape[1]
-    mask = future_mask(t, s, group, q.dtype, q.device)
-    return at_least_float32(torch.baddbmm(mask, q.flatten(1, 2), k.mT, alpha=D**-0.5 / math.log(2)))
+    (_, t, group, D), rows = q.shape, q.flatten(1, 2)
+    scores = torch.baddbmm(rows.new_empty(1, 1, 1), rows, k.mT, beta=0, alpha=D**-0.5 / math.log(2))  # only scales
+    scores[..., -t:].add_(future_mask(t, group, q.dtype, q.device))
+    return at_least_float32(scores)
 
 def add_product(target, a, b, scale=1.0):
     """Add scale · a @ b to a batch of matrices, in place. MKL does both at once, but only where they are contiguous."""
@@ -948,16 +949,15 @@ def add_product(target, a, b, scale=1.0):
 
 def attention_in_tiles(q, k, v):
     """Attention in tiles of queries, none of which sees keys that lie in its future; see `TiledAttention`."""
-    out = torch.zeros(q.shape, dtype=v.dtype, device=q.device)
+    out = torch.empty(q.shape, dtype=v.dtype, device=q.device)
     log_sum = torch.empty(*q.shape[:-1], 1, dtype=at_least_float32(q[:0]).dtype, device=q.device)
     kept = []
     for n, t, seen in tiles(q, k):
-        p, rows = tile_scores(q[n, t], k[n, seen]), out[n, t].flatten(1, 2)  # (n, t·group, s), (n, t·group, D)
+        p = tile_scores(q[n, t], k[n, seen])  # (n, t·group, s)
         highest = p.amax(-1, keepdim=True)
         p = p.sub_(highest).exp2_()
         total = p.sum(-1, keepdim=True)  # (n, t·group, 1)
-        add_product(rows, p.to(v.dtype), v[n, seen])
-        rows.div_(total)
+        out[n, t] = torch.bmm(p.to(v.dtype), v[n, seen]).div_(total).view(out[n, t].shape)
         log_sum[n, t] = total.log2().add_(highest).view(log_sum[n, t].shape)
         if k.shape[1] <= TILE_QUERIES:
             kept.append(p.div_(total))
