@@ -977,10 +977,12 @@ def test_every_form_computes_its_definition(name, monkeypatch, mesh_of_one):
     monkeypatch.setattr(tinylm, "has_kernels", lambda q: False)  # they have a test of their own
     monkeypatch.setattr(tinylm, "record", record_on_cpu)
     monkeypatch.setattr(tinylm, "IS_INTEL", False)  # where x @ w.T serves
-    rooms = [(dtype, "CPU") for dtype in TOLERANCES] + [(torch.float32, room) for room in ("compiled", "ranks", "GPU")]
-    rooms += [(torch.float32, "int8")] if name == "linear" else []
-    for dtype, room in rooms:
-        differentiable = name in DIFFERENTIABLE and room != "int8"
+    is_trained = name in DIFFERENTIABLE
+    rooms = [(dtype, "CPU", is_trained) for dtype in TOLERANCES]
+    rooms += [(torch.float32, room, is_trained) for room in ("compiled", "ranks", "GPU")]
+    rooms += [(dtype, "CPU", False) for dtype in TOLERANCES if is_trained]
+    rooms += [(torch.float32, "int8", False)] if name == "linear" else []
+    for dtype, room, differentiable in rooms:
         for example in EXAMPLES[name](dtype):
             example = [example[0], tinylm.to_int8(example[1])] if room == "int8" else example
             form, arguments = in_a_room(room, operation, example, differentiable, monkeypatch, mesh_of_one)

@@ -552,6 +552,17 @@ def if_finite(number, new, old):
 
 # ---- Eager code, on any device: hand-written backward passes, and fewer passes over memory ----
 
+def normalized(x, gain, eps):
+    """`rmsnorm` of x, and 1 / √(mean(x²) + eps)."""
+    x32 = at_least_float32(x)
+    mean_square = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square() / x.shape[-1]  # (..., 1)
+    inverse_rms = torch.rsqrt(mean_square + eps)
+    return (x32 * inverse_rms).mul_(gain).to(x.dtype), inverse_rms
+
+@faster(rmsnorm, lambda x, gain, eps: x.is_cpu and is_eager())
+def rmsnorm_on_cpu(x, gain, eps):
+    return normalized(x, gain, eps)[0]
+
 class RMSNorm(torch.autograd.Function):
     """`rmsnorm` with its own backward pass. With r = 1 / √(mean(x²) + eps):
     d gain = sum of d out ⊙ x · r,  dx = r · d out ⊙ gain - x · r³ / d_model · sum(d out ⊙ x ⊙ gain).
@@ -559,11 +570,9 @@ class RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, gain, eps):
-        x32 = at_least_float32(x)
-        mean_square = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square() / x.shape[-1]  # (..., 1)
-        inverse_rms = torch.rsqrt(mean_square + eps)
+        out, inverse_rms = normalized(x, gain, eps)
         ctx.save_for_backward(x, gain, inverse_rms)
-        return (x32 * inverse_rms).mul_(gain).to(x.dtype)
+        return out
 
     @staticmethod
     def backward(ctx, d_out):
@@ -600,6 +609,10 @@ def rope_eager(x, cos, sin):
     pairs = torch.view_as_complex(x32.unflatten(-1, (-1, 2)))  # (..., T, D/2)
     return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(x.dtype)
 
+@faster(gated_silu, is_eager)
+def gated_silu_in_place(gate, up):
+    return torch.sigmoid(gate).mul_(gate).mul_(up)
+
 class GatedSiLU(torch.autograd.Function):
     """`gated_silu` with its own backward pass, which makes fewer arrays. With σ = sigmoid(gate):
     d gate = d out ⊙ up ⊙ (σ + silu(gate) ⊙ (1 - σ)),  d up = d out ⊙ silu(gate).
@@ -608,7 +621,7 @@ class GatedSiLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
-        return silu(gate).mul_(up)
+        return gated_silu_in_place(gate, up)
 
     @staticmethod
     def backward(ctx, d_out):
