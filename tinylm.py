@@ -635,23 +635,6 @@ class GatedSiLU(torch.autograd.Function):
 def gated_silu_trained(gate, up):
     return GatedSiLU.apply(gate, up)
 
-def is_intel():
-    """Whether the CPU is one of Intel's, whose MKL computes PyTorch's products."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            return "GenuineIntel" in file.read(4096)
-    except OSError:  # not Linux
-        return "GenuineIntel" in platform.processor()
-
-IS_INTEL = is_intel()
-# Of the powers whose sums are taken. PyTorch's exp is MKL's: on an Intel Xeon it takes 0.68 of exp2's time, without
-# AVX-512 a third, but on an AMD EPYC several times as long.
-BASE = math.e if IS_INTEL else 2.0
-
-def power_(x):
-    """BASE to the power of each number, in place."""
-    return x.exp_() if BASE == math.e else x.exp2_()
-
 class TokenLosses(torch.autograd.Function):
     """`token_losses` with its own backward pass, d logits = (softmax(logits) - onehot(target)) · d loss.
 
@@ -665,7 +648,7 @@ class TokenLosses(torch.autograd.Function):
         logits = at_least_float32(logits)
         highest = logits.amax(-1, keepdim=True)
         chosen = logits.gather(-1, targets)
-        exps = power_(torch.add(-highest / math.log(BASE), logits, alpha=1 / math.log(BASE)))
+        exps = torch.add(-highest / math.log(2), logits, alpha=1 / math.log(2)).exp2_()  # faster than exp on a CPU
         total = exps.sum(-1, keepdim=True)
         ctx.save_for_backward(exps, total, targets)
         return (total.log() + highest - chosen).squeeze(-1)
@@ -795,7 +778,15 @@ def loss_in_pieces(params, inputs, targets, config, dtype=torch.float32, remat=F
 
 # ---- CPU ----
 
-HAS_ONEDNN = torch.backends.mkldnn.is_available()
+def is_intel():
+    """Whether the CPU is one of Intel's, whose MKL computes PyTorch's products."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            return "GenuineIntel" in file.read(4096)
+    except OSError:  # not Linux
+        return "GenuineIntel" in platform.processor()
+
+HAS_ONEDNN, IS_INTEL = torch.backends.mkldnn.is_available(), is_intel()
 HAS_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 @faster(linear, lambda x, w: w.is_cpu)
@@ -956,9 +947,9 @@ def future_mask(t, group, dtype, device):
     return torch.full((t, t), -math.inf, dtype=dtype, device=device).triu_(1).repeat_interleave(group, 0)
 
 def tile_scores(q, k):
-    """Scaled scores to BASE, -∞ for keys in the future. q (n, t, group, D), k (n, s, D) → (n, t·group, s)."""
+    """Scaled scores to base 2, -∞ for keys in the future. q (n, t, group, D), k (n, s, D) → (n, t·group, s)."""
     (_, t, group, D), rows = q.shape, q.flatten(1, 2)
-    scores = torch.baddbmm(rows.new_empty(1, 1, 1), rows, k.mT, beta=0, alpha=D**-0.5 / math.log(BASE))  # only scales
+    scores = torch.baddbmm(rows.new_empty(1, 1, 1), rows, k.mT, beta=0, alpha=D**-0.5 / math.log(2))  # only scales
     scores[..., -t:].add_(future_mask(t, group, q.dtype, q.device))
     return at_least_float32(scores)
 
@@ -977,10 +968,10 @@ def attention_in_tiles(q, k, v):
     for n, t, seen in tiles(q, k):
         p = tile_scores(q[n, t], k[n, seen])  # (n, t·group, s)
         highest = p.amax(-1, keepdim=True)
-        p = power_(p.sub_(highest))
+        p = p.sub_(highest).exp2_()
         total = p.sum(-1, keepdim=True)  # (n, t·group, 1)
         out[n, t] = torch.bmm(p.to(v.dtype), v[n, seen]).div_(total).view(out[n, t].shape)
-        log_sum[n, t] = total.log().div_(math.log(BASE)).add_(highest).view(log_sum[n, t].shape)
+        log_sum[n, t] = total.log2().add_(highest).view(log_sum[n, t].shape)
         if k.shape[1] <= TILE_QUERIES:
             kept.append(p.div_(total))
     return out, log_sum, *kept
@@ -991,7 +982,7 @@ def attention_in_tiles_backward(d_out, q, k, v, out, log_sum, *kept):
     row_sum, scale = at_least_float32(d_out * out).sum(-1, keepdim=True), q.shape[-1]**-0.5  # (N, T, group, 1)
     for i, (n, t, seen) in enumerate(tiles(q, k)):
         q_rows, dq_rows, d_rows, logs, sums = (x[n, t].flatten(1, 2) for x in (q, dq, d_out, log_sum, row_sum))
-        p = kept[i] if kept else power_(tile_scores(q[n, t], k[n, seen]).sub_(logs))  # (n, t·group, s)
+        p = kept[i] if kept else tile_scores(q[n, t], k[n, seen]).sub_(logs).exp2_()  # (n, t·group, s)
         ds = at_least_float32(torch.bmm(d_rows, v[n, seen].mT)).sub_(sums).mul_(p).to(q.dtype)  # (n, t·group, s)
         add_product(dq_rows, ds, k[n, seen], scale)
         add_product(dk[n, seen], ds.mT, q_rows, scale)
@@ -1011,8 +1002,8 @@ class TiledAttention(torch.autograd.Function):
     the backward pass (Dao et al. 2022, alg. 1 and 4), so memory grows with T and not with T². On a CPU P is kept of at
     most TILE_QUERIES keys, as it is no larger than what else is. With O = P V:
     dV = Pᵀ dO,  dS = P ⊙ (dO Vᵀ - rowsum(dO ⊙ O)),  dQ = dS K / √D,  dK = dSᵀ Q / √D.
-    q (N, T, group, D), k and v (N, S, D) → (N, T, group, D). Scores and their logarithms are taken to BASE in tiles, to
-    2 in kernels. baddbmm saves passes over memory: it adds and scales as it multiplies.
+    q (N, T, group, D), k and v (N, S, D) → (N, T, group, D). Scores and their logarithms are taken to base 2, as exp2
+    is several times as fast as exp on a CPU. baddbmm saves passes over memory: it adds and scales as it multiplies.
     """
 
     @staticmethod
@@ -1043,7 +1034,10 @@ def product_in_float32(a, b):
     return at_least_float32(a @ b)
 
 def attention_of_one(q, k, v, unseen=None):
-    """`attention` of a single query, the last position, which sees every key, or all but those of a mask (S)."""
+    """`attention` of a single query, the last position, which sees every key, or all but those of a mask (S).
+
+    In base 2, as `TiledAttention` has it.
+    """
     D, group = q.shape[-1], q.shape[-3] // k.shape[-3]
     rows, k, v = q.reshape(-1, group, D), k.flatten(0, -3), v.flatten(0, -3)  # (N, group, D), (N, S, D)
     if q.is_cpu:  # oneDNN takes longer to prepare small products of bfloat16 than others take to compute them
@@ -1424,7 +1418,7 @@ def attention_compiled(q, k, v):
 
 @torch.library.custom_op("tinylm::attention_forward", mutates_args=())
 def attention_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`TiledAttention`'s forward pass → out (N, T, group, D), logarithm of each row's sum (N, T, group, 1)."""
+    """`TiledAttention`'s forward pass → out (N, T, group, D), base-2 logarithm of each row's sum (N, T, group, 1)."""
     return attention_parts(q)[0](q, k, v)[:2]
 
 @torch.library.custom_op("tinylm::attention_backward", mutates_args=())
