@@ -1223,6 +1223,7 @@ def test_export_as_a_command(trained, tmp_path, monkeypatch, capsys):
     for arguments, message in (([output, "--dtype=q4"], "expected one of f32, f16"), (["a", "b"], "2 models given"),
                                (["runs/tiny", "--output=no/x"], "there is no folder no"),
                                (["runs/tiny", f"--output={tmp_path}"], "is a folder"),
+                               (["runs/tiny", "--output=data/meta.json"], "another kind of file; give another name"),
                                ([""], "MODEL is empty"), (["runs/tiny", "--output="], "is a folder"),
                                (["nowhere"], "is not there"), (["runs/tiny", "--out=x"], "did you mean --output")):
         code, error = call(monkeypatch, capsys, gguf.export, *arguments)
@@ -1964,6 +1965,10 @@ def damage(data, name, change):
 WRONG_TRAIN = [
     (["--d_modle=64"], "did you mean --d_model?"),
     (["--lr=1e-3"], "did you mean --lr_max or --lr_min?"),
+    (["--block_size=64"], "did you mean --context_length?"),
+    (["--n_embd=64"], "did you mean --d_model?"),
+    (["--batch_size=1e30"], "expected"),
+    (["--num_layers=1e30"], "expected"),
     (["512"], "not a flag"),
     (["--d_model=abc"], "whole number"),
     (["--d_model"], "has no value"),
@@ -2294,6 +2299,15 @@ def test_a_signal_ends_the_step_and_saves(tmp_path, number):
     assert process.exitcode == 0
     last = metrics(tmp_path / "run")[-1]["step"]
     assert (tmp_path / "run/latest").resolve().name == f"step-{last:07d}" and last < 100_000
+
+def test_a_signal_is_answered_at_once(capfd, monkeypatch):
+    """By the first rank."""
+    for rank, lines in (("0", 2), ("1", 0)):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with machine.Interrupt() as interrupt:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert interrupt.asked
+        assert capfd.readouterr().err.count("\n") == lines
 
 def kill_and_resume(folder, kills, start):
     """SIGKILL a run at random moments, while starting, training or saving; → whether its end is that of one left alone.
@@ -3287,6 +3301,7 @@ def test_a_fork_loses_nothing(tmp_path):
             raise AssertionError(words)
 
         refused("window 8 would be lost in a checkpoint", "HF_SIZES")
+        refused("window 0 would be lost in a checkpoint", "HF_SIZES", window=0)  # it may be a formula of the fork's
         checkpoint.HF_SIZES["window"] = "tinylm_window"
         refused("blocks.{{}}.query_gain would be lost in a checkpoint", "HF_NAMES")
         checkpoint.HF_NAMES["blocks.{{}}.query_gain"] = "model.layers.{{}}.query_gain.weight"
@@ -3297,6 +3312,12 @@ def test_a_fork_loses_nothing(tmp_path):
         train.train(**flags)
         params, config = checkpoint.load_checkpoint("run/latest")
         assert config.window == 8 and "query_gain" in params["blocks"]["0"]
+        assert json.load(open("run/latest/config.json"))["model_type"] == "tinylm"
+        plain = lambda params, grads, state, lr: (tinylm.tree_map(lambda p, g: p - lr * g, params, grads), state)
+        tinylm.OPTIMIZERS["sgd"] = lambda params: {{}}, plain
+        own = {{name: flags[name] for name in flags.keys() - {{"beta2", "sharpness"}}}}
+        train.train(**own | dict(optimizer="sgd", output_dir="sgd"))
+        train.train(resume="sgd", num_steps=8)
         rates = [json.loads(line)["lr"] for line in open("run/metrics.jsonl") if "train_loss" in line]
         assert rates == [4e-3 * (128 / 32) ** 0.5 * share for share in (1, 1, 1, 1, 1, 0.5)], rates
         train.train(resume="run", num_steps=8)

@@ -61,7 +61,7 @@ def default_weight_decay(settings):
     on this makes it one reading, and with fewer more, but never less than 25 steps.
     """
     own = hyperparameters(settings.optimizer).get("weight_decay")
-    if own is None or settings.is_pretrained or not settings.lr_max:
+    if not own or settings.is_pretrained or not settings.lr_max:
         return own
     steps_per_epoch = settings.train_tokens / settings.tokens_per_step
     share = min(1, settings.epochs / 10) / max(25, steps_per_epoch)  # of a weight that a step takes, at the top rate
@@ -92,7 +92,7 @@ class Settings:
                                stated="256, less for a text of under 2,048 tokens")
     # Model
     d_model: int = flag({"cpu": 128, "cuda": 512}, "features of a token", "[1, inf)")
-    num_layers: int = flag(default_num_layers, "blocks", "[1, inf)", stated="d_model / 64, 4 or more")
+    num_layers: int = flag(default_num_layers, "blocks", "[1, 10000]", stated="d_model / 64, 4 or more")
     num_heads: int = flag(default_num_heads, "attention heads", stated="of 32 features or more; 64 from d_model 768 on")
     num_kv_heads: int = flag(0, "heads of keys and values, shared by groups of the others", stated="num_heads")
     d_ff: int = flag(0, "features inside the feed-forward layers", stated="8/3 d_model, rounded up to a multiple of 64")
@@ -101,9 +101,9 @@ class Settings:
     rope_theta: float = flag(10000.0, "base of the rotary angles")
     norm_eps: float = flag(1e-5, "epsilon of RMSNorm")
     # Learning
-    batch_size: int = flag({"cpu": 4, "cuda": default_batch_size}, "sequences in a batch", "[1, inf)",
+    batch_size: int = flag({"cpu": 4, "cuda": default_batch_size}, "sequences in a batch", "[1, 1000000000]",
                            stated="CPU 4, CUDA 64 d_model tokens, at most a 25th of the text")
-    grad_accum_steps: int = flag(1, "batches in a step", "[1, inf)")
+    grad_accum_steps: int = flag(1, "batches in a step", "[1, 1000000000]")
     num_steps: int = flag({"cpu": default_num_steps(2500), "cuda": default_num_steps(5000)}, "steps in all", "[1, inf)",
                           stated="CPU 2500, CUDA 5000, fewer where they read the text 16 times, or 3 with --init_from",
                           may_change=True)
@@ -140,7 +140,8 @@ class Settings:
                        "else start it")
     init_from: str = flag(None, "run (its best checkpoint) or Llama folder to take the model from, its sizes kept")
     log_interval: int = flag(10, "steps between lines of the log", "[1, inf)", may_change=True)
-    eval_interval: int = flag(500, "steps between evaluations", "[1, inf)", may_change=True)
+    eval_interval: int = flag(lambda settings: min(500, max(1, settings.num_steps // 5)), "steps between evaluations",
+                              "[1, inf)", stated="500, at most a fifth of num_steps", may_change=True)
     eval_tokens: int = flag({"cpu": 131072, "cuda": 4194304}, "tokens of the validation split to evaluate on at most",
                             "[1, inf)", may_change=True)
     checkpoint_interval: int = flag(lambda settings: settings.eval_interval, "steps between checkpoints", "[1, inf)",

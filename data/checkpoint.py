@@ -181,13 +181,16 @@ def config_to_hf(config, bos_token_id, eos_token_id):
           "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "bos_token_id": bos_token_id,
           "eos_token_id": eos_token_id, "rope_scaling": scaling_to_hf(config.rope_scaling)}
     hf |= {HF_SIZES[field.name]: getattr(config, field.name) for field in fields(Config) if field.name in HF_SIZES}
+    if any(name.startswith("tinylm_") for name in hf):
+        hf["model_type"] = "tinylm"  # which other tools refuse, where they would take it for a Llama
     read_back = config_from_hf(hf, "config.json")
     for field in fields(Config):
         value = getattr(config, field.name)
-        if getattr(read_back, field.name) != value:
+        is_known = field.name in {*HF_SIZES, "rope_scaling"}
+        if not is_known or getattr(read_back, field.name) != value:
+            instead = f", or leave it at {getattr(read_back, field.name)!r}" * is_known
             raise InputError(f"{field.name} {value!r} would be lost in a checkpoint; give it a name in HF_SIZES of "
-                             f"data/checkpoint.py, such as tinylm_{field.name}, which code without it refuses, or "
-                             f"leave it at {getattr(read_back, field.name)!r}")
+                             f"data/checkpoint.py, such as tinylm_{field.name}, which code without it refuses{instead}")
     return hf
 
 def check_can_be_saved(config):
@@ -198,7 +201,7 @@ def check_can_be_saved(config):
 
 def config_from_hf(hf, source):
     """The Config of a Llama config.json. Raises InputError that names an option which this model has not."""
-    if not isinstance(hf, dict) or hf.get("model_type") != "llama":
+    if not isinstance(hf, dict) or hf.get("model_type") not in ("llama", "tinylm"):
         raise InputError(f"{source} is not the config of a Llama model (model_type is not 'llama')")
     for option in hf.keys() - HF_SIZES.values():
         if option.startswith("tinylm_"):

@@ -59,9 +59,17 @@ def convert(name, kind, value):
         expected = {int: "a whole number", float: "a number", bool: "True or False"}[kind]
         raise InputError(f"--{name}={value}: expected {expected}") from None
 
+# What nanoGPT and others call a flag.
+OTHER_NAMES = {"block_size": "context_length", "seq_len": "context_length", "n_embd": "d_model",
+               "n_layer": "num_layers", "n_head": "num_heads", "max_iters": "num_steps", "steps": "num_steps",
+               "learning_rate": "lr_max", "min_lr": "lr_min", "warmup_iters": "warmup_steps", "grad_clip": "clip_grad",
+               "gradient_accumulation_steps": "grad_accum_steps", "max_tokens": "max_new_tokens", "start": "prompt",
+               "out_dir": "output_dir", "dataset": "data", "wandb": "use_wandb", "wandb_log": "use_wandb"}
+
 def unknown(name, names):
     """The error for a flag that is none of `names`."""
-    near = [one for one in names if one.startswith(name)] or difflib.get_close_matches(name, names, 1, 0.5)
+    near = [OTHER_NAMES[name]] if OTHER_NAMES.get(name) in names else (
+        [one for one in names if one.startswith(name)] or difflib.get_close_matches(name, names, 1, 0.6))
     meant = " or ".join(f"--{one}" for one in near)
     return InputError(f"unknown flag --{name}; " + (f"did you mean {meant}?" if near else "--help lists the names"))
 

@@ -42,11 +42,20 @@ def read_json(path):
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({error})") from None
 
-def check_output(path):
-    """Raise InputError where a file can't be written at a path, before what would go into it is made."""
+def begins_with(path, beginning):
+    """Whether a file begins with these bytes."""
+    with open(path, "rb") as file:
+        return file.read(len(beginning)) == beginning
+
+def check_output(path, beginning):
+    """Raise InputError where a file that begins with these bytes can't be written at a path, or would replace one of
+    another kind, before what would go into it is made.
+    """
     if path.is_dir() or not path.parent.is_dir():
         problem = f"{path} is a folder" if path.is_dir() else f"there is no folder {path.parent}"
         raise InputError(f"--output={path}: {problem}; give the name of a file in a folder that is there")
+    if path.is_file() and path.stat().st_size and not begins_with(path, beginning):
+        raise InputError(f"--output={path} is there and is another kind of file; give another name, or remove it")
 
 def remove(path):
     """Remove a file, a link or a whole folder, if it is there."""

@@ -74,7 +74,9 @@ def introduce(run):
     say(f"data        {run.data}: {len(ids['train']):,} tokens; validation on {of_all} {len(ids['val']) - 1:,}")
     say(f"step        {settings.tokens_per_step:,} tokens; {run.step} of {settings.num_steps} steps done; "
         f"learning rate {settings.lr_max:.2e} to {settings.lr_min:.2e}")
-    say(f"reads       the text {settings.epochs:.2g} times in all; weight decay {settings.weight_decay:.2g}")
+    readings = f"{settings.epochs:,.0f}" if settings.epochs >= 10 else f"{settings.epochs:.2g}"
+    decay = "" if settings.weight_decay is None else f"; weight decay {settings.weight_decay:.2g}"
+    say(f"reads       the text {readings} times in all{decay}")
     say(f"writes to   {run.folder}")
 
 class Overfitting:

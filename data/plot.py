@@ -89,6 +89,6 @@ def plot(*runs, output: str = None):
     runs = [str(run) for run in runs]  # a name such as 2024 comes as a number
     lines = {run: read_metrics(run) for run in runs}
     path = Path(runs[0]) / "loss.svg" if output is None else Path(output)
-    files.check_output(path)
+    files.check_output(path, b"<svg")
     path.write_text(svg_of(lines), encoding="utf-8")
     say(f"wrote {path}")

@@ -392,7 +392,8 @@ def conclude(run, step, problem):
         raise InputError(f"{run.folder}: the run ended without its last checkpoint ({problem}); see to that, and "
                          f"{then}")
     if step < run.settings.num_steps:
-        cli.say(f"stopped after step {step}; go on with: python train.py --resume={shlex.quote(str(run.folder))}")
+        command = "python" if run.num_ranks == 1 else f"torchrun --standalone --nproc_per_node={run.num_ranks}"
+        cli.say(f"stopped after step {step}; go on with: {command} train.py --resume={shlex.quote(str(run.folder))}")
     else:
         cli.say(f"done; write with: python sample.py --checkpoint={shlex.quote(str(run.folder))}")
         if run.best_step not in (None, step):
