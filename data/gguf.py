@@ -164,7 +164,7 @@ def export(*model, output: str = "model.gguf", dtype: str = "f16"):
         raise InputError(f"--dtype={dtype}: expected one of {', '.join(DTYPES)}")
     if "" in model:  # as of a shell's variable that is not set
         raise InputError("MODEL is empty; give a run, or leave it out for the newest one")
-    folder, path = find_checkpoint(str(model[0]) if model else ""), Path(output)
+    folder, path = find_checkpoint(str(model[0]) if model else "", None), Path(output)
     files.check_output(path, b"GGUF")
     checkpoint.load_config(folder)  # raises where it is no model
     tokenizer = bpe.load(folder)

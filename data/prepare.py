@@ -87,11 +87,14 @@ def fetch(url, path, size, attempts, pause):
             if isinstance(problem, urllib.error.HTTPError) and 400 <= problem.code < 500:
                 break
         done = partial.stat().st_size if partial.exists() else 0
-        if done < size and done == begin:
-            time.sleep(min(pause * 2**attempt, 30))
+        if done < size and done == begin and attempt + 1 < attempts:
+            wait = min(pause * 2**attempt, 30)
+            cli.say(f"{url}: {error}; it is tried again in {wait:g} s")
+            time.sleep(wait)
     done = partial.stat().st_size if partial.exists() else 0
     if done != size:
-        raise InputError(f"{url} stopped at {done:,} of {size:,} bytes ({error}); run the command again to go on")
+        raise InputError(f"{url} stopped at {done:,} of {size:,} bytes ({error}); run the command again to go "
+                         "on, or give the text with --input")
     os.replace(partial, path)
     return path
 

@@ -83,14 +83,15 @@ def best(folder):
     return newest(folder) and checkpoints(folder).get(best_step_of(newest(folder)), newest(folder))
 
 def find_checkpoint(name, flag="checkpoint"):
-    """The checkpoint folder that a flag means: one itself, a run's best, or that of the newest run in runs/."""
+    """The checkpoint folder that a flag or argument means: one itself, a run's best, or that of the newest in runs/."""
     if name:
         folder = Path(name)
         of_run = {"latest": newest, "best": best}.get(folder.name)  # they are links only where the disk has some
         if not folder.is_dir() and of_run and of_run(folder.parent):
             return of_run(folder.parent)
         if not folder.is_dir():
-            raise InputError(f"--{flag}={name} is not there; expected a run of train.py or a Llama folder")
+            given = f"--{flag}={name}" if flag else name
+            raise InputError(f"{given} is not there; expected a run of train.py or a Llama folder")
         return best(folder) or folder
     written = sorted(Path("runs").glob("*/step-*/config.json"), key=lambda path: path.stat().st_mtime)
     if not written:
