@@ -292,8 +292,7 @@ def step_functions(config, settings):
         # for each other become one.
         option = "cpp_wrapper" if settings.device == "cpu" else "combo_kernels"
         compiled = partial(torch.compile, fullgraph=True, options={option: True})
-        # With ranks gradients travel while others are computed. On a CPU steps take as long so, and compiling half.
-        if settings.device == "cpu" or machine.num_ranks() > 1:
+        if machine.num_ranks() > 1:  # gradients travel while others are computed
             gradients = tinylm.layer_by_layer(gradients, compiled)
         else:
             loss = compiled(loss)
