@@ -1223,6 +1223,7 @@ def test_export_as_a_command(trained, tmp_path, monkeypatch, capsys):
     for arguments, message in (([output, "--dtype=q4"], "expected one of f32, f16"), (["a", "b"], "2 models given"),
                                (["runs/tiny", "--output=no/x"], "there is no folder no"),
                                (["runs/tiny", f"--output={tmp_path}"], "is a folder"),
+                               (["runs/tiny", "--output=/dev/null"], "is a device"),
                                (["runs/tiny", "--output=data/meta.json"], "another kind of file; give another name"),
                                ([""], "MODEL is empty"), (["runs/tiny", "--output="], "is a folder"),
                                (["nowhere"], "is not there"), (["runs/tiny", "--out=x"], "did you mean --output")):
@@ -2305,9 +2306,41 @@ def test_a_signal_is_answered_at_once(capfd, monkeypatch):
     for rank, lines in (("0", 2), ("1", 0)):
         monkeypatch.setenv("LOCAL_RANK", rank)
         with machine.Interrupt() as interrupt:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGTERM)  # as torchrun sends it on
             assert interrupt.asked
         assert capfd.readouterr().err.count("\n") == lines
+    monkeypatch.setattr(machine.time, "monotonic", lambda clock=itertools.count(step=3): next(clock))
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), machine.Interrupt():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    with machine.Interrupt() as interrupt:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not interrupt.asked
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    assert signal.getsignal(signal.SIGINT) == before
+
+def test_a_run_that_ends_while_the_next_prepares(tmp_path, monkeypatch):
+    """As of jobs that a scheduler restarts: nothing of the first is replaced, and started again it goes on."""
+    data, find_data = prepared(tmp_path), prepare.find_data
+    flags = TINY | dict(data=str(data), output_dir=str(tmp_path / "run"), resume="auto")
+
+    def train_meanwhile(*args):
+        monkeypatch.setattr(prepare, "find_data", find_data)
+        train.train(**flags | dict(num_steps=3))
+        return find_data(*args)
+
+    monkeypatch.setattr(prepare, "find_data", train_meanwhile)
+    with pytest.raises(cli.InputError, match="has got a checkpoint of another run meanwhile; start again, with --resu"):
+        train.train(**flags)
+    with open(tmp_path / "run/metrics.jsonl", "a") as file:
+        file.write('{"note": "lr lowered here"}\n5\nnull\n{"step": "x"}\n')
+    (tmp_path / "run/.thesis.partial").write_text("mine")
+    train.train(**flags)
+    assert [line["step"] for line in metrics(tmp_path / "run") if "train_loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert (tmp_path / "run/.thesis.partial").is_file()
 
 def kill_and_resume(folder, kills, start):
     """SIGKILL a run at random moments, while starting, training or saving; → whether its end is that of one left alone.

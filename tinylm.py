@@ -1353,8 +1353,8 @@ def transformer_blocks_in_graph(blocks, x, cos, sin, cache, config, remat=False)
 def embedding_gradient(d_out: torch.Tensor, tokens: torch.Tensor, vocab_size: int) -> torch.Tensor:
     """The rows d_out (..., d_model) of each token, added up in a fixed order → (vocab_size, d_model).
 
-    Up to 3,072 rows PyTorch has a kernel that may lose some (issue 187687), and for a small vocabulary one that adds in
-    no order unless all has to be deterministic.
+    Up to 3,072 rows PyTorch has a kernel that may lose some (its pull request 187687), for a small vocabulary one that
+    adds in no order unless all has to be deterministic.
     """
     rows, tokens = d_out.reshape(-1, d_out.shape[-1]), tokens.flatten()  # (N, d_model), (N)
     if len(tokens) <= 3072:

@@ -121,7 +121,7 @@ class Settings:
                                stated="0.1, and more where a short text is read often")
     beta1: float = own_flag("beta1", "decay of AdamW's first moment", "[0, 1)")
     beta2: float = own_flag("beta2", "decay of AdamW's second moment", "[0, 1)")
-    eps: float = own_flag("eps", "epsilon of AdamW", "[0, inf)")
+    eps: float = own_flag("eps", "epsilon of AdamW", "(0, inf)")
     clip_grad: float = flag(1.0, "highest norm of all gradients together", "(0, inf)")
     seed: int = flag(0, "chooses the first parameters and the batches", "[-9223372036854775808, 9223372036854775807]")
     # Machine

@@ -300,13 +300,17 @@ class ReaderGone(Exception):
     """Nobody reads what a command is there to write; it ends quietly."""
 
 def json_lines(path):
-    """The objects in a file of one JSON object a line, without lines cut short; none where there is no such file."""
+    """The objects of a file of metrics, a line of JSON each, without lines cut short or of others; none where it is not
+    there.
+    """
     objects = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if os.path.isfile(path) else []:
         try:
-            objects.append(json.loads(line))
+            one = json.loads(line)
         except ValueError:
-            pass
+            continue
+        if isinstance(one, dict) and type(one.get("step")) is int:
+            objects.append(one)
     return objects
 
 def duration(seconds):

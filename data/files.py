@@ -54,6 +54,8 @@ def check_output(path, beginning):
     if path.is_dir() or not path.parent.is_dir():
         problem = f"{path} is a folder" if path.is_dir() else f"there is no folder {path.parent}"
         raise InputError(f"--output={path}: {problem}; give the name of a file in a folder that is there")
+    if path.exists() and not path.is_file():
+        raise InputError(f"--output={path} is a device or the like; give the name of a file")
     if path.is_file() and path.stat().st_size and not begins_with(path, beginning):
         raise InputError(f"--output={path} is there and is another kind of file; give another name, or remove it")
 

@@ -11,8 +11,9 @@ import signal
 import sys
 import sysconfig
 import threading
+import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -201,25 +202,33 @@ def peak_flops(device):
     return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
 
 class Interrupt:
-    """Within it the first Ctrl-C or SIGTERM sets `asked`, so that a step ends and is saved; a second one ends all."""
+    """Within it the first Ctrl-C, SIGTERM or SIGHUP, as of a terminal that closes, sets `asked`: a step ends and is saved.
+    One that comes more than two seconds later ends all. (torchrun passes on what its ranks have got too.)
+    """
 
     def __init__(self):
-        self.asked, self.old = False, {}
+        self.asked, self.since, self.old = False, 0.0, {}
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # others can't have signals
-            self.old = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+            numbers = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
+            self.old = {number: signal.signal(number, self.note) for number in filter(None, numbers)
+                        if number in numbers[:2] or signal.getsignal(number) != signal.SIG_IGN}  # as nohup has it
         return self
 
     def __exit__(self, *_):
         for number, handler in self.old.items():
             signal.signal(number, handler)
 
-    def note(self, *_):
-        self.asked = True
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            os.write(2, b"\nends after this step, and saves it; once more ends at once\n")  # as print may be at work
-        self.__exit__()
+    def note(self, number, _):
+        if self.asked and time.monotonic() > self.since + 2:
+            self.__exit__()
+            os.kill(os.getpid(), number)
+        elif not self.asked:
+            self.asked, self.since = True, time.monotonic()
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                with suppress(OSError):  # of a terminal that is gone; print may be at work and is not for handlers
+                    os.write(2, b"\nends after this step, and saves it; once more ends at once\n")
 
 # ---- Ranks ----
 

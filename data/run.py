@@ -214,6 +214,9 @@ def start_run(given, init_from, folder, table, claims):
     check_room(folder, checkpoint_bytes(config) * (settings.keep_checkpoints + 2), "the checkpoints of this run need")
     folder.mkdir(parents=True, exist_ok=True)
     claims.enter_context(hold(folder))
+    if newest(folder):  # while the data was prepared
+        raise InputError(f"{folder} has got a checkpoint of another run meanwhile; start again, with "
+                         f"--resume={folder} or --resume=auto, to go on from it")
     return Run(settings, folder, data, source=init_from, meta=meta, ids=ids)
 
 def resume_run(folder, given, table, claims, done=InputError):
@@ -226,6 +229,7 @@ def resume_run(folder, given, table, claims, done=InputError):
             "expected a folder that train.py wrote")
         raise InputError(f"--resume={folder}: no checkpoint there; {advice}")
     claims.enter_context(hold(folder))
+    latest = newest(folder)  # another run may have ended since
     with state_of(latest) as state:
         kept, step, seconds = (state[name] for name in ("settings", "step", "seconds"))
         if not (type(step) is int and step >= 0 and isinstance(seconds, (int, float))
@@ -330,8 +334,9 @@ def hold(folder):
     """Hold a run's folder for this process. Raises InputError where another one does."""
     try:
         with files.lock(folder / "lock"):
-            for left in folder.glob(".*.partial"):  # by a run that was killed
-                files.remove(left)
+            for name in ("step-*", "metrics.jsonl", "best", "latest"):
+                for left in folder.glob(f".{name}.partial"):  # by a run that was killed
+                    files.remove(left)
             yield
     except files.Held as holder:
         raise InputError(f"{folder} is in use by another run ({holder}); wait for it or stop it") from None
