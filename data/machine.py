@@ -202,7 +202,7 @@ def peak_flops(device):
     return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
 
 class Interrupt:
-    """Within it the first Ctrl-C, SIGTERM or SIGHUP, as of a terminal that closes, sets `asked`: a step ends and is saved.
+    """Within it the first Ctrl-C, SIGTERM or SIGHUP (of a terminal that closes) sets `asked`: a step ends and is saved.
     One that comes more than two seconds later ends all. (torchrun passes on what its ranks have got too.)
     """
 
