@@ -3227,6 +3227,16 @@ def test_a_byte_order_mark_is_no_text(tmp_path, capsys):
     prepare.prepare(input=str(tmp_path / "marked.txt"), output=str(tmp_path / "marked"), vocab_size=400)
     assert ((tmp_path / "marked/train.bin").read_bytes(), (tmp_path / "marked/meta.json").read_text()) == expected
 
+def end_this_process(span):
+    """Work that ends as one that the system kills."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def test_a_process_of_prepare_that_dies_is_noticed():
+    with pytest.raises(cli.InputError, match="was ended, as where memory runs out; give data/prepare.py a small"):
+        list(bpe.spread(end_this_process, [("a", 0, 1), ("b", 0, 1)], (int, ()), 2, "reading"))
+    assert list(bpe.spread(str, [("a", 0, 1), ("b", 0, 1)], (int, ()), 2, "reading")) == [
+        "('a', 0, 1)", "('b', 0, 1)"]
+
 def test_interrupting_prepare_is_one_line(tmp_path):
     (tmp_path / "long.txt").write_text("".join(stories.story(0, i) for i in range(3000)) * 20)
     process = subprocess.Popen([sys.executable, ROOT / "data/prepare.py", f"--input={tmp_path}/long.txt",

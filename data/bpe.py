@@ -969,11 +969,14 @@ def spread(work, spans, setup, workers, label):
     pool = None
     function, arguments = setup
     if workers > 1:
+        others = set(multiprocessing.active_children())
         pool = multiprocessing.Pool(workers, start_worker, (function, arguments))
+        results = results_of(pool.imap(work, spans), set(multiprocessing.active_children()) - others)
     else:
         function(*arguments)
+        results = map(work, spans)
     try:
-        for (_, start, end), result in zip(spans, (pool.imap if pool else map)(work, spans)):
+        for (_, start, end), result in zip(spans, results):
             done += end - start
             progress.update(done)
             yield result
@@ -981,6 +984,18 @@ def spread(work, spans, setup, workers, label):
         progress.close()
         if pool:
             pool.terminate()
+
+def results_of(results, processes):
+    """Yield what the processes of a pool have done. Raises InputError where one has died, for which a pool waits."""
+    while True:
+        try:
+            yield results.next(timeout=1)
+        except multiprocessing.TimeoutError:
+            if not processes <= set(multiprocessing.active_children()):
+                raise InputError("a process that read the text was ended, as where memory runs out; give "
+                                 "data/prepare.py a smaller --workers") from None
+        except StopIteration:
+            return
 
 def start_worker(function, arguments):
     """Ready a process of `spread`. Ctrl-C reaches it too; the process that gave it work ends it."""
