@@ -536,7 +536,7 @@ def tokenizer_file(tmp_path_factory):
 def test_model_is_transformers_llama(sizes, tmp_path, tokenizer_file, caplog):
     config = small_config(**sizes)
     params = random_params(config)
-    checkpoint.save_checkpoint(tmp_path / "model", params, config, tokenizer_file, (END, 256))
+    checkpoint.save_checkpoint(tmp_path / "model", params, config, files.read_json(tokenizer_file), (END, 256))
     model, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
     assert not any(report.values()), report
     tokens = random_tokens(config, 3, 20)
@@ -1145,7 +1145,7 @@ def test_llama_folders_of_transformers_open(tmp_path, dtype, tied, shard):
 def test_old_and_new_ways_to_say_rope_theta(tmp_path, tokenizer_file):
     config = small_config()
     params = tinylm.init_params(config, generator())
-    checkpoint.save_checkpoint(tmp_path / "m", params, config, tokenizer_file, (END, 256))
+    checkpoint.save_checkpoint(tmp_path / "m", params, config, files.read_json(tokenizer_file), (END, 256))
     description = json.loads((tmp_path / "m/config.json").read_text())
     del description["rope_theta"]
     for change, theta in (({"rope_theta": 500.0}, 500.0),
@@ -1161,7 +1161,7 @@ def test_old_and_new_ways_to_say_rope_theta(tmp_path, tokenizer_file):
 def test_other_models_are_refused_by_name(tmp_path, tokenizer_file, change):
     config = small_config()
     params = tinylm.init_params(config, generator())
-    checkpoint.save_checkpoint(tmp_path / "m", params, config, tokenizer_file, (END, 256))
+    checkpoint.save_checkpoint(tmp_path / "m", params, config, files.read_json(tokenizer_file), (END, 256))
     description = json.loads((tmp_path / "m/config.json").read_text()) | change
     (tmp_path / "m/config.json").write_text(json.dumps(description))
     named = {"rope_parameters": "rope_type", "hidden_size": "d_model", "rope_scaling": "rope_type|factor",
@@ -1173,7 +1173,7 @@ def test_other_models_are_refused_by_name(tmp_path, tokenizer_file, change):
 def test_numbers_that_are_none_are_refused(tmp_path, tokenizer_file, number):
     config = small_config()
     params = tinylm.init_params(config, generator())
-    checkpoint.save_checkpoint(tmp_path / "m", params, config, tokenizer_file, (END, 256))
+    checkpoint.save_checkpoint(tmp_path / "m", params, config, files.read_json(tokenizer_file), (END, 256))
     tensors = load_file(tmp_path / "m/model.safetensors")
     tensors["model.layers.1.self_attn.q_proj.weight"][3, 5] = number
     save_file(tensors, tmp_path / "m/model.safetensors")
@@ -1187,7 +1187,7 @@ def test_gguf_files_are_those_of_the_package(tmp_path, tokenizer_file, dtype, si
     from gguf import GGUFReader, dequantize, quants
     config = small_config(vocab_size=600, **sizes)
     params = random_params(config)
-    checkpoint.save_checkpoint(tmp_path / "m", params, config, tokenizer_file, (END, 256))
+    checkpoint.save_checkpoint(tmp_path / "m", params, config, files.read_json(tokenizer_file), (END, 256))
     gguf.export(str(tmp_path / "m"), output=str(tmp_path / "m.gguf"), dtype=dtype)
     reader = GGUFReader(tmp_path / "m.gguf")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -1983,6 +1983,7 @@ WRONG_TRAIN = [
     (["--context_length=100000"], "context_length 100000"),
     (["--num_steps=5", "--warmup_steps=6"], "--warmup_steps=6: expected at most num_steps, 5"),
     (["--run_name=../a"], "--run_name=../a: expected a name"),
+    (["--run_name=.."], "--run_name=..: expected a name"),
     (["--device=tpu"], "expected cpu"),
     (["--device=cuda:99"], "CUDA device"),
     (["--dtype=float8"], "float32 or bfloat16"),
@@ -2145,6 +2146,12 @@ def test_the_commands_run(trained, tmp_path):
     assert result.returncode == 0 and "val.bin" in result.stdout, result.stderr
     result = run(ROOT / "sample.py", "--prompt", "[1, 2]", "--max_new_tokens=5")
     assert result.returncode == 0 and result.stdout.startswith("[1, 2]"), result.stderr
+    result = run(ROOT / "train.py", "plot", "1e3")
+    assert result.returncode == 2 and result.stderr.startswith("train.py: 1e3 has no metrics.jsonl"), result.stderr
+    closed = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", sys.executable]
+    result = subprocess.run([*closed, ROOT / "train.py", f"--data={tmp_path}/data", f"--output_dir={tmp_path}/closed",
+                             *tiny_flags()])
+    assert result.returncode == 0 and len(metrics(tmp_path / "closed")) == 8
     result = run(ROOT / "train.py", "--num_step=3")
     assert result.returncode == 2 and result.stderr == "train.py: unknown flag --num_step; did you mean --num_steps?\n"
 
@@ -2680,7 +2687,9 @@ def start_ranks(count, **flags):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     code = ("import os, sys; sys.stdout = open(os.devnull, 'w'); os.environ.update(env); import torch, train; "
-            "torch.set_num_threads(1); train.train(**flags)")
+            "torch.set_num_threads(1); from data import checkpoint; "
+            "checkpoint.load_checkpoint = checkpoint.load_checkpoint if env['RANK'] == '0' else None; "  # it reads all
+            "train.train(**flags)")
     flags = TINY | dict(batch_size=8, vocab_size=401, sample_tokens=2) | flags
     processes = []
     for rank in range(count):
@@ -2763,6 +2772,16 @@ def test_a_rank_that_dies_is_shown_and_the_job_goes_on(tmp_path):
     assert job.returncode == 0, out
     assert "SIGKILL" in out or "exitcode: -9" in out
     assert [line["step"] for line in metrics(folder) if "train_loss" in line] == list(range(1, 401))
+
+def test_data_of_another_machine_is_compared(tmp_path, monkeypatch):
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir(), there.mkdir()
+    texts = ["".join(stories.story(seed, i) + END for i in range(50)) for seed in (0, 1)]
+    for data, text in zip((here, there), texts):
+        prepared(data, text, vocab_size=257)
+    meta, _ = prepare.open_data(there / "data")
+    with pytest.raises(cli.InputError, match="here/data is not the same on .* as where the first rank is .train."):
+        run.await_state(run.Run(None, tmp_path / "run", here / "data", meta=meta))
 
 def test_flags_that_ranks_cannot_have(tmp_path):
     with pytest.raises(cli.InputError, match="--shard splits .*torchrun"):
@@ -2859,6 +2878,82 @@ def test_a_run_without_links(tmp_path, monkeypatch, capsys):
     train.train(resume=tmp_path / "run", num_steps=7)
     assert sorted(run.checkpoints(tmp_path / "run")) == [2, 6, 7]
     sample.sample(checkpoint=tmp_path / "run", max_new_tokens=2)
+
+    monkeypatch.undo()
+    shutil.copytree(tmp_path / "run/step-0000007", tmp_path / "run/latest")  # as by a copy that followed links
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    train.train(resume=tmp_path / "run", num_steps=8)
+    assert not (tmp_path / "run/latest").exists()
+
+def meanwhile(step, monkeypatch, action):
+    """Do something to a run as it begins to compute a step."""
+    genuine = train.accumulate_gradients
+
+    def gradients(*args):
+        if args[4] == step - 1:
+            monkeypatch.setattr(train, "accumulate_gradients", genuine)  # of runs that the action begins too
+            action()
+        return genuine(*args)
+
+    monkeypatch.setattr(train, "accumulate_gradients", gradients)
+
+def test_a_folder_that_is_renamed_or_removed_under_its_run(tmp_path, monkeypatch, capsys):
+    """A run of the same name may begin there; both keep what is theirs. The run of a removed folder makes it again."""
+    flags = dict(data=prepared(tmp_path), output_dir=tmp_path / "run") | TINY | dict(checkpoint_interval=2)
+    other = lambda: train.train(**flags | dict(seed=1, checkpoint_interval=6))
+
+    def rename():
+        os.rename(tmp_path / "run", tmp_path / "renamed")
+        other()
+
+    meanwhile(4, monkeypatch, rename)
+    train.train(**flags)
+    assert f"{tmp_path / 'run'} is now {tmp_path / 'renamed'}, where the run goes on" in capsys.readouterr().out
+    for folder, steps in (("run", [3, 6]), ("renamed", [3, 4, 6])):  # of which step 3 has the lowest loss
+        lines = metrics(tmp_path / folder)
+        assert [line["step"] for line in lines if "train_loss" in line] == [1, 2, 3, 4, 5, 6]
+        assert list(run.checkpoints(tmp_path / folder))[-1] == 6
+
+    def replace_it():
+        shutil.rmtree(tmp_path / "run")
+        other()
+
+    shutil.rmtree(tmp_path / "run")
+    meanwhile(4, monkeypatch, replace_it)
+    with pytest.raises(cli.InputError, match="without its last checkpoint .*run is another run's now, as it was rem"):
+        train.train(**flags)
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "run") and len(metrics(tmp_path / "run")) == 8
+    assert files.read_json(run.newest(tmp_path / "run") / "training/train_state.json")["settings"]["seed"] == 1
+
+    shutil.rmtree(tmp_path / "run")
+    meanwhile(4, monkeypatch, lambda: shutil.rmtree(tmp_path / "run"))
+    train.train(**flags)
+    assert list(run.checkpoints(tmp_path / "run")) == [4, 6]
+    with pytest.raises(cli.InputError, match="the run has done its 6 steps"):
+        train.train(resume=tmp_path / "run")
+
+def test_metrics_that_are_edited_under_a_run(tmp_path, monkeypatch):
+    def edit():
+        path = tmp_path / "run/metrics.jsonl"
+        (tmp_path / "edited").write_text("".join(path.read_text().splitlines(True)[1:]))
+        os.replace(tmp_path / "edited", path)
+
+    meanwhile(4, monkeypatch, edit)
+    train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", **TINY)
+    assert [line["step"] for line in metrics(tmp_path / "run") if "train_loss" in line] == [2, 3, 4, 5, 6]
+
+def test_a_checkpoint_that_was_moved_to_another_disk(tmp_path):
+    train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", **TINY)
+    os.rename(tmp_path / "run/step-0000006", tmp_path / "elsewhere")
+    (tmp_path / "run/step-0000006").symlink_to(tmp_path / "elsewhere")
+    assert run.newest(tmp_path / "run").name == "step-0000006"
+    train.train(resume=tmp_path / "run", num_steps=8, keep_checkpoints=1)
+    assert (tmp_path / "elsewhere/config.json").is_file()
+
+def test_a_folder_of_other_things_is_no_run(tmp_path):
+    (tmp_path / "run/best").mkdir(parents=True)
+    with pytest.raises(cli.InputError, match="--output_dir=.*run is not empty; choose another"):
+        train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", resume="auto", **TINY)
 
 def test_a_run_whose_links_were_followed_by_a_copy(tmp_path):
     train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", **TINY)
@@ -3012,7 +3107,7 @@ def test_float16_that_cannot_hold_a_model(tmp_path, tokenizer_file):
     params = tinylm.init_params(small_config(), generator())
     params["final_norm"] *= 1e5
     with pytest.raises(cli.InputError, match="not finite in float16; .*--save_dtype=bfloat16"):
-        checkpoint.save_checkpoint(tmp_path / "m", params, small_config(), tokenizer_file, (END, 256),
+        checkpoint.save_checkpoint(tmp_path / "m", params, small_config(), files.read_json(tokenizer_file), (END, 256),
                                    dtype=torch.float16)
 
 def test_after_diverging_a_smaller_learning_rate_goes_on(tmp_path, monkeypatch, capsys):
@@ -3603,8 +3698,8 @@ def test_two_processes_want_one_text(tmp_path):
 def test_what_is_refused_is_named(tmp_path, tokenizer_file):
     """Before weights are read."""
     folder = tmp_path / "m"
-    checkpoint.save_checkpoint(folder, tinylm.init_params(small_config(), generator()), small_config(), tokenizer_file,
-                               (END, 256))
+    checkpoint.save_checkpoint(folder, tinylm.init_params(small_config(), generator()), small_config(),
+                               files.read_json(tokenizer_file), (END, 256))
     os.rename(folder / "tokenizer.json", folder / "tokenizer.model")
     with pytest.raises(cli.InputError, match="SentencePiece"):
         sample.sample(checkpoint=folder)
@@ -3624,7 +3719,8 @@ def test_what_is_refused_is_named(tmp_path, tokenizer_file):
 def valid_checkpoint(tmp_path_factory, tokenizer_file):
     folder = tmp_path_factory.mktemp("valid") / "model"
     config = small_config(vocab_size=300, d_model=8, num_heads=2, num_layers=1, d_ff=8)
-    checkpoint.save_checkpoint(folder, tinylm.init_params(config, generator()), config, tokenizer_file, (END, 256))
+    params, tokenizer = tinylm.init_params(config, generator()), files.read_json(tokenizer_file)
+    checkpoint.save_checkpoint(folder, params, config, tokenizer, (END, 256))
     return folder
 
 def mutate(content, rng):
@@ -3749,6 +3845,44 @@ def test_data_that_changes_under_a_run(tmp_path):
     damage(data, "val.bin", lambda content: content[:10])
     with pytest.raises(cli.InputError, match="val.bin has changed"):
         prepare.check_unchanged(ids)
+    ids = prepare.open_data(prepared(tmp_path))[1]["val"]
+    first = ids[0]
+    os.utime(data / "val.bin")
+    prepare.check_unchanged(ids)
+    prepared(tmp_path, vocab_size=300)  # a file of its own, in the place of the one that is open
+    prepare.check_unchanged(ids)
+    shutil.rmtree(data)
+    prepare.check_unchanged(ids)
+    assert ids[0] == first
+    ids = prepare.open_data(prepared(tmp_path))[1]["val"]
+    damage(data, "val.bin", lambda content: content[:-4] + b"\x01\x01" + content[-2:])
+    with pytest.raises(cli.InputError, match="val.bin has changed"):
+        prepare.check_unchanged(ids)
+
+def test_data_that_is_prepared_anew_under_a_run(tmp_path, monkeypatch):
+    """The run goes on with what it has, and its checkpoint has the tokenizer of that."""
+    data = prepared(tmp_path)
+    before = bpe.load(data)
+    meanwhile(3, monkeypatch, lambda: prepared(tmp_path, vocab_size=300))
+    train.train(data=data, output_dir=tmp_path / "run", **TINY)
+    assert bpe.are_same(bpe.load(tmp_path / "run/latest"), before)
+    with pytest.raises(cli.InputError, match="prepared with another tokenizer than"):
+        train.train(resume=tmp_path / "run", num_steps=7)
+
+def test_prepare_after_one_was_killed_while_it_moved_data_into_place(tmp_path, monkeypatch):
+    data, replacing = prepared(tmp_path), os.replace
+
+    def die(old, new):
+        if Path(new).name == "train.bin":
+            raise KeyboardInterrupt
+        replacing(old, new)
+
+    monkeypatch.setattr(os, "replace", die)
+    with pytest.raises(KeyboardInterrupt):
+        prepared(tmp_path, vocab_size=300)
+    monkeypatch.undo()
+    assert not prepare.is_data(data)
+    assert prepare.open_data(prepared(tmp_path, vocab_size=300))[0]["vocab_size"] == 300
 
 # ---- Measurements: python test_tinylm.py NAME … ----
 

@@ -174,7 +174,7 @@ class Settings:
                 raise InputError(f"--{name}={value}: {settings.optimizer} has no {name}; leave the flag out")
         if settings.lr_min > settings.lr_max:
             raise InputError(f"--lr_min={settings.lr_min}: expected a number from 0 up to lr_max, {settings.lr_max:g}")
-        if settings.run_name and Path(settings.run_name).name != settings.run_name:
+        if settings.run_name and (Path(settings.run_name).name != settings.run_name or settings.run_name == ".."):
             raise InputError(f"--run_name={settings.run_name}: expected a name for a folder below runs/; for another "
                              "place give --output_dir")
         if settings.warmup_steps > settings.num_steps:

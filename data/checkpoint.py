@@ -254,11 +254,11 @@ def scaling_to_hf(scaling):
 
 MASTER = "training/model.safetensors"  # the parameters in float32, where model.safetensors has them in 16 bits
 
-def save_checkpoint(folder, params, config, tokenizer_file, end_token, optimizer=None, train_state=None, others=None,
+def save_checkpoint(folder, params, config, tokenizer, end_token, optimizer=None, train_state=None, others=None,
                     dtype=torch.float32, begin_tokens=None):
     """Write a checkpoint folder: beside its place, flushed to disk, then renamed, so that readers see all or nothing.
 
-    `tokenizer_file` is copied in; `end_token` is its (text, id) that ends a document, `begin_tokens` are those that
+    `tokenizer` is what its tokenizer.json says; `end_token` is its (text, id) that ends a document, `begin_tokens` are those that
     begin one, by default the same. `optimizer` (a tree of tensors) and `train_state` (JSON) are what a run needs to go
     on, `others` the `files_for_others` of the model it came from.
     Tensors that are split over ranks are gathered one by one, for which the other ranks call `take_part_in_saving`.
@@ -270,7 +270,7 @@ def save_checkpoint(folder, params, config, tokenizer_file, end_token, optimizer
     gathered = map(tinylm.all_gather, [leaf for _, leaf in leaves])
     finite = (check_finite(path, tensor) for (path, _), tensor in zip(leaves, gathered))
     try:
-        write_checkpoint(beside, params, config, tokenizer_file, begin_tokens or [end_token], end_token, optimizer,
+        write_checkpoint(beside, params, config, tokenizer, begin_tokens or [end_token], end_token, optimizer,
                          train_state, others or {}, dtype, finite)
         files.remove(folder)
         os.replace(beside, folder)
@@ -299,15 +299,15 @@ def for_training(folder, name):
     beside = Path(folder) / name
     return beside if beside.is_file() else Path(folder) / "training" / name
 
-def tokenizer_for_others(tokenizer_file, begin_tokens):
-    """tokenizer.json, for tools that should begin a text as training did: with these tokens, (text, id) each."""
+def tokenizer_for_others(tokenizer, begin_tokens):
+    """A tokenizer.json, for tools that should begin a text as training did: with these tokens, (text, id) each."""
     begin = [{"SpecialToken": {"id": text, "type_id": 0}} for text, _ in begin_tokens]
     first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
     template = {"type": "TemplateProcessing", "single": [*begin, first], "pair": [*begin, first, second],
                 "special_tokens": {text: {"id": text, "ids": [i], "tokens": [text]} for text, i in begin_tokens}}
-    return files.read_json(tokenizer_file) | {"post_processor": template}
+    return tokenizer | {"post_processor": template}
 
-def write_checkpoint(folder, params, config, tokenizer_file, begin_tokens, end_token, optimizer, train_state, others,
+def write_checkpoint(folder, params, config, tokenizer, begin_tokens, end_token, optimizer, train_state, others,
                      dtype, gathered):
     """Write the files of a checkpoint into a new folder, and flush them. `gathered` yields its tensors, none split."""
     (folder / "training").mkdir(parents=True)
@@ -331,7 +331,7 @@ def write_checkpoint(folder, params, config, tokenizer_file, begin_tokens, end_t
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": begin_text, "eos_token": text, "pad_token": text,
         "padding_side": "left", "add_bos_token": True, "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": config.context_length, "clean_up_tokenization_spaces": False})
-    files.write_json(folder / "tokenizer.json", tokenizer_for_others(tokenizer_file, begin_tokens))
+    files.write_json(folder / "tokenizer.json", tokenizer_for_others(tokenizer, begin_tokens))
     for name in others.keys() - {"config.json"}:
         with open(folder / name, "wb") as file:
             file.write(others[name])

@@ -234,6 +234,9 @@ def run(function, arguments=None):
     refuses in one line and code 2.
     """
     program, arguments = os.path.basename(sys.argv[0]), sys.argv[1:] if arguments is None else arguments
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by >&-; else the next file would take its place
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
     if any(argument in ("--help", "-h") for argument in arguments):
         return say(help_text(function))
     try:
@@ -247,6 +250,7 @@ def run(function, arguments=None):
         for name, text in flags.items():
             parsers[name](text)
         import fire
+        function = fire.decorators.SetParseFn(str)(function)  # a name such as 1e3 is no number
         fire.Fire(fire.decorators.SetParseFns(**parsers)(function),
                   command=names + [f"--{name}={text}" for name, text in flags.items()], name=program)
     except ReaderGone:

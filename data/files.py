@@ -72,7 +72,10 @@ class Held(Exception):
 
 @contextmanager
 def lock(path):
-    """Hold a lock file for this process, until it leaves or ends in whatever way. Raises Held where another does."""
+    """Hold a lock file, which is yielded open, for this process, until it leaves or ends in whatever way.
+
+    Raises Held where another does.
+    """
     with open(path, "a+", encoding="utf-8") as file:
         try:
             import fcntl
@@ -82,14 +85,14 @@ def lock(path):
             raise Held(f"process {file.read().strip()}") from None
         except (ImportError, OSError):  # Windows; network drives whose locks are off
             with lock_by_name(Path(f"{path}.held")):
-                yield
+                yield file
             return
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()
         if not path_is(path, file):  # it was removed, with its folder, while this process waited for it
             raise Held("another process")
-        yield
+        yield file
 
 def path_is(path, file):
     """Whether a path still names an open file."""
@@ -97,6 +100,14 @@ def path_is(path, file):
         return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
     except OSError:
         return False
+
+def path_of(file):
+    """Where an open file is now, as after its folder was renamed; None where it is gone, or a system does not say."""
+    try:
+        path = Path(os.readlink(f"/proc/self/fd/{file.fileno()}"))
+    except OSError:
+        return None
+    return path if path_is(path, file) else None
 
 @contextmanager
 def lock_by_name(path):

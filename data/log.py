@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import platform
 import shutil
 import subprocess
@@ -15,7 +14,7 @@ import torch
 import tinylm
 from data import cli, machine
 from data.cli import InputError, say
-from data.run import newest
+from data.run import newest, own_folder
 
 RISES = 3  # of the validation loss in a row, before a run says so
 PATIENCE = 5  # steps in a row whose numbers are not finite, before a run gives up
@@ -107,12 +106,12 @@ class Log:
         self.run, self.settings = run, run.settings
         self.flops, peak = flops_per_token(run.config), machine.peak_flops(run.settings.device)
         self.peak_flops = peak and peak * run.num_ranks
-        path = os.devnull if run.rank else run.folder / "metrics.jsonl"
+        before = [] if run.rank else cli.json_lines(run.folder / "metrics.jsonl")
         self.overfitting = Overfitting()
-        for line in cli.json_lines(path):
+        for line in before:
             self.overfitting.begins(line)
-        self.samples = [[line["step"], line["sample"]] for line in cli.json_lines(path) if "sample" in line]
-        self.file, self.cut = open(path, "ab", buffering=0), False
+        self.samples = [[line["step"], line["sample"]] for line in before if "sample" in line]
+        self.cut = False  # whether the last line is
         self.screen = cli.Progress("training", stream=sys.stdout)
         self.wandb = import_wandb() if run.settings.use_wandb else None
         if self.wandb:
@@ -132,7 +131,6 @@ class Log:
 
     def __exit__(self, error, *_):
         self.screen.close()
-        self.file.close()
         self.send(lambda: self.wandb_run.finish(exit_code=int(error is not None)))
 
     @property
@@ -150,7 +148,8 @@ class Log:
         """Keep measurements of a step."""
         tokens = step * self.settings.tokens_per_step
         measured = {"step": step, "tokens": tokens, "seconds": round(self.seconds, 3)} | measured
-        self.keep(json.dumps(measured))
+        if not self.run.rank:
+            self.keep(json.dumps(measured))
         self.is_overfitting = self.overfitting.begins(measured)
         sample = measured.pop("sample", None)
         self.samples += [] if sample is None else [[step, sample]]
@@ -158,14 +157,15 @@ class Log:
         self.send(lambda: self.wandb_run.log(measured | table(), step=step))
 
     def keep(self, line):
-        """Add a line to metrics.jsonl. A disk that is full costs lines, not the run, and is said once."""
+        """Add a line to metrics.jsonl. What is in its way costs lines, not the run, and is said once."""
         data = b"\n" * self.cut + line.encode() + b"\n"  # behind a line that was cut short another begins
-        try:
-            written, error = self.file.write(data), "the disk is full"
-        except OSError as problem:
+        try:  # opened each time, as it may be edited and its folder renamed
+            with open(own_folder(self.run) / "metrics.jsonl", "ab", buffering=0) as file:
+                written, error = file.write(data), "the disk is full"
+        except (OSError, InputError) as problem:
             written, error = 0, problem
         if written < len(data) and not self.cut:
-            cli.fail(f"{self.run.folder / 'metrics.jsonl'} could not be written ({error}); make room, the run goes on")
+            cli.fail(f"{self.run.folder / 'metrics.jsonl'} could not be written ({error}); see to that, the run goes on")
         self.cut = written < len(data)
 
     def send(self, call):

@@ -286,6 +286,12 @@ def from_first_rank(value, device):
     dist.broadcast(message, 0)
     return json.loads(bytes(message.cpu().tolist()))
 
+def of_first_rank(tensor):
+    """A tensor that each rank has, with the first rank's numbers in it."""
+    if dist.is_initialized():
+        dist.broadcast(tensor, 0)
+    return tensor
+
 def sum_over_ranks(tensor):
     """The sum over all ranks of a tensor that each has."""
     if not dist.is_initialized():

@@ -86,7 +86,6 @@ def plot(*runs, output: str = None):
     """
     if not runs:
         raise InputError("no run given; write python train.py plot runs/NAME")
-    runs = [str(run) for run in runs]  # a name such as 2024 comes as a number
     lines = {run: read_metrics(run) for run in runs}
     path = Path(runs[0]) / "loss.svg" if output is None else Path(output)
     files.check_output(path, b"<svg")

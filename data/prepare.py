@@ -215,6 +215,7 @@ def write_ids(tokenizer, begin, end, spans, path, workers, errors):
             before, last = source, ids if len(ids) else last
         if last[-1:] != end:
             write(end)
+        files.flush(file)
     return counts | {"sha256": digest.hexdigest()}
 
 @cli.command(Settings)
@@ -233,6 +234,8 @@ def prepare(given):
     vocab_size = tokenizer.vocab_size if tokenizer else settings.vocab_size or VOCAB_SIZES.get(dataset, 2048)
     output = Path(settings.output or DATA / (dataset or Path(source).resolve().stem))
     own = {".lock", ".lock.held", ".partial"}  # what a killed process of this command may have left
+    if (output / ".partial/meta.json").is_file():  # while it moved new data over old
+        own |= {"tokenizer.json", *(f"{split}.{kind}" for split in ("train", "val") for kind in ("bin", "txt"))}
     if output.exists() and not (output / "meta.json").is_file() and (
             not output.is_dir() or any(path.name not in own for path in output.iterdir())):
         raise InputError(f"{output} is there and was not written by this command; choose another --output")
@@ -248,12 +251,12 @@ def prepare(given):
         if not (waited and is_data(output) and files.read_json(output / "meta.json").get("asked") == asked):
             try:
                 write_beside(output / ".partial", sources, settings, dataset, tokenizer, begin, end, vocab_size, asked)
-                put_in_place(output / ".partial", output)
             except BaseException:
                 files.remove(output / ".partial")
                 if is_new and not (output / "meta.json").is_file():
                     files.remove(output)
                 raise
+            put_in_place(output / ".partial", output)
     report(output, vocab_size)
 
 def write_beside(partial, sources, settings, dataset, tokenizer, begin, end, vocab_size, asked):
@@ -300,7 +303,7 @@ def find_data(name, model=None):
     is_text = Path(name).is_file()
     if folder is None and (is_text or name in VOCAB_SIZES):
         folder, flags = DATA / Path(name).stem, {"input": str(name)} if is_text else {"dataset": name}
-        told_apart = [str(Path(name).resolve()), *stamp(name)[1:]] if is_text else []
+        told_apart = [str(Path(name).resolve()), *stamp(name)] if is_text else []
         if model:
             flags["tokenizer"] = str(model)
             told_apart += [tokenizer.split, [token.hex() for token in tokenizer.tokens], tokenizer.merges.tolist()]
@@ -343,7 +346,7 @@ def write_data(folder, asked, train, val, tokenizer, begin, end, workers, errors
         if not meta[split]["bytes"]:
             raise InputError(f"{source}: the part for {split}.bin has nothing but special tokens; expected text "
                              "(data/prepare.py has --val_input and --val_fraction to choose it)")
-    (folder / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
+    files.write_json(folder / "meta.json", meta)
 
 def check_room(folder, num_bytes, vocab_size):
     """Raise InputError if the disk can't hold the ids: two bytes each, for a byte of text or, merged, two or more."""
@@ -387,14 +390,16 @@ def open_data(folder):
                 raise InputError(f"{path} has {size:,} bytes; expected {count * dtype.itemsize:,}; {again}")
             if not meta[split]["bytes"] > 0:
                 raise InputError(f"{path} has no text; {again} on more")
-            ids[split] = np.memmap(path, dtype, "r")
-            ids[split].stamp = stamp(path)
+            file = open(path, "rb")  # stays open, and what it names there, also when the path names another
+            ids[split] = np.memmap(file, dtype, "r")
+            ids[split].file, ids[split].stamp = file, stamp(file.fileno())
             highest, digest = summary(ids[split])
             if highest >= meta["vocab_size"]:
                 raise InputError(f"{path} holds the id {highest}, beyond the vocabulary of {meta['vocab_size']}; "
                                  f"{again}")
             if meta[split].setdefault("sha256", digest) != digest:  # data of before has none
                 raise InputError(f"{path} is not what was written, though as long; {again}")
+            ids[split].digest = digest
             if int(ids[split][-1]) != meta["end_of_text_id"]:
                 raise InputError(f"{path} does not end with the end of a text; {again}")
     except FileNotFoundError as error:
@@ -436,15 +441,18 @@ def check_tokenizer(data, model):
         raise InputError(f"{data} was prepared with another tokenizer than that of the model in {model}; give the text "
                          f"itself as --data, or prepare it with data/prepare.py --tokenizer={model} --output=NEW")
 
-def stamp(path):
-    """What tells a file from another one, or an older one, in its place."""
-    status = os.stat(path)
-    return status.st_ino, status.st_size, status.st_mtime_ns
+def stamp(file):
+    """What tells a version of a file, given by its path or number, from an older one: its size and time."""
+    status = os.stat(file)
+    return status.st_size, status.st_mtime_ns
 
 def check_unchanged(ids):
-    """Raise InputError where the file behind these ids is no longer the one that was opened: reading on could crash."""
-    if isinstance(ids, np.memmap) and (not os.path.exists(ids.filename) or stamp(ids.filename) != ids.stamp):
+    """Raise InputError where others have written into the file of these ids: reading on could crash."""
+    if not isinstance(ids, np.memmap) or stamp(ids.file.fileno()) == ids.stamp:
+        return
+    if stamp(ids.file.fileno())[0] != ids.nbytes or summary(ids)[1] != ids.digest:
         raise InputError(f"{ids.filename} has changed while it was in use; prepare the data again and resume the run")
+    ids.stamp = stamp(ids.file.fileno())  # it was but touched
 
 if __name__ == "__main__":
     cli.run(prepare)

@@ -5,6 +5,7 @@ import math
 import os
 import shlex
 import shutil
+import socket
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -30,15 +31,19 @@ class Run:
     lowest: float = math.inf  # validation loss
     best_step: int | None = None  # and when it was
     wandb_id: str | None = None
+    meta: dict | None = None  # meta.json of the data
     # What each rank has of its own.
     rank: int = 0
     num_ranks: int = 1
-    meta: dict | None = None  # meta.json of the data
     ids: dict | None = None  # {"train": memmap, "val": memmap}
     tokenizer: bpe.Tokenizer | None = None
     config: tinylm.Config | None = None
     params: dict | None = None
     optimizer: dict | None = None
+    # What the first rank has alone.
+    claims: ExitStack | None = None  # what it gives back in the end
+    lock: Any = None  # the open file by which it holds its folder
+    tokenizer_json: dict | None = None  # of the data, which may be prepared anew meanwhile
     others: dict | None = None  # what other tools read of a model that it came from: {name of a file: bytes}
 
     @property
@@ -47,7 +52,7 @@ class Run:
         return self.meta.get("begin_ids", [self.meta["end_of_text_id"]])
 
 # Of a run, what the first rank finds out and tells the others.
-SHARED = ("folder", "data", "source", "step", "seconds", "lowest", "best_step", "wandb_id")
+SHARED = ("folder", "data", "source", "step", "seconds", "lowest", "best_step", "wandb_id", "meta")
 
 class Finished(InputError):
     """A run that a scheduler starts again though it has done all its steps."""
@@ -62,7 +67,7 @@ def checkpoints(folder):
     for name in ("best", "latest", "step-*"):  # the first two where a copy made folders of the links
         for path in Path(folder).glob(name):
             state = checkpoint.for_training(path, "train_state.json")
-            if state.is_file() and not path.is_symlink():
+            if state.is_file() and (name == "step-*" or not path.is_symlink()):
                 state = {"step": path.name[5:]} if name == "step-*" else files.read_json(state)
                 if str(state.get("step")).isdigit():
                     steps[int(state["step"])] = path
@@ -101,13 +106,16 @@ def find_checkpoint(name, flag="checkpoint"):
 
 def point(folder, name, target):
     """Let a link in a run's folder point at a checkpoint, for other tools. Where there are no links nothing is lost."""
-    link = folder / f".{name}.partial"
+    link, place = folder / f".{name}.partial", folder / name
     try:
+        for step, path in checkpoints(folder).items():
+            if path == place:  # a copy of an older checkpoint, by what does not know links, and all there is of it
+                os.replace(place, folder / f"step-{step:07d}")
+        if not place.is_symlink():
+            files.remove(place)
         files.remove(link)
         link.symlink_to(target)
-        if not (folder / name).is_symlink():
-            files.remove(folder / name)  # a copy of an older checkpoint, by what does not know links
-        os.replace(link, folder / name)
+        os.replace(link, place)
     except OSError:
         pass
 
@@ -125,30 +133,37 @@ def open_run(resume, init_from, given, table):
         if rank == 0:
             try:
                 run = find_run(resume, init_from, given, table, claims)
+                load_state(run)
             except InputError as error:  # told to the other ranks first, so that all end alike
-                mistake = error
+                run, mistake = None, error
         if num_ranks > 1:
-            news = {"mistake": str(mistake), "is_finished": isinstance(mistake, Finished)}
-            if run:
-                news = {name: getattr(run, name) for name in SHARED} | {"settings": cli.kept(run.settings)}
-            news = machine.from_first_rank(news, device)
-            if "mistake" in news:
-                raise mistake or (Finished if news["is_finished"] else InputError)(news["mistake"])
-            own = {"device": device} | ({"use_wandb": False} if rank else {})
-            settings = table.complete(news.pop("settings") | own)
-            news |= {"folder": Path(news["folder"]), "data": Path(news["data"]), "rank": rank, "num_ranks": num_ranks}
-            run = run or Run(settings, **news)
-            run.settings, run.num_ranks = settings, num_ranks
+            run = tell_ranks(run, mistake, table, device, rank, num_ranks)
         elif mistake:
             raise mistake
-        if rank:
-            run.meta, run.ids = prepare.open_data(run.data)
         run.settings.train_tokens = run.meta["train"]["tokens"]
-        run.tokenizer = bpe.load(run.data / "tokenizer.json")
-        load_state(run)
+        place_state(run)
         if rank == 0:
             keep_metrics(run.folder / "metrics.jsonl", run.step)
         yield run
+
+def tell_ranks(run, mistake, table, device, rank, num_ranks):
+    """The run of the first rank, or its mistake raised, on every rank."""
+    news = {"mistake": str(mistake), "is_finished": isinstance(mistake, Finished)}
+    if run:
+        news = {name: getattr(run, name) for name in SHARED}
+        news |= {"settings": cli.kept(run.settings), "config": vars(run.config)}
+    news = machine.from_first_rank(news, device)
+    if "mistake" in news:
+        raise mistake or (Finished if news["is_finished"] else InputError)(news["mistake"])
+    settings = table.complete(news.pop("settings") | {"device": device} | ({"use_wandb": False} if rank else {}))
+    if not rank:
+        run.settings, run.num_ranks = settings, num_ranks
+        return run
+    sizes = {name: tuple(value) if isinstance(value, list) else value for name, value in news["config"].items()}
+    news |= {"folder": Path(news["folder"]), "data": Path(news["data"]), "config": tinylm.Config(**sizes)}
+    run = Run(settings, rank=rank, num_ranks=num_ranks, **news)
+    await_state(run)
+    return run
 
 def find_run(resume, init_from, given, table, claims):
     """A new run, one to go on with, or (--resume=auto) whichever there is."""
@@ -176,12 +191,15 @@ def new_folder(settings):
     while not settings.output_dir and folder.exists():
         number += 1
         folder = first.with_name(f"{first.name}-{number}")
-    left = {"lock", "lock.held", "metrics.jsonl", "wandb"}  # by a run that ended before its first checkpoint
+    return folder
+
+def check_new(folder):
+    """Raise InputError where a folder has what is not left by a run that ended before its first checkpoint."""
+    left = {"lock", "lock.held", "metrics.jsonl", "wandb"}
     if folder.exists() and (not folder.is_dir() or any(path.name not in left and path.suffix != ".partial"
                                                        for path in folder.iterdir())):
         advice = f"go on with --resume={folder}, or choose another" if newest(folder) else "choose another"
         raise InputError(f"--output_dir={folder} is not empty; {advice}")
-    return folder
 
 def start_run(given, init_from, folder, table, claims):
     """A new run: settings chosen, data and room checked, the folder claimed."""
@@ -199,6 +217,7 @@ def start_run(given, init_from, folder, table, claims):
     settings = table.complete(sizes | given, **known)
     model_config(settings, 1, init_from)  # raises where sizes don't fit, before any work
     folder = folder or new_folder(settings)
+    check_new(folder)
     has_tokenizer = bool(init_from) and (Path(init_from) / "tokenizer.json").is_file()
     data = prepare.find_data(settings.data, init_from if has_tokenizer else None)
     meta, ids = prepare.open_data(data)
@@ -213,11 +232,11 @@ def start_run(given, init_from, folder, table, claims):
         tinylm.get_batch(ids["train"], 1, config.context_length, 0, 0)  # raises where the text is too short
     check_room(folder, checkpoint_bytes(config) * (settings.keep_checkpoints + 2), "the checkpoints of this run need")
     folder.mkdir(parents=True, exist_ok=True)
-    claims.enter_context(hold(folder))
+    lock = claims.enter_context(hold(folder))
     if newest(folder):  # while the data was prepared
         raise InputError(f"{folder} has got a checkpoint of another run meanwhile; start again, with "
                          f"--resume={folder} or --resume=auto, to go on from it")
-    return Run(settings, folder, data, source=init_from, meta=meta, ids=ids)
+    return Run(settings, folder, data, source=init_from, meta=meta, ids=ids, claims=claims, lock=lock)
 
 def resume_run(folder, given, table, claims, done=InputError):
     """A run as its latest checkpoint has it. Raises InputError for flags that would make it another run, and `done`
@@ -228,7 +247,7 @@ def resume_run(folder, given, table, claims, done=InputError):
         advice = f"give the run's folder, --resume={folder.parent}" if is_one else (
             "expected a folder that train.py wrote")
         raise InputError(f"--resume={folder}: no checkpoint there; {advice}")
-    claims.enter_context(hold(folder))
+    lock = claims.enter_context(hold(folder))
     latest = newest(folder)  # another run may have ended since
     with state_of(latest) as state:
         kept, step, seconds = (state[name] for name in ("settings", "step", "seconds"))
@@ -253,7 +272,8 @@ def resume_run(folder, given, table, claims, done=InputError):
         data = prepare.find_data(given["data"], latest) if is_moved else data_of(state, latest)
         if given.get("eval_tokens", kept["eval_tokens"]) != kept["eval_tokens"]:
             lowest, best_step = math.inf, None  # what was measured so far is of another part of the text
-        run = Run(settings, folder, data, str(latest), step, seconds, lowest, best_step, state["wandb_id"])
+        run = Run(settings, folder, data, str(latest), step, seconds, lowest, best_step, state["wandb_id"],
+                  claims=claims, lock=lock)
         if step >= settings.num_steps:
             raise done(f"--resume={folder}: the run has done its {step} steps; give a larger --num_steps to extend it")
         run.meta, run.ids = prepare.open_data(run.data)
@@ -304,7 +324,7 @@ def model_config(settings, data_vocab_size, source=None):
         return replace(checkpoint.load_config(source), **given) if source else tinylm.Config(**given)
 
 def load_state(run):
-    """Add to a run its model: parameters and optimiser, drawn or loaded, on the device, split over ranks if asked."""
+    """Add to a run its tokenizer and its model: parameters and optimiser, drawn or loaded."""
     settings, config = run.settings, model_config(run.settings, run.meta["vocab_size"], run.source)
     init_optimizer, _ = tinylm.OPTIMIZERS[settings.optimizer]
     if run.source:
@@ -317,10 +337,34 @@ def load_state(run):
     optimizer = init_optimizer(params)
     if run.step:
         optimizer = checkpoint.load_optimizer(run.source, optimizer)
-    move = lambda tree: tinylm.tree_map(lambda tensor: tensor.to(settings.device), tree)
-    split = lambda tree: tinylm.shard(tree, machine.mesh_of_ranks(settings.device)) if settings.shard else tree
-    run.config, run.params, run.optimizer = config, split(move(params)), split(move(optimizer))
+    run.config, run.params, run.optimizer = config, params, optimizer
+    run.tokenizer = bpe.load(run.data / "tokenizer.json")
+    run.tokenizer_json = files.read_json(run.data / "tokenizer.json")
     run.others = checkpoint.files_for_others(Path(run.source)) if run.source else {}
+
+def await_state(run):
+    """Add to another rank's run the data, which must be that of the first rank, and tensors for what that will send.
+
+    So a machine needs no checkpoint of its own, and can't have another one.
+    """
+    meta, run.ids = prepare.open_data(run.data)
+    for what in ("tokenizer_sha256", *run.ids):
+        if meta[what] != run.meta[what]:
+            raise InputError(f"{run.data} is not the same on {socket.gethostname()} as where the first rank is "
+                             f"({what.removesuffix('_sha256')}); copy that one to all machines")
+    run.tokenizer = bpe.load(run.data / "tokenizer.json")
+    run.params = tinylm.tree_map(torch.empty, tinylm.param_shapes(run.config))
+    run.optimizer = tinylm.OPTIMIZERS[run.settings.optimizer][0](run.params)
+
+def place_state(run):
+    """Put the first rank's parameters and optimiser on the device of each rank, split over the ranks if asked."""
+    mesh = machine.mesh_of_ranks(run.settings.device) if run.settings.shard else None
+
+    def place(tensor):  # one after the other, as a device may have no room for all that it gets a part of
+        tensor = machine.of_first_rank(tensor.to(run.settings.device))
+        return tinylm.shard(tensor, mesh) if mesh else tensor
+
+    run.params, run.optimizer = (tinylm.tree_map(place, tree) for tree in (run.params, run.optimizer))
 
 def keep_metrics(path, last_step):
     """Drop from a run's metrics what it measured after `last_step`, a line cut short by its death included."""
@@ -333,13 +377,31 @@ def keep_metrics(path, last_step):
 def hold(folder):
     """Hold a run's folder for this process. Raises InputError where another one does."""
     try:
-        with files.lock(folder / "lock"):
+        with files.lock(folder / "lock") as lock:
             for name in ("step-*", "metrics.jsonl", "best", "latest"):
                 for left in folder.glob(f".{name}.partial"):  # by a run that was killed
                     files.remove(left)
-            yield
+            yield lock
     except files.Held as holder:
         raise InputError(f"{folder} is in use by another run ({holder}); wait for it or stop it") from None
+
+def own_folder(run):
+    """The folder of a run, found again where it was renamed, made again where it was removed.
+
+    Raises InputError where another run has taken its place.
+    """
+    path = run.folder / "lock"
+    if not files.path_is(path, run.lock):
+        moved = files.path_of(run.lock)
+        if moved:
+            cli.say(f"{run.folder} is now {moved.parent}, where the run goes on")
+            run.folder = moved.parent
+        elif path.exists():
+            raise InputError(f"{run.folder} is another run's now, as it was removed while this run was at work")
+        else:
+            run.folder.mkdir(parents=True, exist_ok=True)
+            run.lock = run.claims.enter_context(hold(run.folder))
+    return run.folder
 
 # ---- Save ----
 
@@ -357,18 +419,19 @@ def check_room(folder, needed, purpose):
 
 def save(run, step, seconds, val_loss):
     """Write the checkpoint of a step and say which one is the latest and which the best; drop those not needed."""
-    folder, target = run.folder, run.folder / f"step-{step:07d}"
     try:
+        folder = own_folder(run)
         check_room(folder, checkpoint_bytes(run.config), "a checkpoint needs")
     except InputError:
         checkpoint.take_part_in_saving(run.params, run.optimizer)  # the other ranks are gathering already
         raise
+    target = folder / f"step-{step:07d}"
     lowest, best_step = (val_loss, step) if val_loss < run.lowest else (run.lowest, run.best_step)
     state = {"step": step, "settings": cli.kept(run.settings), "seconds": seconds, "wandb_id": run.wandb_id,
              "best": lowest if lowest < math.inf else None, "best_step": best_step,
              "data_folder": str(run.data.resolve()), "data": {split: run.meta[split] for split in run.ids}}
     *begin, end = ((run.tokenizer.tokens[i].decode(), i) for i in (*run.begin_ids, run.meta["end_of_text_id"]))
-    checkpoint.save_checkpoint(target, run.params, run.config, run.data / "tokenizer.json", end, run.optimizer, state,
+    checkpoint.save_checkpoint(target, run.params, run.config, run.tokenizer_json, end, run.optimizer, state,
                                run.others, machine.DTYPES_OF_FILES[run.settings.save_dtype], begin)
     run.lowest, run.best_step = lowest, best_step
     for name in ["latest"] + ["best"] * (best_step == step):
