@@ -116,7 +116,7 @@ def sample(given):
                 writer.token(token)
         writer.end()
     count = sum(map(len, texts))
-    cli.fail(f"{count} tokens, {count / seconds:,.1f} tokens/s, by {folder}")
+    cli.put(f"{count} tokens, {count / seconds:,.1f} tokens/s, by {folder}\n", sys.stderr)
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["export"]:

@@ -52,6 +52,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
 
 import sample
@@ -519,6 +520,11 @@ def random_params(config, seed=0):
     initial = tinylm.init_params(config, generator(seed))
     return tinylm.tree_map(lambda p: p + 0.2 * torch.randn(p.shape, generator=noise), initial)
 
+def forward_cached(params, tokens, config, cache, dtype=torch.float32):
+    """`forward`, that sees what is in a cache; and the cache behind it."""
+    x, cache = tinylm.hidden_states(params, tokens, config, dtype, cache)
+    return tinylm.to_logits(params, x), cache
+
 def random_tokens(config, *shape, seed=0):
     return torch.randint(config.vocab_size, shape, generator=generator(seed))
 
@@ -568,7 +574,7 @@ def test_cache_gives_the_same_logits(sizes):
     whole = tinylm.forward(params, tokens, config)
     cache, pieces, start = tinylm.init_cache(config, 2, 32, torch.float32, "cpu"), [], 0
     for size in (7, 1, 1, 10, 5):
-        logits, cache = tinylm.forward(params, tokens[:, start:start + size], config, cache=cache)
+        logits, cache = forward_cached(params, tokens[:, start:start + size], config, cache)
         pieces.append(logits)
         start += size
     same(torch.cat(pieces, 1), whole, 1e-5)
@@ -635,10 +641,10 @@ def test_decoding_in_bfloat16_is_near_float32(rows):
     with torch.inference_mode():
         at_once = tinylm.forward(params, tokens, config, torch.bfloat16)
         if rows > 1:
-            params = tinylm.weights_for_writing(params, torch.bfloat16, rows)
+            params = tinylm.weights_for_generation(params, torch.bfloat16, rows)
         parts = []
         for part in tokens.split((5, 2, 1, 1, 1, 1, 1), 1):
-            logits, cache = tinylm.forward(params, part, config, torch.bfloat16, cache)
+            logits, cache = forward_cached(params, part, config, cache, torch.bfloat16)
             parts.append(logits)
     parts = torch.cat(parts, 1)
     assert parts.dtype == torch.bfloat16
@@ -701,7 +707,7 @@ def test_recorded_steps_follow_parameters_and_caches(monkeypatch):
                 for _ in range(6):
                     if cache["filled"] == 3:
                         cache = cache | {name: cache[name][:, [1, 0]] for name in ("k", "v")}
-                    logits, cache = tinylm.forward(params, tokens[:, :1], config, cache=cache)
+                    logits, cache = forward_cached(params, tokens[:, :1], config, cache)
                     written.append(logits)
     torch.testing.assert_close(written[12:], written[:12])
 
@@ -910,7 +916,7 @@ EXAMPLES = {
     "loss_fn": lambda dtype: [(random_params(config), *random_tokens(config, 2, 3, 9), config) for config in (
         small_config(), small_config(num_kv_heads=2, d_ff=24, rope_theta=99.0, norm_eps=0.1, tie_embeddings=True,
                                      head_dim=6, rope_scaling=(8.0, 1.0, 4.0, 20)))],
-    "weights_for_writing": lambda dtype: [(random_params(small_config()), dtype, num_texts) for num_texts in (1, 8)],
+    "weights_for_generation": lambda dtype: [(random_params(small_config()), dtype, num_texts) for num_texts in (1, 8)],
 }
 DIFFERENTIABLE = {"linear", "embedding", "rmsnorm", "rope", "attention", "gated_silu", "token_losses"}
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 0.03}  # of an error beside the norm
@@ -977,10 +983,10 @@ def test_every_form_computes_its_definition(name, monkeypatch, mesh_of_one):
     monkeypatch.setattr(tinylm, "has_kernels", lambda q: False)  # they have a test of their own
     monkeypatch.setattr(tinylm, "record", record_on_cpu)
     monkeypatch.setattr(tinylm, "IS_INTEL", False)  # where x @ w.T serves
-    is_trained = name in DIFFERENTIABLE
-    rooms = [(dtype, "CPU", is_trained) for dtype in TOLERANCES]
-    rooms += [(torch.float32, room, is_trained) for room in ("compiled", "ranks", "GPU")]
-    rooms += [(dtype, "CPU", False) for dtype in TOLERANCES if is_trained]
+    is_eager_with_grad = name in DIFFERENTIABLE
+    rooms = [(dtype, "CPU", is_eager_with_grad) for dtype in TOLERANCES]
+    rooms += [(torch.float32, room, is_eager_with_grad) for room in ("compiled", "ranks", "GPU")]
+    rooms += [(dtype, "CPU", False) for dtype in TOLERANCES if is_eager_with_grad]
     rooms += [(torch.float32, "int8", False)] if name == "linear" else []
     for dtype, room, differentiable in rooms:
         for example in EXAMPLES[name](dtype):
@@ -1809,10 +1815,15 @@ def test_wandb_gets_checkpoints_by_their_aliases(tmp_path, monkeypatch):
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= logged[0][0].manifest.entries.keys()
 
 def test_share_of_peak_flops(monkeypatch, tmp_path):
-    """6 · parameters + 12 · layers · d_model · context a token, over what the device promises."""
-    config = small_config()
-    attention = 12 * config.num_layers * config.d_model * config.context_length
-    assert log.flops_per_token(config) == 6 * tinylm.num_params(config) + attention
+    """Those that torch counts of matrices, forward and backward, and 4 more for the gains of norms; attention whole."""
+    for tied in (False, True):
+        config = small_config(tie_embeddings=tied)
+        params, tokens = random_params(config), random_tokens(config, 1, config.context_length + 1)
+        with FlopCounterMode(display=False) as counter, tinylm.definitions_alone():
+            tinylm.value_and_grad(tinylm.loss_fn, params, tokens[:, :-1], tokens[:, 1:], config)
+        gains = (2 * config.num_layers + 1) * config.d_model
+        expected = counter.get_total_flops() / config.context_length + 6 * gains
+        assert log.flops_per_token(config) == expected, (tied, log.flops_per_token(config), expected)
     for name, peak in (("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA L4", 121e12),
                        ("NVIDIA L40S", 362e12)):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
@@ -2237,19 +2248,19 @@ def test_checkpoints_kept_are_the_newest_and_the_best(tmp_path, monkeypatch):
 def test_a_checkpoint_that_cannot_be_saved(tmp_path, monkeypatch, capsys):
     """A disk that is full for a while costs nothing but that checkpoint; at the end it is an error."""
     data = prepared(tmp_path)
-    genuine, steps = run.check_room, []
+    genuine, steps = files.check_room, []
 
-    def full_at_step_4_and_6(folder, needed, purpose):
+    def full_at_step_4_and_6(*args):
         steps.append(1)
         if len(steps) in (3, 4):
             raise cli.InputError("0 MB free")
-        genuine(folder, needed, purpose)
+        genuine(*args)
 
-    monkeypatch.setattr(run, "check_room", full_at_step_4_and_6)
+    monkeypatch.setattr(files, "check_room", full_at_step_4_and_6)
     with pytest.raises(cli.InputError, match="0 MB free.; see to that, and go on from step-0000002"):
         train.train(data=str(data), output_dir=str(tmp_path / "run"), **TINY | dict(checkpoint_interval=2))
     assert "step 4 could not be saved (0 MB free); the last good one is step-0000002" in capsys.readouterr().err
-    monkeypatch.setattr(run, "check_room", genuine)
+    monkeypatch.setattr(files, "check_room", genuine)
     train.train(resume=str(tmp_path / "run"))
     assert metrics(tmp_path / "run")[-1]["step"] == 6 and (tmp_path / "run/latest").resolve().name == "step-0000006"
 
@@ -3369,6 +3380,28 @@ def test_special_tokens_with_blanks_are_whole_wherever_text_is_cut(tmp_path, mon
         assert bpe.encode(tokenizer, text).tolist() == expected
         pieces = [ids for _, ids in bpe.encode_pieces(tokenizer, [tmp_path / "text.txt"], workers=1)]
         assert np.concatenate(pieces).tolist() == expected and (stretch or len(pieces) > 1)
+
+def test_a_folder_of_texts_with_data_in_it(tmp_path):
+    """What an earlier call wrote there is no text."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.txt").write_text("Once upon a time there was a cat. " * 50)
+    for _ in range(2):
+        prepare.prepare(input=tmp_path / "in", output=tmp_path / "in/tokens", vocab_size=257)
+        assert prepare.open_data(tmp_path / "in/tokens")[0]["train"]["bytes"] < 1700
+
+def test_a_text_does_not_replace_a_corpus_of_the_project(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "DATA", tmp_path)
+    (tmp_path / "stories.txt").write_text("mine " * 999)
+    with pytest.raises(cli.InputError, match="stories.txt would replace data/stories, .*; add --output"):
+        prepare.prepare(input=tmp_path / "stories.txt")
+    prepare.prepare(input=tmp_path / "stories.txt", output=tmp_path / "mine", vocab_size=257)
+
+@pytest.mark.parametrize("text", ["word " * 2000 + END + "A short last document.", "word " * 2000 + "\nshort\n",
+                                  f"one document of many words{END}" * 300, "a line of many words\n" * 300])
+def test_validation_is_a_tenth_wherever_documents_end(tmp_path, text):
+    meta, _ = prepare.open_data(prepared(tmp_path, text, vocab_size=257))
+    sizes = [meta[split]["bytes"] for split in ("train", "val")]
+    assert 0.05 < sizes[1] / sum(sizes) < 0.11
 
 def test_prepare_into_the_working_directory(tmp_path, monkeypatch):
     (tmp_path / "corpus.txt").write_text("Once upon a time there was a cat. " * 50)

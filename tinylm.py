@@ -2,9 +2,10 @@
 
 Part I is the language model, a whole program: each operation as it is defined, in the order in which one would learn
 it. Part II has forms that compute the same in less time, part III splits a model over ranks. Parameters are a nested
-dict of tensors whose keys are the argument names of the functions that use them. Functions change nothing of the
-caller's but what a docstring calls donated. Randomness comes only from a seed or a generator that is passed in.
-Axes in shapes: B batch, T query positions, S key positions, V vocabulary, H heads, D features of a head; `...` any.
+dict of tensors; inside a block the keys are the argument names of the functions that use them. Functions change nothing
+of the caller's but what a docstring calls donated. Randomness comes from a seed or a generator that is passed in.
+Axes in shapes: B batch, T query positions, S key positions, V vocabulary, H heads, D features of a head, N several of
+these flattened into one; `...` any.
 """
 
 import math
@@ -159,7 +160,7 @@ class Config:
             raise ValueError(f"{heads} leaves a remainder; choose num_heads to divide d_model")
         fill_in("head_dim", self.head_dim or self.d_model // self.num_heads)
         if self.head_dim % 2:
-            raise ValueError(f"{heads} is odd, and RoPE turns pairs; choose d_model / num_heads even")
+            raise ValueError(f"head_dim {self.head_dim}, {heads}, is odd, and RoPE turns pairs; choose it even")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}")
 
@@ -186,6 +187,7 @@ def multi_head_attention(x, cos, sin, cache, config, wq, wk, wv, wo):
     heads = cached_attention(q, k, v, cache) if cache else attention(q, k, v)
     return linear(heads.transpose(1, 2).flatten(-2), wo)  # (B, T, d_model)
 
+@operation
 def transformer_block(x, cos, sin, cache, config, attention_norm, attention, mlp_norm, mlp):
     """One pre-norm block: x + attention(rmsnorm(x)), then x + swiglu(rmsnorm(x)). x (B, T, d_model) → the same."""
     x = x + multi_head_attention(rmsnorm(x, attention_norm, config.norm_eps), cos, sin, cache, config, **attention)
@@ -204,6 +206,7 @@ def hidden_states(params, tokens, config, dtype=torch.float32, cache=None, remat
     """What the output matrix reads, computed in `dtype`. tokens (B, T) of int64 → (B, T, d_model) and the new cache.
 
     `cache` has keys and values of the positions before `tokens`; it is donated, as to copy it for each token is slow.
+    Raises ValueError beyond context_length positions, the cached ones included: the model has learned no others.
     """
     start = cache["filled"] if cache else 0
     end = start + tokens.shape[1]
@@ -216,16 +219,12 @@ def hidden_states(params, tokens, config, dtype=torch.float32, cache=None, remat
     return rmsnorm(x, params["final_norm"], config.norm_eps), cache | {"filled": end} if cache else None
 
 def to_logits(params, x):
-    """Scores of every token of the vocabulary. x (..., d_model) → (..., V) in x's dtype."""
+    """Scores of every token of the vocabulary, for training, evaluation and generation. x (..., d_model) → (..., V)."""
     return linear(x, params.get("lm_head", params["embedding"]))
 
-def forward(params, tokens, config, dtype=torch.float32, cache=None, remat=False):
-    """Scores of the token that follows each position. tokens (B, T) of int64 → (B, T, V); with a cache (logits, cache).
-
-    Raises ValueError beyond context_length positions, the cached ones included: the model has learned no others.
-    """
-    x, cache = hidden_states(params, tokens, config, dtype, cache, remat)
-    return (to_logits(params, x), cache) if cache else to_logits(params, x)
+def forward(params, tokens, config, dtype=torch.float32, remat=False):
+    """Scores of the token that follows each position. tokens (B, T) of int64 → (B, T, V) in `dtype`."""
+    return to_logits(params, hidden_states(params, tokens, config, dtype, remat=remat)[0])
 
 # ---- Parameters: a tree, that is a nested dict whose leaves are tensors ----
 
@@ -285,9 +284,10 @@ def init_params(config, generator):
 
 # ---- Learning ----
 
+@operation
 def loss_fn(params, inputs, targets, config, dtype=torch.float32, remat=False):
     """Mean cross-entropy of `targets` after `inputs`, in nats per token. Both (B, T) of int64 → a scalar."""
-    return cross_entropy(forward(params, inputs, config, dtype, remat=remat), targets)
+    return cross_entropy(forward(params, inputs, config, dtype, remat), targets)
 
 def value_and_grad(function, params, *args):
     """The value of function(params, *args), a scalar, and its gradient as a tree like `params`."""
@@ -407,8 +407,8 @@ def shuffled_index(index, length, key):
     outside = np.ones(index.shape, dtype=bool)
     while outside.any():
         left, right = index[outside] >> half, index[outside] & mask
-        for turn in range(4):
-            scrambled = splitmix64(right + np.uint64((key * 4 + turn + 1) * 0x9E3779B97F4A7C15 % 2**64))
+        for round_ in range(4):
+            scrambled = splitmix64(right + np.uint64((key * 4 + round_ + 1) * 0x9E3779B97F4A7C15 % 2**64))
             left, right = right, left ^ (scrambled & mask)
         index[outside] = left << half | right
         outside = index >= length
@@ -466,8 +466,8 @@ def sample_token(logits, temperature, top_k, top_p, generator):
     return sample_from(probabilities, generator)
 
 @operation
-def weights_for_writing(params, dtype, num_texts):
-    """`params` with matrices cast to dtype once for all the tokens of `num_texts` texts, by which forms may choose."""
+def weights_for_generation(params, dtype, batch_size):
+    """`params` with matrices cast to dtype once for all the tokens of `batch_size` texts, by which forms may choose."""
     return tree_map(lambda w: w.to(dtype) if w.ndim == 2 else w, params)
 
 @torch.inference_mode()
@@ -478,7 +478,7 @@ def generate(params, prompt, config, max_new_tokens, temperature=1.0, top_k=0, t
     prompt (B, T) of int64, T ≥ 1. A row that has stopped repeats the first stop token. The model sees context_length
     tokens at most, of a longer prompt the last; then it drops the older half and reads the newer half again.
     """
-    params = weights_for_writing(params, dtype, len(prompt))
+    params = weights_for_generation(params, dtype, len(prompt))
     history = fresh = prompt[:, -config.context_length:]
     length = min(config.context_length, history.shape[1] + max_new_tokens)
     cache = init_cache(config, len(prompt), length, dtype, prompt.device)
@@ -536,7 +536,7 @@ def is_eager(*_, **__):
     """Whether it is not."""
     return not torch.compiler.is_compiling()
 
-def is_trained(*_, **__):
+def is_eager_with_grad(*_, **__):
     """Whether eager code computes gradients. Without gradients an autograd function costs more than it saves."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
@@ -584,7 +584,7 @@ class RMSNorm(torch.autograd.Function):
         dx = (d_out * gain).mul_(inverse_rms).addcmul_(x32, along_x, value=-1 / x.shape[-1])
         return dx.to(x.dtype), d_gain, None
 
-@faster(rmsnorm, lambda x, gain, eps: gain.ndim == 1 and is_trained())
+@faster(rmsnorm, lambda x, gain, eps: gain.ndim == 1 and is_eager_with_grad())
 def rmsnorm_trained(x, gain, eps):
     return RMSNorm.apply(x, gain, eps)
 
@@ -631,7 +631,7 @@ class GatedSiLU(torch.autograd.Function):
         d_gate = torch.lerp(sigma, sigma.new_ones(()), activated).mul_(up).mul_(d_out)  # lerp(a, b, w) is a + w (b - a)
         return d_gate, activated.mul_(d_out)
 
-@faster(gated_silu, is_trained)
+@faster(gated_silu, is_eager_with_grad)
 def gated_silu_trained(gate, up):
     return GatedSiLU.apply(gate, up)
 
@@ -706,9 +706,10 @@ def polar_express(g):
         x = torch.baddbmm(x, torch.baddbmm(A, A, A, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
 
-# Numbers. On two cores of a Xeon 2^19 take 0.83 of the time of a block alone at 128 wide, 0.96 at 256, 1.00 at 512;
-# 2^18 0.91, 1.03, 1.01; 2^20 0.83, 1.09, 1.02. On an H200 eight blocks 512 wide take 17 ms one by one, and with 2^22,
-# 2^24, 2^26 and 2^28 2.7, 1.4, 1.4 and 1.4; twelve of 768 25, 8.1, 5.1, 4.7 and 4.8; four of 2,048 21, 21, 22, 20, 20.
+# The most numbers in one stack of matrices. On two cores of a Xeon 2^19 take 0.83 of the time of a block alone at 128
+# wide, 0.96 at 256, 1.00 at 512; 2^18 0.91, 1.03, 1.01; 2^20 0.83, 1.09, 1.02. On an H200 eight blocks 512 wide take 17
+# ms one by one, and with 2^22, 2^24, 2^26 and 2^28 2.7, 1.4, 1.4 and 1.4; twelve of 768 25, 8.1, 5.1, 4.7 and 4.8; four
+# of 2,048 21, 21, 22, 20, 20.
 STACKED_AT_MOST = {"cpu": 1 << 19, "cuda": 1 << 26}
 
 @faster(orthogonalize_all, lambda matrices: first_leaf(matrices).is_cpu or first_leaf(matrices).is_cuda)
@@ -725,7 +726,7 @@ def orthogonalize_by_shape(matrices):
 
 # ---- The loss, in pieces where all logits at once would take most of the memory ----
 
-LOGITS_AT_ONCE = 1 << 27  # numbers; at GPT-2's vocabulary those of 2,668 tokens
+LOGITS_AT_ONCE = 1 << 27  # numbers; with 50,304 tokens in the vocabulary the logits of 2,668 positions
 
 def token_losses_in_pieces(params, inputs, targets, config, dtype):
     """`token_losses` of a model, for evaluation. inputs, targets (B, T) of int64 → (B, T)."""
@@ -768,8 +769,6 @@ class LossInPieces(torch.autograd.Function):
 def mean_loss(x, w, targets):
     """`LossInPieces`: the mean of `token_losses` of x wᵀ."""
     return LossInPieces.apply(x, w, targets)
-
-loss_fn = operation(loss_fn)  # which only here has forms
 
 @faster(loss_fn, lambda params, *_, **__: first_leaf(params).is_cuda and not is_split(first_leaf(params)))
 def loss_in_pieces(params, inputs, targets, config, dtype=torch.float32, remat=False):
@@ -878,16 +877,18 @@ def pack(w):
         return torch.ops.mkldnn._reorder_linear_weight(w, 16)  # the layout for any number of vectors but 1
     return w
 
-@faster(weights_for_writing, lambda params, *_, **__: first_leaf(params).is_cpu and is_eager())
-def weights_for_writing_on_cpu(params, dtype, num_texts):
+def with_linear_weights(convert, params):
+    """`params` with the matrices that `linear` uses converted: all but the embedding, which is looked up."""
+    used = {"blocks": params["blocks"], "lm_head": params.get("lm_head", params["embedding"])}
+    return params | tree_map(lambda w: convert(w) if w.ndim == 2 else w, used)
+
+@faster(weights_for_generation, lambda params, *_, **__: first_leaf(params).is_cpu and is_eager())
+def weights_for_generation_on_cpu(params, dtype, batch_size):
     """All but the embedding, which is looked up, laid out by `pack`: each matrix of a block is taken to be one that
     `linear` alone uses. Fewer texts in float32 are faster without.
     """
-    params = weights_for_writing.definition(params, dtype, num_texts)
-    if num_texts < (8 if dtype == torch.float32 else 2):
-        return params
-    pack_all = partial(tree_map, lambda w: pack(w) if w.ndim == 2 else w)
-    return params | pack_all({"blocks": params["blocks"], "lm_head": params.get("lm_head", params["embedding"])})
+    params = weights_for_generation.definition(params, dtype, batch_size)
+    return params if batch_size < (8 if dtype == torch.float32 else 2) else with_linear_weights(pack, params)
 
 @dataclass(frozen=True)
 class Int8Matrix:
@@ -913,8 +914,7 @@ def to_int8(w):
 
 def quantize(params):
     """`params` for writing on a CPU, with the matrices that `linear` uses in int8: a quarter of float32 to read."""
-    to_int8_all = partial(tree_map, lambda w: to_int8(w) if w.ndim == 2 else w)
-    return params | to_int8_all({"blocks": params["blocks"], "lm_head": params.get("lm_head", params["embedding"])})
+    return with_linear_weights(to_int8, params)
 
 @faster(linear, lambda x, w: isinstance(w, Int8Matrix) and not torch.is_grad_enabled())
 def linear_in_int8(x, w):
@@ -926,6 +926,27 @@ def linear_in_int8(x, w):
 def init_cache_on_cpu(config, batch_size, length, dtype, device):
     """In float32 at least, in which a CPU takes sums of half precision: that saves turning all for every token."""
     return init_cache.definition(config, batch_size, length, torch.promote_types(dtype, torch.float32), device)
+
+@faster(clip_gradients, lambda grads, norm, max_norm: norm.is_cpu and is_eager())
+def clip_gradients_on_cpu(grads, norm, max_norm):
+    """Gradients that need no scaling stay as they are. A look at the norm would make the host wait for a GPU."""
+    return grads if norm <= max_norm else clip_gradients.definition(grads, norm, max_norm)
+
+@faster(orthogonalize, lambda g: g.ndim == 3 and g.is_cpu)
+def orthogonalize_on_cpu(g):
+    return polar_express(g)
+
+@faster(nucleus_floor, lambda probabilities, top_p: probabilities.is_cpu and is_eager())
+def nucleus_floor_on_cpu(probabilities, top_p):
+    """Sorts few: all tokens below the least share have together less than half of the mass that may be left out."""
+    least, floors = (1 - top_p) / (2 * probabilities.shape[-1]), []
+    for row in probabilities.numpy():
+        best_first = -np.sort(-row[row >= least])  # much faster than torch's sort
+        reached = best_first.cumsum(dtype=np.float64)
+        floors.append(best_first[min(np.searchsorted(reached, top_p), len(reached) - 1)])
+    return torch.from_numpy(np.array(floors))[:, None]
+
+# ---- Attention in tiles, on any device ----
 
 TILE_QUERIES = 128  # in a tile; fewer skip more of the future, more need fewer calls
 TILE_SCORES = {"cpu": 1 << 20, "cuda": 1 << 27}  # in a tile; on a CPU they stay in its cache
@@ -1052,25 +1073,6 @@ def attention_of_one(q, k, v, unseen=None):
 @faster(attention, lambda q, k, v: q.is_cpu or q.is_cuda)
 def attention_eager(q, k, v):
     return attention_of_one(q, k, v) if q.shape[-2] == 1 else tiled_attention(q, k, v)
-
-@faster(clip_gradients, lambda grads, norm, max_norm: norm.is_cpu and is_eager())
-def clip_gradients_on_cpu(grads, norm, max_norm):
-    """Gradients that need no scaling stay as they are. A look at the norm would make the host wait for a GPU."""
-    return grads if norm <= max_norm else clip_gradients.definition(grads, norm, max_norm)
-
-@faster(orthogonalize, lambda g: g.ndim == 3 and g.is_cpu)
-def orthogonalize_on_cpu(g):
-    return polar_express(g)
-
-@faster(nucleus_floor, lambda probabilities, top_p: probabilities.is_cpu and is_eager())
-def nucleus_floor_on_cpu(probabilities, top_p):
-    """Sorts few: all tokens below the least share have together less than half of the mass that may be left out."""
-    least, floors = (1 - top_p) / (2 * probabilities.shape[-1]), []
-    for row in probabilities.numpy():
-        best_first = -np.sort(-row[row >= least])  # much faster than torch's sort
-        reached = best_first.cumsum(dtype=np.float64)
-        floors.append(best_first[min(np.searchsorted(reached, top_p), len(reached) - 1)])
-    return torch.from_numpy(np.array(floors))[:, None]
 
 # ---- CUDA: attention as Triton kernels of our own ----
 
@@ -1435,8 +1437,6 @@ def _(q, k, v):
 def _(d_out, q, k, v, out, log_sum):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
-transformer_block = operation(transformer_block)  # whose form, and that of `mean_loss`, is there while a run computes
-
 def layer_by_layer(gradients, compiled):
     """`gradients` of a model whose blocks and loss are compiled by themselves, not together: so those of one block are
     there, and can travel, before those of the blocks below it are computed.
@@ -1570,9 +1570,9 @@ def orthogonalize_all_over_ranks(matrices):
     return {"blocks": {layer: whole(block) for layer, block in matrices["blocks"].items()}}
 
 class GradientAverager:
-    """Averages gradients over ranks, in few large messages that travel while the backward pass goes on."""
+    """Averages gradients over ranks, in few large buckets that travel while the backward pass goes on."""
 
-    MESSAGE_BYTES = 25 << 20
+    BUCKET_BYTES = 25 << 20
 
     def __init__(self):
         self.waiting, self.size, self.sent = [], 0, []
@@ -1581,23 +1581,23 @@ class GradientAverager:
         """Take a gradient; all ranks must give the same ones in the same order."""
         self.waiting.append((path, gradient))
         self.size += gradient.numel() * gradient.element_size()
-        if self.size >= self.MESSAGE_BYTES:
+        if self.size >= self.BUCKET_BYTES:
             self.send()
 
     def send(self):
-        message = torch.cat([gradient.flatten() for _, gradient in self.waiting])
-        self.sent.append((self.waiting, message, torch.distributed.all_reduce(message, async_op=True)))
+        bucket = torch.cat([gradient.flatten() for _, gradient in self.waiting])
+        self.sent.append((self.waiting, bucket, torch.distributed.all_reduce(bucket, async_op=True)))
         self.waiting, self.size = [], 0
 
     def averages(self):
-        """Wait for all messages → {path: mean over the ranks}."""
+        """Wait for all buckets → {path: mean over the ranks}."""
         if self.waiting:
             self.send()
         result = {}
-        for gradients, message, work in self.sent:
+        for gradients, bucket, work in self.sent:
             work.wait()
-            message.div_(torch.distributed.get_world_size())
-            parts = message.split([gradient.numel() for _, gradient in gradients])
+            bucket.div_(torch.distributed.get_world_size())
+            parts = bucket.split([gradient.numel() for _, gradient in gradients])
             result |= {path: part.view_as(gradient) for (path, gradient), part in zip(gradients, parts)}
         return result
 

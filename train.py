@@ -41,7 +41,7 @@ def default_batch_size(settings):
     return max(unit, round(tokens / settings.context_length / unit) * unit)
 
 def default_num_steps(most):
-    """`most`, or as many as read the text 16 times, but 800; or 3 times, but 100, where a model was trained before."""
+    """`most`, or as many as read the text 16 times, 800 at least; where a model was trained before 3 times, or 100."""
     def default(settings):
         least, epochs = (100, 3) if settings.is_pretrained else (800, 16)
         return round(min(most, max(least, epochs * settings.train_tokens / settings.tokens_per_step)))
@@ -223,18 +223,19 @@ def train(given):
             lr = learning_rate(step - 1)
             val_loss, problem = math.inf, None  # where nothing is evaluated, nothing saved
             loss, grads = accumulate_gradients(gradients, run.params, train_ids, settings, step - 1, *ranks)
-            loss, asked = machine.agree(loss, interrupt.asked)
+            loss, num_asked = machine.agree(loss, interrupt.asked)
             rate = torch.full_like(loss, lr).float()
             run.params, run.optimizer, norm = update(run.params, grads, run.optimizer, rate, loss)
             # The host may be a step ahead of the device, but where something is to be said of this very step.
             at_once = is_due(step, "eval_interval") or is_due(step, "checkpoint_interval")
-            asked = log.step(step, lr, machine.to_host(torch.stack((loss, norm, asked))), at_once)
+            asked = log.step(step, lr, machine.to_host(torch.stack((loss, norm, num_asked))), at_once)
 
             if is_due(step, "eval_interval"):
                 val_loss = evaluate(losses, run.params, val_ids, settings, *ranks)
                 log.evaluation(step, val_loss, write_sample(run))
                 log.histograms(step, params=run.params, grads=grads)
-            is_last = asked or step == settings.num_steps  # what was done before a bad step must not be lost
+            is_last = asked or step == settings.num_steps
+            # Numbers that are not finite end a run soon; but what was done before a last bad step must not be lost.
             if is_last or is_due(step, "checkpoint_interval") and not log.bad_steps:
                 problem = try_to_save(run, step, log.seconds, val_loss)
                 if not problem:
@@ -295,7 +296,7 @@ def step_functions(config, settings):
         if machine.num_ranks() > 1:  # gradients travel while others are computed
             gradients = tinylm.layer_by_layer(gradients, compiled)
         else:
-            loss = compiled(loss)
+            loss = compiled(loss)  # which `gradients` calls by this name
         if settings.device != "cpu":  # where this takes 8 seconds, which an evaluation doesn't
             losses = compiled(losses)
         write = compiled(tinylm.in_place(updated_if_finite))
@@ -374,8 +375,9 @@ def write_sample(run):
         return ""
     device = settings.device
     prompt, randomness = torch.tensor([run.begin_ids], device=device), torch.Generator(device).manual_seed(0)
-    tokens = [token.item() for token in tinylm.generate(run.params, prompt, run.config, settings.sample_tokens, 0.8, 0,
-                                                        0.95, (end,), randomness, DTYPES[settings.dtype])]
+    tokens = [token.item() for token in tinylm.generate(
+        run.params, prompt, run.config, settings.sample_tokens, temperature=0.8, top_p=0.95, stop_tokens=(end,),
+        generator=randomness, dtype=DTYPES[settings.dtype])]
     known = [token for token in tokens if token != end and token < run.tokenizer.vocab_size]
     return bpe.decode(run.tokenizer, known)
 
@@ -386,11 +388,12 @@ def evaluate_only(resume, init_from, given):
     for name in given.keys() - {"data", "split", "eval_tokens", "batch_size", "device", "dtype"}:
         raise InputError(f"--{name}={given[name]}: --eval_only does not use it; leave it out")
     folder = newest(resume) or Path(resume) if resume else find_checkpoint(init_from, "init_from")
-    if resume and not checkpoint.for_training(folder, "train_state.json").is_file():
+    has_state = (folder / "training/train_state.json").is_file()
+    if resume and not has_state:
         raise InputError(f"--resume={resume}: no checkpoint there; expected a folder that train.py wrote")
     params, config = checkpoint.load_checkpoint(folder)
     kept = {}
-    if checkpoint.for_training(folder, "train_state.json").is_file():
+    if has_state:
         with state_of(folder) as state:
             kept = {name: state["settings"][name] for name in ("batch_size", "dtype")}
             kept["data"] = given.get("data") or str(data_of(state, folder))

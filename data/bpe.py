@@ -44,12 +44,6 @@ SPLIT_PATTERNS = {
     "llama3": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
               r"\s*[\r\n]+|\s+(?!\S)|\s+",
 }
-CHUNK_BYTES = 1 << 20  # of a file, read and worked on at once
-MOST_WORDS = 1 << 18  # a process remembers; it begins anew beyond this, so that memory has a bound
-MOST_BYTES = 2 * CHUNK_BYTES  # a chunk is longer only if it ends with a word without end
-FRONT_BYTES = 1 << 14  # of a word without end, merged at once
-MOST_TOKEN_BYTES = 256  # with a longer token a word without end is held whole: to find its borders would take too long
-PIECE_BYTES = 1 << 18  # of that, split at once: large enough for arrays to pay, small enough to stay in a core's cache
 
 # ---- Byte-level BPE, as it is defined ----
 
@@ -108,6 +102,15 @@ def plain_encode(tokenizer, text):
             word[i:i + 2] = [made]
         ids += word
     return ids
+
+# ---- Bounds, so that text of any size and kind streams ----
+
+CHUNK_BYTES = 1 << 20  # of a file, read and worked on at once
+MOST_WORDS = 1 << 18  # a process remembers; it begins anew beyond this, so that memory has a bound
+MOST_BYTES = 2 * CHUNK_BYTES  # a chunk is longer only if it ends with a word without end
+FRONT_BYTES = 1 << 14  # of a word without end, merged at once
+MOST_TOKEN_BYTES = 256  # with a longer token a word without end is held whole: to find its borders would take too long
+PIECE_BYTES = 1 << 18  # of a chunk, split at once: enough for arrays to pay, and few enough to stay in a core's cache
 
 # ---- Splitting text into words ----
 
@@ -1340,8 +1343,7 @@ def special_ids(path, tokenizer):
     """How a model begins and ends texts: ids put before a prompt, ids that end a text, ids to begin an empty one with.
     path: the model's folder, or its tokenizer's file.
 
-    Prompts begin as tokenizer.json says, which other tools follow; checkpoints of ours from before it did, with
-    <|endoftext|>.
+    Prompts begin as tokenizer.json says, which other tools follow.
     """
     folder, file = (path, "tokenizer.json") if path.is_dir() else (path.parent, path.name)
     read = lambda name: files.read_json(folder / name) if (folder / name).is_file() else {}
@@ -1356,8 +1358,6 @@ def special_ids(path, tokenizer):
         ends = generation.get("eos_token_id", config.get("eos_token_id", end))
         ends = tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
         first = generation.get("bos_token_id", config.get("bos_token_id", end))
-        if not templates and end is not None and (folder / "train_state.json").is_file():
-            begin = [end]
         empty = [] if first is None else [first]
         if not all(type(i) is int and 0 <= i < tokenizer.vocab_size for i in (*begin, *ends, *empty)):
             raise ValueError(f"ids {(*begin, *ends, *empty)} of {tokenizer.vocab_size} tokens")

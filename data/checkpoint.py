@@ -16,6 +16,9 @@ from data import files
 from data.cli import InputError
 from tinylm import Config, tree_build, tree_leaves
 
+# What to do about a checkpoint that can't be used, be it of a run or from elsewhere.
+ANOTHER = "take another checkpoint (a run goes on from the one before, where the folder of this one is moved away)"
+
 # ---- safetensors ----
 
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -109,9 +112,7 @@ HF_NAMES = {
     "blocks.{}.mlp.w_up": "model.layers.{}.mlp.up_proj.weight",
     "blocks.{}.mlp.w_down": "model.layers.{}.mlp.down_proj.weight",
 }
-# What to do about a checkpoint that can't be used, be it of a run or from elsewhere.
-ANOTHER = "take another checkpoint (a run goes on from the one before, where the folder of this one is moved away)"
-# Of a field of Config.
+# Of a field of Config, its name in config.json.
 HF_SIZES = {
     "vocab_size": "vocab_size", "context_length": "max_position_embeddings", "d_model": "hidden_size",
     "num_layers": "num_hidden_layers", "num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads",
@@ -258,9 +259,9 @@ def save_checkpoint(folder, params, config, tokenizer, end_token, optimizer=None
                     dtype=torch.float32, begin_tokens=None):
     """Write a checkpoint folder: beside its place, flushed to disk, then renamed, so that readers see all or nothing.
 
-    `tokenizer` is what its tokenizer.json says; `end_token` is its (text, id) that ends a document, `begin_tokens` are those that
-    begin one, by default the same. `optimizer` (a tree of tensors) and `train_state` (JSON) are what a run needs to go
-    on, `others` the `files_for_others` of the model it came from.
+    `tokenizer` is what tokenizer.json of the data says; `end_token` is its (text, id) that ends a document,
+    `begin_tokens` are those that begin one, by default the same. `optimizer` (a tree of tensors) and `train_state`
+    (JSON) are what a run needs to go on, `others` the `files_for_others` of the model it came from.
     Tensors that are split over ranks are gathered one by one, for which the other ranks call `take_part_in_saving`.
     """
     folder = Path(folder)
@@ -293,11 +294,6 @@ def take_part_in_saving(params, optimizer):
     """What the other ranks do while the first one saves, or can't."""
     for _, leaf in tree_leaves(params) + tree_leaves(optimizer):
         tinylm.all_gather(leaf)
-
-def for_training(folder, name):
-    """Where a checkpoint has a file that only training needs: in training/, and in those of before beside the model."""
-    beside = Path(folder) / name
-    return beside if beside.is_file() else Path(folder) / "training" / name
 
 def tokenizer_for_others(tokenizer, begin_tokens):
     """A tokenizer.json, for tools that should begin a text as training did: with these tokens, (text, id) each."""
@@ -345,11 +341,7 @@ def write_checkpoint(folder, params, config, tokenizer, begin_tokens, end_token,
     files.flush_folder(folder)
 
 def files_for_others(folder):
-    """What other tools read of a model beside its weights: {name: bytes}. Nothing of checkpoints of ours from before
-    they said how a text begins.
-    """
-    if (folder / "train_state.json").is_file():
-        return {}
+    """What other tools read of a model beside its weights: {name: bytes}."""
     names = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
              "special_tokens_map.json", "chat_template.jinja", "vocab.json", "merges.txt")
     return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
@@ -403,7 +395,7 @@ def weights_files(folder):
 
 def load_optimizer(folder, like):
     """Read the optimiser state from a checkpoint folder of ours. `like`: a fresh state, whose shapes it must have."""
-    path = for_training(folder, "optimizer.safetensors")
+    path = Path(folder) / "training/optimizer.safetensors"
     if not path.is_file():
         raise InputError(f"{path} is missing; the model can be used, but its training can't go on from here")
     tensors = read_safetensors(path)

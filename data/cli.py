@@ -330,11 +330,11 @@ class Progress:
     Quiet for the first two seconds, so that short work leaves no trace.
     """
 
-    def __init__(self, label, total=None, unit="MB", scale=1e6, interval=None, stream=None):
+    def __init__(self, label, total=None, unit="MB", scale=1e6, stream=None):
         self.label, self.total, self.unit, self.scale = label, total, unit, scale
         self.stream = stream or sys.stderr
         self.terminal = self.stream.isatty()
-        self.interval = interval or (0.2 if self.terminal else 10)
+        self.interval = 0.2 if self.terminal else 10
         self.begin = time.monotonic()
         self.next = self.begin + 2
         self.shown = False

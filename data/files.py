@@ -59,6 +59,14 @@ def check_output(path, beginning):
     if path.is_file() and path.stat().st_size and not begins_with(path, beginning):
         raise InputError(f"--output={path} is there and is another kind of file; give another name, or remove it")
 
+def check_room(folder, needed, purpose, instead):
+    """Raise InputError where the disk that a folder is or will be on has less than `needed` bytes free."""
+    parent = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise InputError(f"{parent} has {free / 1e6:,.0f} MB free; {purpose} {needed / 1e6:,.0f} MB; make room, or "
+                         f"{instead}")
+
 def remove(path):
     """Remove a file, a link or a whole folder, if it is there."""
     path = Path(path)

@@ -55,8 +55,12 @@ def describe(run):
         "device_name": device_name, "python_version": platform.python_version(), "torch_version": torch.__version__}
 
 def flops_per_token(config):
-    """Floating-point operations to train on a token: 6 · parameters + 12 · layers · d_model · context."""
-    return 6 * tinylm.num_params(config) + 12 * config.num_layers * config.d_model * config.context_length
+    """Floating-point operations to train on a token: 6 for each parameter, but those of an embedding, of which one row
+    is looked up, and 12 · layers · heads · head_dim · context (Chowdhery et al. 2022, appendix B).
+    """
+    looked_up = 0 if config.tie_embeddings else config.vocab_size * config.d_model
+    attention = 12 * config.num_layers * config.num_heads * config.head_dim * config.context_length
+    return 6 * (tinylm.num_params(config) - looked_up) + attention
 
 def introduce(run):
     """Say what is about to run."""
@@ -165,7 +169,7 @@ class Log:
         except (OSError, InputError) as problem:
             written, error = 0, problem
         if written < len(data) and not self.cut:
-            cli.fail(f"{self.run.folder / 'metrics.jsonl'} could not be written ({error}); see to that, the run goes on")
+            cli.fail(f"{self.run.folder}/metrics.jsonl could not be written ({error}); see to that, the run goes on")
         self.cut = written < len(data)
 
     def send(self, call):
@@ -236,10 +240,9 @@ class Log:
         """Where asked, send the latest checkpoint to W&B."""
         def send():
             artifact = self.wandb.Artifact(f"{self.wandb_run.id}-checkpoint", "model", metadata={"step": step})
-            artifact.add_dir(str(latest))
+            artifact.add_dir(str(newest(self.run.folder)))
             self.wandb_run.log_artifact(artifact, aliases=["latest"] + ["best"] * (step == self.run.best_step))
 
-        latest = newest(self.run.folder)
         if self.settings.wandb_artifacts:
             self.send(send)
 

@@ -74,9 +74,7 @@ def fetch(url, path, size, attempts, pause):
             begin = 0
         if begin == size:
             break
-        if shutil.disk_usage(path.parent).free < size - begin:
-            raise InputError(f"{path.parent} has no room for the {(size - begin) / 1e6:,.0f} MB of {url}; make some "
-                             "and run the command again")
+        files.check_room(path.parent, size - begin, f"what is left of {url} needs", "give the text with --input")
         try:
             request = urllib.request.Request(url, headers={"Range": f"bytes={begin}-"} if begin else {})
             with urllib.request.urlopen(request, timeout=30) as response:
@@ -125,15 +123,16 @@ def write_stories(folder):
     progress.close()
     return [folder / name for name in NUM_STORIES]
 
-def text_files(source):
-    """The file, or all files below the folder in order of name (hidden ones left out), that a user named."""
+def text_files(source, output):
+    """The file that a user named, or all files below the folder in order of name, without hidden ones and `output`."""
     source = Path(source)
     if source.is_file():
         return [source]
     if not source.is_dir():
         raise InputError(f"{source} is not there; expected a text file, or a folder of them")
     paths = [path for path in sorted(source.rglob("*")) if path.is_file()
-             and not any(part.startswith(".") for part in path.relative_to(source).parts)]
+             and not any(part.startswith(".") for part in path.relative_to(source).parts)
+             and output.resolve() not in path.resolve().parents]
     if not paths:
         raise InputError(f"{source} has no files in it; expected a text file, or a folder of them")
     return paths
@@ -165,7 +164,7 @@ def cut_point(path, start, target, end):
         file.seek(target)
         text = file.read(min(end - target, 1 << 22))
     for border in (bpe.END_OF_TEXT.encode(), b"\n"):
-        if border in text[:-len(border)]:
+        if border in text[:(end - target) // 2]:  # so that much is left behind it
             return target + text.index(border) + len(border)
     while text and text[0] & 0xC0 == 0x80:
         target, text = target + 1, text[1:]
@@ -182,7 +181,7 @@ def with_end(tokenizer, end):
     """The tokenizer, <|endoftext|> in a text read as the id that ends one."""
     return replace(tokenizer, special_tokens={bpe.END_OF_TEXT: end} | tokenizer.special_tokens)
 
-def begun(ids, is_start, begin, end):
+def with_begin_ids(ids, is_start, begin, end):
     """`ids` of texts that each `end`, with the ids `begin` in front of each text that has none; is_start says whether
     they start with one."""
     if not begin:
@@ -211,7 +210,7 @@ def write_ids(tokenizer, begin, end, spans, path, workers, errors):
             if source != before and last[-1:] != end:
                 write(end)
                 last = end
-            write(begun(ids, last[-1:] == end, begin, end))
+            write(with_begin_ids(ids, last[-1:] == end, begin, end))
             before, last = source, ids if len(ids) else last
         if last[-1:] != end:
             write(end)
@@ -236,10 +235,12 @@ def prepare(given):
     own = {".lock", ".lock.held", ".partial"}  # what a killed process of this command may have left
     if (output / ".partial/meta.json").is_file():  # while it moved new data over old
         own |= {"tokenizer.json", *(f"{split}.{kind}" for split in ("train", "val") for kind in ("bin", "txt"))}
-    if output.exists() and not (output / "meta.json").is_file() and (
+    if output.exists() and not is_data(output) and (
             not output.is_dir() or any(path.name not in own for path in output.iterdir())):
         raise InputError(f"{output} is there and was not written by this command; choose another --output")
-    sources = [text_files(path) for path in (source, val_input) if path]
+    if source and not settings.output and output.name in VOCAB_SIZES:
+        raise InputError(f"--input={source} would replace data/{output.name}, a corpus of this project; add --output")
+    sources = [text_files(path, output) for path in (source, val_input) if path]
     for paths in sources:
         whole_spans(paths)
 
@@ -253,7 +254,7 @@ def prepare(given):
                 write_beside(output / ".partial", sources, settings, dataset, tokenizer, begin, end, vocab_size, asked)
             except BaseException:
                 files.remove(output / ".partial")
-                if is_new and not (output / "meta.json").is_file():
+                if is_new and not is_data(output):
                     files.remove(output)
                 raise
             put_in_place(output / ".partial", output)
@@ -274,7 +275,9 @@ def write_beside(partial, sources, settings, dataset, tokenizer, begin, end, voc
     if not train or not val:
         raise InputError(f"{settings.input or dataset}: too little text to keep {val_fraction} of it for validation; "
                          "use more text or another --val_fraction")
-    check_room(partial, sum(end - start for _, start, end in train + val), vocab_size)
+    # Ids of 2 or 4 bytes: one for a byte of text or, where bytes are merged, for two or more.
+    ids = sum(end - start for _, start, end in train + val) / (1 if vocab_size < 512 else 2)
+    files.check_room(partial, ids * (2 if vocab_size <= 1 << 16 else 4), "the data may need", "choose another --output")
     tokenizer = tokenizer or bpe.train(train, vocab_size, workers=settings.workers, errors=settings.errors)
     end = tokenizer.special_tokens[bpe.END_OF_TEXT] if end is None else end
     write_data(partial, asked, train, val, tokenizer, begin, end, settings.workers, settings.errors)
@@ -348,18 +351,11 @@ def write_data(folder, asked, train, val, tokenizer, begin, end, workers, errors
                              "(data/prepare.py has --val_input and --val_fraction to choose it)")
     files.write_json(folder / "meta.json", meta)
 
-def check_room(folder, num_bytes, vocab_size):
-    """Raise InputError if the disk can't hold the ids: two bytes each, for a byte of text or, merged, two or more."""
-    needed, free = num_bytes * (2 if vocab_size < 512 else 1), shutil.disk_usage(folder).free
-    if free < needed:
-        raise InputError(f"{folder.parent} has {free / 1e6:,.0f} MB free; the data may need {needed / 1e6:,.0f} MB; "
-                         "make room or choose another --output")
-
-def report(folder, asked):
+def report(folder, most_tokens):
     """Say what a data folder holds."""
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    if meta["vocab_size"] < asked:
-        cli.say(f"the text has no more pairs to merge: a vocabulary of {meta['vocab_size']}, not {asked}")
+    meta = files.read_json(folder / "meta.json")
+    if meta["vocab_size"] < most_tokens:
+        cli.say(f"the text has no more pairs to merge: a vocabulary of {meta['vocab_size']}, not {most_tokens}")
     cli.say(f"{folder}: a vocabulary of {meta['vocab_size']} tokens")
     for split in ("train", "val"):
         tokens, size = meta[split]["tokens"], meta[split]["bytes"]
@@ -397,7 +393,7 @@ def open_data(folder):
             if highest >= meta["vocab_size"]:
                 raise InputError(f"{path} holds the id {highest}, beyond the vocabulary of {meta['vocab_size']}; "
                                  f"{again}")
-            if meta[split].setdefault("sha256", digest) != digest:  # data of before has none
+            if meta[split]["sha256"] != digest:
                 raise InputError(f"{path} is not what was written, though as long; {again}")
             ids[split].digest = digest
             if int(ids[split][-1]) != meta["end_of_text_id"]:
@@ -424,7 +420,8 @@ def ids_of(name, folder, split):
     tokenizer, begin, end = load_tokenizer(folder)
     if Path(name).is_file():
         pieces = [ids for _, ids in bpe.encode_pieces(with_end(tokenizer, end), [Path(name)])]
-        ids = begun(np.concatenate([[] if begin else [end], *pieces]).astype(tokenizer.dtype), True, begin, end)
+        ids = np.concatenate([[] if begin else [end], *pieces]).astype(tokenizer.dtype)
+        ids = with_begin_ids(ids, True, begin, end)
         num_bytes = int(text_sizes(tokenizer)[ids].sum())
     else:
         data = find_data(name, folder)

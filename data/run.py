@@ -4,7 +4,6 @@ import json
 import math
 import os
 import shlex
-import shutil
 import socket
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
@@ -48,8 +47,8 @@ class Run:
 
     @property
     def begin_ids(self):
-        """The ids that begin a text; in data of before it said so, the one that ends the text before."""
-        return self.meta.get("begin_ids", [self.meta["end_of_text_id"]])
+        """The ids that begin a text."""
+        return self.meta["begin_ids"]
 
 # Of a run, what the first rank finds out and tells the others.
 SHARED = ("folder", "data", "source", "step", "seconds", "lowest", "best_step", "wandb_id", "meta")
@@ -66,7 +65,7 @@ def checkpoints(folder):
     steps = {}
     for name in ("best", "latest", "step-*"):  # the first two where a copy made folders of the links
         for path in Path(folder).glob(name):
-            state = checkpoint.for_training(path, "train_state.json")
+            state = path / "training/train_state.json"
             if state.is_file() and (name == "step-*" or not path.is_symlink()):
                 state = {"step": path.name[5:]} if name == "step-*" else files.read_json(state)
                 if str(state.get("step")).isdigit():
@@ -79,9 +78,7 @@ def newest(folder):
 
 def best_step_of(latest):
     """The step that a run had its lowest validation loss at when it wrote its latest checkpoint, or None."""
-    link = (latest.parent / "best").resolve().name  # runs of before say it by a link alone
-    return files.read_json(checkpoint.for_training(latest, "train_state.json")).get(
-        "best_step", int(link[5:]) if link.startswith("step-") else None)
+    return files.read_json(latest / "training/train_state.json").get("best_step")
 
 def best(folder):
     """The checkpoint of a run with the lowest validation loss, or the newest where none was evaluated; None without."""
@@ -104,7 +101,7 @@ def find_checkpoint(name, flag="checkpoint"):
                          "--checkpoint")
     return best(written[-1].parents[1])
 
-def point(folder, name, target):
+def update_link(folder, name, target):
     """Let a link in a run's folder point at a checkpoint, for other tools. Where there are no links nothing is lost."""
     link, place = folder / f".{name}.partial", folder / name
     try:
@@ -230,7 +227,8 @@ def start_run(given, init_from, folder, table, claims):
     checkpoint.check_can_be_saved(config)
     with cli.as_input_error():
         tinylm.get_batch(ids["train"], 1, config.context_length, 0, 0)  # raises where the text is too short
-    check_room(folder, checkpoint_bytes(config) * (settings.keep_checkpoints + 2), "the checkpoints of this run need")
+    files.check_room(folder, checkpoint_bytes(config) * (settings.keep_checkpoints + 2),
+                     "the checkpoints of this run need", "choose another --output_dir")
     folder.mkdir(parents=True, exist_ok=True)
     lock = claims.enter_context(hold(folder))
     if newest(folder):  # while the data was prepared
@@ -238,12 +236,12 @@ def start_run(given, init_from, folder, table, claims):
                          f"--resume={folder} or --resume=auto, to go on from it")
     return Run(settings, folder, data, source=init_from, meta=meta, ids=ids, claims=claims, lock=lock)
 
-def resume_run(folder, given, table, claims, done=InputError):
-    """A run as its latest checkpoint has it. Raises InputError for flags that would make it another run, and `done`
-    where it has done all its steps."""
+def resume_run(folder, given, table, claims, error_if_done=InputError):
+    """A run as its latest checkpoint has it. Raises InputError for flags that would make it another run, and
+    `error_if_done` where it has done all its steps."""
     latest = newest(folder)
     if not latest:
-        is_one = checkpoint.for_training(folder, "train_state.json").is_file()
+        is_one = (folder / "training/train_state.json").is_file()
         advice = f"give the run's folder, --resume={folder.parent}" if is_one else (
             "expected a folder that train.py wrote")
         raise InputError(f"--resume={folder}: no checkpoint there; {advice}")
@@ -275,15 +273,16 @@ def resume_run(folder, given, table, claims, done=InputError):
         run = Run(settings, folder, data, str(latest), step, seconds, lowest, best_step, state["wandb_id"],
                   claims=claims, lock=lock)
         if step >= settings.num_steps:
-            raise done(f"--resume={folder}: the run has done its {step} steps; give a larger --num_steps to extend it")
+            raise error_if_done(f"--resume={folder}: the run has done its {step} steps; give a larger --num_steps to "
+                                "extend it")
         run.meta, run.ids = prepare.open_data(run.data)
-        check_same_data(run, state.get("data"), latest)
+        check_same_data(run, state["data"], latest)
     return run
 
 @contextmanager
 def state_of(folder):
     """What train_state.json of a checkpoint has. Raises InputError where what is done with it shows it damaged."""
-    path = checkpoint.for_training(folder, "train_state.json")
+    path = folder / "training/train_state.json"
     try:
         yield files.read_json(path)
     except (KeyError, TypeError, AttributeError) as error:
@@ -292,7 +291,7 @@ def state_of(folder):
 def data_of(state, latest):
     """The data folder of a run with this state: where it was, or, in a copy of the project, of the same name."""
     name = state["settings"]["data"]
-    folder = Path(state.get("data_folder", name))
+    folder = Path(state["data_folder"])
     if prepare.is_data(folder):
         return folder
     try:
@@ -304,7 +303,7 @@ def check_same_data(run, before, latest):
     """Raise InputError where a run's data is not what it was in its `latest` checkpoint, in which `before` says it."""
     prepare.check_tokenizer(run.data, latest)
     advice = f"give that data with --data, or begin a new run from the model with --init_from={latest}"
-    for split in before or ():  # runs of before don't say it
+    for split in before:
         then, now = before[split], run.meta[split]
         if then != now:
             change = f"{now['tokens']:,} tokens, not {then['tokens']:,}" if now["tokens"] != then["tokens"] else (
@@ -409,19 +408,11 @@ def checkpoint_bytes(config):
     """The most a checkpoint takes: parameters and two moments, of 4 bytes each, and the model in 16 bits."""
     return (3 * 4 + 2) * tinylm.num_params(config)
 
-def check_room(folder, needed, purpose):
-    """Raise InputError where the disk below `folder` has less than `needed` bytes free."""
-    parent = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise InputError(f"{parent} has {free / 1e6:,.0f} MB free; {purpose} {needed / 1e6:,.0f} MB; make room or "
-                         "choose another --output_dir")
-
 def save(run, step, seconds, val_loss):
     """Write the checkpoint of a step and say which one is the latest and which the best; drop those not needed."""
     try:
         folder = own_folder(run)
-        check_room(folder, checkpoint_bytes(run.config), "a checkpoint needs")
+        files.check_room(folder, checkpoint_bytes(run.config), "a checkpoint needs", "choose another --output_dir")
     except InputError:
         checkpoint.take_part_in_saving(run.params, run.optimizer)  # the other ranks are gathering already
         raise
@@ -435,7 +426,7 @@ def save(run, step, seconds, val_loss):
                                run.others, machine.DTYPES_OF_FILES[run.settings.save_dtype], begin)
     run.lowest, run.best_step = lowest, best_step
     for name in ["latest"] + ["best"] * (best_step == step):
-        point(folder, name, target.name)
+        update_link(folder, name, target.name)
     files.flush_folder(folder)
     for old_step in list(checkpoints(folder))[:-run.settings.keep_checkpoints]:
         if old_step != best_step:
