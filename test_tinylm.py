@@ -3381,6 +3381,37 @@ def test_special_tokens_with_blanks_are_whole_wherever_text_is_cut(tmp_path, mon
         pieces = [ids for _, ids in bpe.encode_pieces(tokenizer, [tmp_path / "text.txt"], workers=1)]
         assert np.concatenate(pieces).tolist() == expected and (stretch or len(pieces) > 1)
 
+def test_lines_of_json_are_documents(tmp_path, trained, capsys):
+    texts = ["One é.\nTwo.", "", " Three\u2028", "four 🦊"] * 30
+    plain, lines = tmp_path / "a.txt", tmp_path / "b.jsonl"
+    plain.write_text("".join(text + END for text in texts), newline="")
+    lines.write_text("\n".join(json.dumps({"id": 1, "text": text}) for text in texts) + "\n\n")
+    for path in (plain, lines):
+        prepare.prepare(input=path, output=tmp_path / path.stem, vocab_size=270)
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {path.name for path in (tmp_path / "b").iterdir()}
+    for name in ("tokenizer.json", "train.bin", "val.bin"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    losses = [train.train(eval_only=True, resume=trained / "runs/tiny", data=path) for path in (plain, lines)]
+    assert losses[0] == losses[1] and f"loss {losses[0]:.4f} nats per token" in capsys.readouterr().out
+    for line in ("{}", "5", '"text"', '{"text": 5}', "no JSON", '{"text": "\\ud800"}', '{"text": "\xff"}'):
+        lines.write_text('{"text": "fine"}\n' + line, encoding="latin-1")
+        with pytest.raises(cli.InputError, match='b.jsonl, line 2: expected a JSON object with a text as "text"'):
+            prepare.prepare(input=lines, output=tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+
+def test_a_text_that_changed_is_not_resumed_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "DATA", tmp_path / "data")
+    text = tmp_path / "my.txt"
+    text.write_text("".join(stories.story(0, i) for i in range(60)))
+    train.train(data=text, output_dir=tmp_path / "run", **TINY)
+    monkeypatch.chdir(tmp_path)
+    train.train(resume=tmp_path / "run", data="./my.txt", num_steps=7)
+    train.train(resume=tmp_path / "run", data=text, num_steps=8)
+    text.write_text(text.read_text() + "More.")
+    with pytest.raises(cli.InputError, match="has other data than the run began with"):
+        train.train(resume=tmp_path / "run", data=text, num_steps=9)
+    assert train.train(resume=tmp_path / "run", num_steps=9).step == 8
+
 def test_a_folder_of_texts_with_data_in_it(tmp_path):
     """What an earlier call wrote there is no text."""
     (tmp_path / "in").mkdir()
@@ -3566,6 +3597,11 @@ def test_init_from_goes_on_with_the_model(tmp_path, monkeypatch):
     same(after, before, 0)
     with pytest.raises(cli.InputError, match="--d_model=64.*has d_model 32"):
         train.train(init_from=str(tmp_path / "llama"), d_model=64, **flags)
+    losses = {line["step"]: line["val_loss"] for line in metrics(tmp_path / "run") if "val_loss" in line}
+    assert list(losses) == [0, 1, 2] and losses[0] == losses[2]  # a rate of 0 has changed nothing
+    text = tmp_path / "corpus.txt"
+    with pytest.raises(cli.InputError, match="llama has no tokenizer.json to read .*corpus.txt by; put the model's th"):
+        train.train(init_from=tmp_path / "llama", **flags | dict(data=text))
     falling_then_rising(monkeypatch)
     train.train(data=str(data), output_dir=str(tmp_path / "own"), **TINY | dict(eval_interval=1, keep_checkpoints=9))
     train.train(init_from=str(tmp_path / "own"), output_dir=str(tmp_path / "next"), **flags)

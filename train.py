@@ -1,4 +1,4 @@
-"""Train a model: python train.py --help. From Python: train.train(data="stories", num_steps=100)."""
+"""Train a model: python train.py --help. From Python: run = train.train(data="stories", num_steps=100)."""
 
 import inspect
 import math
@@ -219,6 +219,8 @@ def train(given):
         learning_rate = schedule(settings)
         is_due = lambda step, interval: step % getattr(settings, interval) == 0 or step == settings.num_steps
 
+        if run.source and not run.step:  # what the model that it begins from does before
+            log.evaluation(0, evaluate(losses, run.params, val_ids, settings, *ranks), write_sample(run))
         for step in range(run.step + 1, settings.num_steps + 1):
             lr = learning_rate(step - 1)
             val_loss, problem = math.inf, None  # where nothing is evaluated, nothing saved
@@ -246,6 +248,7 @@ def train(given):
                 break
 
     conclude(run, step, problem)
+    return run
 
 # ---- The parts of a step ----
 
@@ -382,7 +385,7 @@ def write_sample(run):
     return bpe.decode(run.tokenizer, known)
 
 def evaluate_only(resume, init_from, given):
-    """Print the loss of a run's latest checkpoint, or of any Llama folder, on a split or a text; nothing is written."""
+    """Print, and return, the loss of a run's latest checkpoint, or of any Llama folder, on a split or a text."""
     if bool(resume) == bool(init_from) or resume == "auto":
         raise InputError("--eval_only needs a model: give --resume=RUN, or --init_from=LLAMA_FOLDER")
     for name in given.keys() - {"data", "split", "eval_tokens", "batch_size", "device", "dtype"}:
@@ -409,6 +412,7 @@ def evaluate_only(resume, init_from, given):
     cli.say(f"loss {loss:.4f} nats per token  perplexity {math.exp(min(loss, 700)):.3f}  "
             f"{loss * count / math.log(2) / num_bytes:.4f} bits per byte  {count:,} tokens  "
             f"{time.perf_counter() - begin:.1f} seconds")
+    return loss
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["plot"]:

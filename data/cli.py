@@ -252,7 +252,8 @@ def run(function, arguments=None):
         import fire
         function = fire.decorators.SetParseFn(str)(function)  # a name such as 1e3 is no number
         fire.Fire(fire.decorators.SetParseFns(**parsers)(function),
-                  command=names + [f"--{name}={text}" for name, text in flags.items()], name=program)
+                  command=names + [f"--{name}={text}" for name, text in flags.items()], name=program,
+                  serialize=lambda result: None)  # which is for callers from Python
     except ReaderGone:
         sys.exit(0)
     except OSError as error:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -35,7 +36,7 @@ class Settings:
     dataset: str = flag(None, "stories (built in, no download; the default), tinystories (2.2 GB) or shakespeare "
                         "(1 MB), downloaded once", choices=VOCAB_SIZES)
     input: str = flag(None, "a text file, or a folder of them, of your own instead; <|endoftext|> in it ends a "
-                      "document, as each file does")
+                      "document, as each file does; in a .jsonl file each line's \"text\" is one")
     val_input: str = flag(None, "text to validate on")
     val_fraction: float = flag(None, "or the part of the text to keep for validation, its end, between 0 and 1",
                                "(0, 1)", stated="0.1")
@@ -136,6 +137,25 @@ def text_files(source, output):
     if not paths:
         raise InputError(f"{source} has no files in it; expected a text file, or a folder of them")
     return paths
+
+def as_text(path, copy):
+    """The path of a text: the file itself, or for a .jsonl file a `copy` where each line's "text" is a document.
+
+    Raises InputError for a line without one.
+    """
+    if path.suffix != ".jsonl":
+        return path
+    progress, done = cli.Progress(f"reading {path.name}", path.stat().st_size), 0
+    with open(path, "rb") as lines, open(copy, "w", encoding="utf-8", newline="") as file:
+        for number, line in enumerate(lines, 1):
+            try:
+                file.write(json.loads(line)["text"] + bpe.END_OF_TEXT if line.strip() else "")
+            except (ValueError, KeyError, TypeError, RecursionError):
+                raise InputError(f'{path}, line {number:,}: expected a JSON object with a text as "text"') from None
+            done += len(line)
+            progress.update(done)
+    progress.close()
+    return copy
 
 def whole_spans(paths):
     """Files as spans (path, start, end), without the empty ones. Raises InputError where no text is left."""
@@ -269,7 +289,8 @@ def write_beside(partial, sources, settings, dataset, tokenizer, begin, end, voc
     elif dataset:
         kept = DATA / "downloads"
         sources = [[download(url, kept / f"{dataset}-{url.split('/')[-1]}", size)] for url, size in DOWNLOADS[dataset]]
-    spans = [whole_spans(paths) for paths in sources]
+    copy = lambda: partial / f"{len(list(partial.iterdir()))}-copy.txt"
+    spans = [whole_spans([as_text(path, copy()) for path in paths]) for paths in sources]
     val_fraction = settings.val_fraction or 0.1
     train, val = spans if len(spans) == 2 else split_spans(spans[0], val_fraction)
     if not train or not val:
@@ -281,6 +302,8 @@ def write_beside(partial, sources, settings, dataset, tokenizer, begin, end, voc
     tokenizer = tokenizer or bpe.train(train, vocab_size, workers=settings.workers, errors=settings.errors)
     end = tokenizer.special_tokens[bpe.END_OF_TEXT] if end is None else end
     write_data(partial, asked, train, val, tokenizer, begin, end, settings.workers, settings.errors)
+    for path in partial.glob("*-copy.txt"):
+        path.unlink()
 
 def put_in_place(partial, output):
     """Move new data over old. The folder itself stays, as it may be a mount point; without meta.json it is no data."""
@@ -419,7 +442,9 @@ def ids_of(name, folder, split):
     """
     tokenizer, begin, end = load_tokenizer(folder)
     if Path(name).is_file():
-        pieces = [ids for _, ids in bpe.encode_pieces(with_end(tokenizer, end), [Path(name)])]
+        with tempfile.TemporaryDirectory() as folder:
+            text = as_text(Path(name), Path(folder) / "text")
+            pieces = [ids for _, ids in bpe.encode_pieces(with_end(tokenizer, end), [text])]
         ids = np.concatenate([[] if begin else [end], *pieces]).astype(tokenizer.dtype)
         ids = with_begin_ids(ids, True, begin, end)
         num_bytes = int(text_sizes(tokenizer)[ids].sum())

@@ -216,6 +216,9 @@ def start_run(given, init_from, folder, table, claims):
     folder = folder or new_folder(settings)
     check_new(folder)
     has_tokenizer = bool(init_from) and (Path(init_from) / "tokenizer.json").is_file()
+    if init_from and not has_tokenizer and (settings.data in prepare.VOCAB_SIZES or Path(settings.data).is_file()):
+        raise InputError(f"--init_from={init_from} has no tokenizer.json to read {settings.data} by; put the model's "
+                         "there, or give --data=FOLDER of data that was prepared with it")
     data = prepare.find_data(settings.data, init_from if has_tokenizer else None)
     meta, ids = prepare.open_data(data)
     settings = table.complete(sizes | given, **known, train_tokens=meta["train"]["tokens"])
@@ -266,7 +269,8 @@ def resume_run(folder, given, table, claims, error_if_done=InputError):
             given = given | {"lr_min": kept["lr_min"] * given["lr_max"] / (kept["lr_max"] or 1)}
         settings = table.complete(kept | given)
         lowest, best_step = math.inf if state["best"] is None else state["best"], best_step_of(latest)
-        is_moved = given.get("data", kept["data"]) != kept["data"]
+        # A text that is named again may have changed since.
+        is_moved = "data" in given and (given["data"] != kept["data"] or Path(given["data"]).is_file())
         data = prepare.find_data(given["data"], latest) if is_moved else data_of(state, latest)
         if given.get("eval_tokens", kept["eval_tokens"]) != kept["eval_tokens"]:
             lowest, best_step = math.inf, None  # what was measured so far is of another part of the text
