@@ -514,16 +514,35 @@ def faster(target, fits):
     return attach
 
 @contextmanager
-def definitions_alone():
-    """Switch all forms off: within it each operation is computed as it is defined."""
-    forms = {name: target.forms[:] for name, target in OPERATIONS.items()}
-    for target in OPERATIONS.values():
-        target.forms.clear()
+def definitions_alone(names=None):
+    """Switch forms off: within it each operation, or each of these names, is computed as it is defined."""
+    forms = {name: OPERATIONS[name].forms[:] for name in names or OPERATIONS}
+    for name in forms:
+        OPERATIONS[name].forms.clear()
     try:
         yield
     finally:
-        for name, target in OPERATIONS.items():
-            target.forms[:] = forms[name]
+        for name in forms:
+            OPERATIONS[name].forms[:] = forms[name]
+
+def forms_that_differ(compute):
+    """The names of operations whose forms, and not their definitions, give compute(): a tree of {what: tensors}.
+
+    None where it is not the same twice, as with dropout.
+    """
+    def differs():
+        now = compute()
+        distance = lambda what: global_norm(tree_map(torch.sub, now[what], usual[what]))
+        return any(distance(what) > 1e-3 * global_norm(usual[what]) for what in usual)
+
+    def differs_without(names):
+        with definitions_alone(names):
+            return differs()
+
+    usual, names = compute(), [name for name, target in OPERATIONS.items() if target.forms]
+    if differs() or not differs_without(names):
+        return []
+    return [name for name in names if differs_without([name])] or names
 
 def always(*_, **__):
     return True

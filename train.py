@@ -4,7 +4,7 @@ import inspect
 import math
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -211,7 +211,7 @@ def train(given):
     if "split" in given:
         raise InputError(f"--split={given['split']} belongs to --eval_only; leave it out, or add --eval_only")
     machine.keep_freed_memory()
-    with (open_run(resume, init_from, given, Settings) as run, machine.numerics(run.settings.device), Log(run) as log,
+    with (open_run(resume, init_from, given, Settings, check_forms) as run, machine.numerics(run.settings.device), Log(run) as log,
           machine.Interrupt() as interrupt):
         settings = run.settings
         train_ids, val_ids, ranks = run.ids["train"], run.ids["val"], (run.rank, run.num_ranks)
@@ -315,6 +315,30 @@ def step_functions(config, settings):
         if settings.device != "cpu" and settings.grad_accum_steps == machine.num_ranks() == 1:
             gradients, update = tinylm.in_graph(gradients, 1), tinylm.in_graph(update, 3)
     return gradients, torch.no_grad()(update), torch.no_grad()(losses)
+
+def check_forms(run):
+    """Raise InputError where a step computes other numbers by faster forms than by the definitions, as of one that was
+    changed. What is compared is a small step, of one block, in float32.
+    """
+    most = {"num_layers": 1, "d_model": 64, "d_ff": 128, "vocab_size": 256, "context_length": 32}
+    small = {name: min(size, getattr(run.config, name)) for name, size in most.items()}
+    group = run.config.num_heads // run.config.num_kv_heads
+    config = replace(run.config, num_heads=group, num_kv_heads=1, **small)
+    settings = replace(run.settings, compile=False, dtype="float32", shard=False)
+    gradients, update, _ = step_functions(config, settings)
+    params = tinylm.init_params(config, torch.Generator().manual_seed(0))
+    params = tinylm.tree_map(lambda p: p.to(settings.device), params)
+    state, rate = tinylm.OPTIMIZERS[settings.optimizer][0](params), torch.tensor(1e-2, device=settings.device)
+    tokens = torch.arange(config.context_length + 1, device=settings.device)[None] % config.vocab_size
+
+    def compute():
+        loss, grads = gradients(params, tokens[:, :-1], tokens[:, 1:])
+        new, _, _ = update(params, params, state, rate, loss)  # as if by gradients that are the same for any form
+        return {"loss": loss, "gradients": grads, "update": tinylm.tree_map(torch.sub, new, params)}
+
+    for name in tinylm.forms_that_differ(compute):
+        raise InputError(f"{name} computes other numbers by its faster form than by its definition in tinylm.py; let the "
+                         f"form follow, or drop it there by {name}.forms.clear()")
 
 def accumulate_gradients(gradients, params, ids, settings, step, rank=0, num_ranks=1):
     """The loss on this rank and the mean gradients of a step, over its grad_accum_steps batches and all ranks.

@@ -119,10 +119,11 @@ def update_link(folder, name, target):
 # ---- Start and resume ----
 
 @contextmanager
-def open_run(resume, init_from, given, table):
+def open_run(resume, init_from, given, table, check):
     """The run that the flags mean, on all ranks: the first one finds or starts it, the others hear of it.
 
-    `table` is the class of its settings. What a run claims, its folder and the ranks, it gives back in the end.
+    `table` is the class of its settings, check(run) raises InputError where it should not begin. What a run claims, its
+    folder and the ranks, it gives back in the end.
     """
     with ExitStack() as claims:
         device, rank, num_ranks = claims.enter_context(machine.ranks(machine.choose_device(given.get("device"))))
@@ -131,7 +132,10 @@ def open_run(resume, init_from, given, table):
             try:
                 run = find_run(resume, init_from, given, table, claims)
                 load_state(run)
+                check(run)
             except InputError as error:  # told to the other ranks first, so that all end alike
+                if run and os.listdir(run.folder) == ["lock"]:
+                    files.remove(run.folder)
                 run, mistake = None, error
         if num_ranks > 1:
             run = tell_ranks(run, mistake, table, device, rank, num_ranks)
