@@ -2522,7 +2522,8 @@ def train_and_write_on_device(data, folder, flags):
     """A whole run and texts from its model: all results on the device, few stops, nothing compiled twice."""
     runs, tinylm.attention_kernels = [], unittest.mock.MagicMock()  # launches go nowhere
     tinylm.KEYS_AT_LEAST = 128
-    train.try_to_save, train.check_forms = lambda run, *args: runs.append(run), lambda run: None
+    train.try_to_save = lambda run, *args: runs.append(run)
+    tinylm.forms_that_differ = lambda compute: [compute(), []][1]  # as there are no numbers to compare
     log.Log.histograms = lambda self, step, params, grads: on_device({"params": params, "grads": grads})
     if "ranks" in flags:
         pretend_ranks(flags.pop("ranks"))

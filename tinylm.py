@@ -533,7 +533,7 @@ def forms_that_differ(compute):
     def differs():
         now = compute()
         distance = lambda what: global_norm(tree_map(torch.sub, now[what], usual[what]))
-        return any(distance(what) > 1e-3 * global_norm(usual[what]) for what in usual)
+        return any(distance(what) > 1e-4 * global_norm(usual[what]) for what in usual)
 
     def differs_without(names):
         with definitions_alone(names):

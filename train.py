@@ -262,6 +262,10 @@ def schedule(settings):
                              "line in Settings of train.py")
     return partial(function, **{p.name: getattr(settings, p.name) for p in own if hasattr(settings, p.name)})
 
+def own_hyperparameters(settings):
+    """The optimiser's own hyperparameters, as the settings have them: {name: value}."""
+    return {name: getattr(settings, name) for name in hyperparameters(settings.optimizer) if hasattr(settings, name)}
+
 def step_functions(config, settings):
     """What a step computes, compiled where asked: the gradients of a batch, the update, the losses of each token.
 
@@ -269,7 +273,7 @@ def step_functions(config, settings):
     is overwritten by their next call.
     """
     dtype, (_, optimizer_update) = DTYPES[settings.dtype], tinylm.OPTIMIZERS[settings.optimizer]
-    own = {name: getattr(settings, name) for name in hyperparameters(settings.optimizer) if hasattr(settings, name)}
+    own = own_hyperparameters(settings)
 
     def loss(params, inputs, targets):
         return tinylm.loss_fn(params, inputs, targets, config, dtype, settings.remat)
@@ -317,23 +321,23 @@ def step_functions(config, settings):
     return gradients, torch.no_grad()(update), torch.no_grad()(losses)
 
 def check_forms(run):
-    """Raise InputError where a step computes other numbers by faster forms than by the definitions, as of one that was
-    changed. What is compared is a small step, of one block, in float32.
+    """Raise InputError where faster forms give a step other numbers than the definitions, as where one was changed.
+
+    What is compared is the loss of one small block and its gradients, on the device in float64, which no mode of
+    products rounds, and an update on the CPU.
     """
     most = {"num_layers": 1, "d_model": 64, "d_ff": 128, "vocab_size": 256, "context_length": 32}
     small = {name: min(size, getattr(run.config, name)) for name, size in most.items()}
-    group = run.config.num_heads // run.config.num_kv_heads
-    config = replace(run.config, num_heads=group, num_kv_heads=1, **small)
-    settings = replace(run.settings, compile=False, dtype="float32", shard=False)
-    gradients, update, _ = step_functions(config, settings)
+    config = replace(run.config, num_heads=run.config.num_heads // run.config.num_kv_heads, num_kv_heads=1, **small)
     params = tinylm.init_params(config, torch.Generator().manual_seed(0))
-    params = tinylm.tree_map(lambda p: p.to(settings.device), params)
-    state, rate = tinylm.OPTIMIZERS[settings.optimizer][0](params), torch.tensor(1e-2, device=settings.device)
-    tokens = torch.arange(config.context_length + 1, device=settings.device)[None] % config.vocab_size
+    doubles = tinylm.tree_map(lambda p: p.to(run.settings.device, torch.float64), params)
+    tokens = torch.arange(config.context_length + 1, device=run.settings.device)[None] % config.vocab_size
+    init, update = tinylm.OPTIMIZERS[run.settings.optimizer]
 
     def compute():
-        loss, grads = gradients(params, tokens[:, :-1], tokens[:, 1:])
-        new, _, _ = update(params, params, state, rate, loss)  # as if by gradients that are the same for any form
+        loss, grads = tinylm.value_and_grad(tinylm.loss_fn, doubles, tokens[:, :-1], tokens[:, 1:], config,
+                                            torch.float64)
+        new, _ = update(params, params, init(params), torch.tensor(1e-2), **own_hyperparameters(run.settings))
         return {"loss": loss, "gradients": grads, "update": tinylm.tree_map(torch.sub, new, params)}
 
     for name in tinylm.forms_that_differ(compute):
