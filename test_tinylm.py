@@ -106,6 +106,14 @@ def test_rmsnorm(lead, d, eps):
     same_with_gradients(lambda x, g: tinylm.rmsnorm(x, g, eps), lambda x, g: F.rms_norm(x, (d,), g, eps),
                         leaf(*lead, d), leaf(d, seed=1))
 
+@pytest.mark.parametrize("gain", [1.0, torch.ones(8, dtype=torch.bfloat16, requires_grad=True)])
+def test_rmsnorm_with_a_gain_of_another_kind(gain):
+    x = leaf(3, 8)
+    for out in (tinylm.rmsnorm(x, gain, 1e-5), tinylm.rmsnorm(x.detach(), gain, 1e-5)):
+        same(out, F.rms_norm(x, (8,), None, 1e-5), 1e-6)
+    tinylm.rmsnorm(x, gain, 1e-5).sum().backward()
+    assert x.grad is not None
+
 def test_rmsnorm_takes_the_mean_in_float32():
     x = torch.full((4096,), 256.0, dtype=torch.bfloat16)
     same(tinylm.rmsnorm(x, torch.ones(4096), 1e-5).float(), torch.ones(4096), 1e-3)
@@ -325,7 +333,8 @@ def test_gradient_of_an_embedding(shape):
     same(actual, torch.autograd.grad(F.embedding(tokens, w), w, d_out)[0])
 
 @pytest.mark.parametrize("at_once", [1, 350, 1 << 27])
-def test_loss_in_pieces(at_once, monkeypatch):
+def test_every_form_of_the_loss(at_once, monkeypatch):
+    """In pieces; and the losses of an evaluation, which come from what `forward` gives."""
     monkeypatch.setattr(tinylm, "LOGITS_AT_ONCE", at_once)
     targets = torch.randint(50, (11,), generator=generator())
     same_with_gradients(lambda x, w: tinylm.LossInPieces.apply(x, w, targets),
@@ -983,10 +992,10 @@ def test_every_form_computes_its_definition(name, monkeypatch, mesh_of_one):
     monkeypatch.setattr(tinylm, "has_kernels", lambda q: False)  # they have a test of their own
     monkeypatch.setattr(tinylm, "record", record_on_cpu)
     monkeypatch.setattr(tinylm, "IS_INTEL", False)  # where x @ w.T serves
-    is_eager_with_grad = name in DIFFERENTIABLE
-    rooms = [(dtype, "CPU", is_eager_with_grad) for dtype in TOLERANCES]
-    rooms += [(torch.float32, room, is_eager_with_grad) for room in ("compiled", "ranks", "GPU")]
-    rooms += [(dtype, "CPU", False) for dtype in TOLERANCES if is_eager_with_grad]
+    is_learned_by = name in DIFFERENTIABLE
+    rooms = [(dtype, "CPU", is_learned_by) for dtype in TOLERANCES]
+    rooms += [(torch.float32, room, is_learned_by) for room in ("compiled", "ranks", "GPU")]
+    rooms += [(dtype, "CPU", False) for dtype in TOLERANCES if is_learned_by]
     rooms += [(torch.float32, "int8", False)] if name == "linear" else []
     for dtype, room, differentiable in rooms:
         for example in EXAMPLES[name](dtype):
@@ -1007,8 +1016,11 @@ def test_every_form_computes_its_definition(name, monkeypatch, mesh_of_one):
                 assert error <= tolerance * e.double().norm(), (form.__name__, room, dtype, e.shape)
     assert reached == {form for _, form in operation.forms}, "a form that no example reaches"
 
-def test_examples_ask_for_every_option():
-    """Of Config, so that a form that forgets one is found."""
+def test_every_form_is_asked_for_every_option():
+    """Of Config, so that a form that forgets one is found; and it takes what its definition takes."""
+    for operation in tinylm.OPERATIONS.values():
+        for _, form in operation.forms:
+            assert [*inspect.signature(form).parameters] == [*inspect.signature(operation.definition).parameters], form
     configs = [example[-1] for example in EXAMPLES["loss_fn"](torch.float32)]
     for field in fields(tinylm.Config):
         assert {getattr(config, field.name) for config in configs} - {field.default}, (
@@ -1053,8 +1065,7 @@ def test_the_model_with_forms_and_without(dtype, compiled):
         assert (g - plain).norm() <= tolerance * plain.norm(), path
 
 def test_part_one_is_a_whole_program():
-    """Executed alone it trains, to the losses of all three parts, and writes the same text; and it is short and
-    plain."""
+    """Executed alone it trains, to the losses of all three parts, and writes the same text; and it is plain."""
     source = (ROOT / "tinylm.py").read_text(encoding="utf-8")
     headings = ["# ==== I. The language model ====", "# ==== II. Faster ====", "# ==== III. Split over ranks ===="]
     assert re.findall(r"^# ====.*$", source, re.M) == headings
@@ -1082,7 +1093,10 @@ def test_part_one_is_a_whole_program():
     (losses, text), (expected_losses, expected_text) = train_and_write(alone), train_and_write(tinylm)
     assert losses == pytest.approx(expected_losses, abs=1e-5) and losses[-1] < losses[0] - 1
     assert text == expected_text
-    assert part_one.count("\n") <= 500
+
+def test_part_one_is_as_short_as_the_readme_says():
+    part_one, _ = (ROOT / "tinylm.py").read_text(encoding="utf-8").split("# ==== II. Faster ====")
+    assert part_one.count("\n") <= int(re.search(r"first (\d+) lines", (ROOT / "README.md").read_text())[1])
 
 def test_what_is_imported(tmp_path):
     """torch only where it computes; DTensor, Triton and the compiler, which take seconds, only where they are used."""
@@ -1888,6 +1902,11 @@ def test_plot_draws_what_was_measured(tmp_path, trained, monkeypatch, capsys):
                                ([str(trained / "runs/tiny"), "--output=no/x.svg"], "there is no folder no")):
         code, error = call(monkeypatch, capsys, plot.plot, *arguments)
         assert code == 2 and message in error
+    odd = [{"step": 0, "val_loss": 2.0}, {"step": 0, "val_loss": 1e308}, {"step": 0, "lr": int("9" * 401)},
+           {"step": -1, "val_loss": 3.0}, {"step": int("9" * 401), "val_loss": 3.0}]
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd/metrics.jsonl").write_text("\n".join([*map(json.dumps, odd), "[" * 200_000]))
+    assert call(monkeypatch, capsys, plot.plot, str(tmp_path / "odd")) == (0, "")
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
@@ -1980,6 +1999,7 @@ WRONG_TRAIN = [
     (["--block_size=64"], "did you mean --context_length?"),
     (["--n_embd=64"], "did you mean --d_model?"),
     (["--batch_size=1e30"], "expected"),
+    ([f"--d_model={'9' * 401}"], "expected a whole number of at most 64 bits"),
     (["--num_layers=1e30"], "expected"),
     (["512"], "not a flag"),
     (["--d_model=abc"], "whole number"),
@@ -2043,6 +2063,9 @@ WRONG_DATA = [
     ("tokenizer.json", lambda content: content.replace(b'"ids"', b'"x"') + b" ", "not the tokenizer"),
     ("meta.json", lambda content: content[:-20], "damaged"),
     ("meta.json", lambda content: b"{}", "damaged"),
+    ("meta.json", lambda content: content.replace(b'"begin_ids": [', b'"begin_ids": [9999, '), "damaged"),
+    ("meta.json", lambda content: content.replace(b'"begin_ids"', b'"no_ids"'), "damaged"),
+    ("meta.json", lambda content: content.replace(b'"tokens": ', b'"tokens": "x", "then": '), "damaged"),
 ]
 
 @pytest.mark.parametrize("name, change, message", WRONG_DATA)
@@ -2263,6 +2286,16 @@ def test_a_checkpoint_that_cannot_be_saved(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(files, "check_room", genuine)
     train.train(resume=str(tmp_path / "run"))
     assert metrics(tmp_path / "run")[-1]["step"] == 6 and (tmp_path / "run/latest").resolve().name == "step-0000006"
+
+def test_ranks_that_wait_for_a_checkpoint_that_cannot_be_saved(tmp_path, monkeypatch):
+    """Are not left alone, whatever the first one meets."""
+    def fail(_):
+        raise PermissionError(13, "Permission denied")
+
+    took_part, model = [], run.Run(None, tmp_path, tmp_path)
+    monkeypatch.setattr(run, "own_folder", fail)
+    monkeypatch.setattr(checkpoint, "take_part_in_saving", lambda *args: took_part.append(args))
+    assert "Permission denied" in run.try_to_save(model, 3, 0.0, math.inf) and took_part
 
 def test_a_disk_that_fills_while_saving(tmp_path, monkeypatch, capsys):
     """What was written of the checkpoint goes, the last good one stays."""
@@ -2516,7 +2549,8 @@ def pretend_ranks(num_ranks):
     mesh = machine.mesh_of_ranks("cuda")
     machine.mesh_of_ranks = lambda device: mesh
     machine.join_ranks = lambda device: (device, 0, num_ranks)
-    machine.from_first_rank = lambda value, device: json.loads(json.dumps(value, default=str))
+    machine.from_rank = lambda value, device: json.loads(json.dumps(value, default=str))
+    machine.first_of_ranks = lambda value, device: value
 
 def train_and_write_on_device(data, folder, flags):
     """A whole run and texts from its model: all results on the device, few stops, nothing compiled twice."""
@@ -2695,7 +2729,7 @@ def test_launches_of_compiled_steps(on_pretended_device):
 
 # ---- Many ranks ----
 
-def start_ranks(count, **flags):
+def start_ranks(count, program="train.train(**flags)", **flags):
     """Training on `count` ranks, as torchrun would start them, in processes forked from one that has imported all."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(FORKED_WITH)
@@ -2704,8 +2738,8 @@ def start_ranks(count, **flags):
         port = free.getsockname()[1]
     code = ("import os, sys; sys.stdout = open(os.devnull, 'w'); os.environ.update(env); import torch, train; "
             "torch.set_num_threads(1); from data import checkpoint; "
-            "checkpoint.load_checkpoint = checkpoint.load_checkpoint if env['RANK'] == '0' else None; "  # it reads all
-            "train.train(**flags)")
+            "checkpoint.load_checkpoint = checkpoint.load_checkpoint if env['RANK'] == '0' else None\n"  # it reads all
+            + program)
     flags = TINY | dict(batch_size=8, vocab_size=401, sample_tokens=2) | flags
     processes = []
     for rank in range(count):
@@ -2789,6 +2823,41 @@ def test_a_rank_that_dies_is_shown_and_the_job_goes_on(tmp_path):
     assert "SIGKILL" in out or "exitcode: -9" in out
     assert [line["step"] for line in metrics(folder) if "train_loss" in line] == list(range(1, 401))
 
+def test_a_mistake_of_a_later_rank_ends_all(tmp_path):
+    """In one line of each, which names the rank."""
+    program = """if True:
+        import data.prepare
+        if env["RANK"] == "1":
+            def open_data(folder):
+                raise data.prepare.InputError("no such data here")
+            data.prepare.open_data = open_data
+        try:
+            train.train(**flags)
+        except data.prepare.InputError as error:
+            with open(flags["data"] + "/../" + env["RANK"], "w") as file:
+                file.write(str(error))
+    """
+    for process in start_ranks(2, program, data=str(prepared(tmp_path)), output_dir=str(tmp_path / "run")):
+        process.join(60)
+        assert process.exitcode == 0
+    for rank in "01":
+        assert re.fullmatch("rank 1, on .*: no such data here", (tmp_path / rank).read_text())
+
+def test_the_norm_over_ranks_counts_each_number_once():
+    """Also of what every rank has whole, as a fork's gradients may be."""
+    program = """if True:
+        import tinylm
+        from data import machine
+        from torch.distributed.tensor import DTensor, Replicate
+        with machine.ranks("cpu"):
+            w, mesh = torch.arange(10.0).view(5, 2), machine.mesh_of_ranks("cpu")
+            tree = {"split": tinylm.shard(w, mesh), "whole": DTensor.from_local(w, mesh, [Replicate()])}
+            assert abs(tinylm.global_norm(tree) - (2 * w.square().sum()).sqrt()) < 1e-4, tinylm.global_norm(tree)
+    """
+    for process in start_ranks(2, program):
+        process.join(60)
+        assert process.exitcode == 0
+
 def test_data_of_another_machine_is_compared(tmp_path, monkeypatch):
     here, there = tmp_path / "here", tmp_path / "there"
     here.mkdir(), there.mkdir()
@@ -2796,7 +2865,7 @@ def test_data_of_another_machine_is_compared(tmp_path, monkeypatch):
     for data, text in zip((here, there), texts):
         prepared(data, text, vocab_size=257)
     meta, _ = prepare.open_data(there / "data")
-    with pytest.raises(cli.InputError, match="here/data is not the same on .* as where the first rank is .train."):
+    with pytest.raises(cli.InputError, match="here/data is not the same there as where the first rank is .train."):
         run.await_state(run.Run(None, tmp_path / "run", here / "data", meta=meta))
 
 def test_flags_that_ranks_cannot_have(tmp_path):
@@ -2847,6 +2916,10 @@ def test_a_data_folder_that_is_being_prepared_is_waited_for(tmp_path, capsys):
     prepared(tmp_path)
     assert released and time.monotonic() >= released[0]
     assert f"is being prepared by process {os.getpid()}; waiting for it" in capsys.readouterr().out
+    with files.lock(data / ".lock"):
+        said = lambda holder: shutil.rmtree(data)  # as an interrupted one does with what it has begun
+        with files.wait_for_lock(data / ".lock", said, 0.01) as waited:
+            assert waited and (data / ".lock").is_file()
     thread.join()
 
 @pytest.mark.parametrize("without", ["fcntl", "working locks"])
@@ -2933,6 +3006,12 @@ def test_a_folder_that_is_renamed_or_removed_under_its_run(tmp_path, monkeypatch
     def replace_it():
         shutil.rmtree(tmp_path / "run")
         other()
+        (tmp_path / "run/lock").write_text("1\n")  # as of another process
+
+    def copy_it():
+        shutil.copytree(tmp_path / "run", tmp_path / "disk")
+        shutil.rmtree(tmp_path / "run")
+        (tmp_path / "run").symlink_to(tmp_path / "disk")
 
     shutil.rmtree(tmp_path / "run")
     meanwhile(4, monkeypatch, replace_it)
@@ -2945,8 +3024,37 @@ def test_a_folder_that_is_renamed_or_removed_under_its_run(tmp_path, monkeypatch
     meanwhile(4, monkeypatch, lambda: shutil.rmtree(tmp_path / "run"))
     train.train(**flags)
     assert list(run.checkpoints(tmp_path / "run")) == [4, 6]
+
+    shutil.rmtree(tmp_path / "run")
+    losses = itertools.cycle([5.0, 7.0, 9.0])
+    monkeypatch.setattr(train, "evaluate", lambda *args: next(losses))
+    meanwhile(4, monkeypatch, copy_it)
+    train.train(**flags | dict(eval_interval=2))
+    assert list(run.checkpoints(tmp_path / "disk")) == [2, 4, 6] and run.best(tmp_path / "disk").name == "step-0000002"
+    assert len(metrics(tmp_path / "disk")) == 9
+    os.unlink(tmp_path / "run")
+    meanwhile(4, monkeypatch, lambda: shutil.rmtree(tmp_path / "run"))
+    assert train.train(**flags | dict(eval_interval=2)).best_step == 4
     with pytest.raises(cli.InputError, match="the run has done its 6 steps"):
         train.train(resume=tmp_path / "run")
+
+def test_runs_that_begin_at_once_have_folders_of_their_own(tmp_path, monkeypatch):
+    """Also one that is left where another had it, and is found by its new name; and whatever folder is the current."""
+    prepared(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    find_data = prepare.find_data
+    monkeypatch.setattr(prepare, "find_data", lambda *args: [os.makedirs("runs/data"), find_data(*args)][1])
+    (tmp_path / "elsewhere").mkdir()
+    meanwhile(4, monkeypatch, lambda: os.chdir("elsewhere"))
+    train.train(data="data", **TINY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert run.newest("runs/data-2").name == "step-0000006"
+    shutil.copytree("runs/data-2", "runs/copy", symlinks=True)
+    os.rename("runs/data-2", "runs/renamed")
+    for name in ("renamed", "copy"):
+        assert train.train(resume="auto", run_name=name, data="data", **TINY | dict(num_steps=7)).step == 6
 
 def test_metrics_that_are_edited_under_a_run(tmp_path, monkeypatch):
     def edit():
@@ -3404,18 +3512,19 @@ def test_lines_of_json_are_documents(tmp_path, trained, capsys):
             prepare.prepare(input=lines, output=tmp_path / "c")
     assert not (tmp_path / "c").exists()
 
-def test_a_text_that_changed_is_not_resumed_on(tmp_path, monkeypatch):
+def test_a_text_that_changed_is_not_resumed_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(prepare, "DATA", tmp_path / "data")
     text = tmp_path / "my.txt"
     text.write_text("".join(stories.story(0, i) for i in range(60)))
     train.train(data=text, output_dir=tmp_path / "run", **TINY)
     monkeypatch.chdir(tmp_path)
-    train.train(resume=tmp_path / "run", data="./my.txt", num_steps=7)
     train.train(resume=tmp_path / "run", data=text, num_steps=8)
     text.write_text(text.read_text() + "More.")
+    assert "has changed" not in capsys.readouterr().out
+    train.train(resume=tmp_path / "run", data=text, num_steps=9)
+    assert f"{text} has changed since the run began, which goes on with what it was" in capsys.readouterr().out
     with pytest.raises(cli.InputError, match="has other data than the run began with"):
-        train.train(resume=tmp_path / "run", data=text, num_steps=9)
-    assert train.train(resume=tmp_path / "run", num_steps=9).step == 8
+        train.train(resume=tmp_path / "run", data="./my.txt", num_steps=10)
 
 def test_a_folder_of_texts_with_data_in_it(tmp_path):
     """What an earlier call wrote there is no text."""
@@ -3478,20 +3587,45 @@ FORK = {
 }
 
 @pytest.mark.parametrize("name, form", [
-    ("gated_silu", lambda gate, up: torch.relu(gate).square() * up), ("rmsnorm", lambda x, gain, eps: F.rms_norm(x, gain.shape, gain, 1.0)),
+    ("gated_silu", lambda gate, up: torch.relu(gate).square() * up),
+    ("rmsnorm", lambda x, gain, eps: F.rms_norm(x, gain.shape, gain, 1.0)),
     ("attention", lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.1)),
     ("adamw_update", lambda params, grads, state, lr, **_: (
         tinylm.tree_map(lambda p, g: p - lr * g, params, grads), state))])
 def test_a_form_that_does_not_follow_its_definition(tmp_path, monkeypatch, name, form):
-    """Is named before the work; where what is computed is random nothing can be said."""
+    """Is named before the work, also with dropout; where what is computed differs each time nothing can be said."""
     flags = TINY | dict(data=prepared(tmp_path), output_dir=tmp_path / "run")
     monkeypatch.setattr(tinylm.OPERATIONS[name], "forms", [(tinylm.always, form)])
+    swiglu = tinylm.swiglu
+    monkeypatch.setattr(tinylm, "swiglu", lambda x, **weights: F.dropout(swiglu(x, **weights), 0.5))
     with pytest.raises(cli.InputError, match=f"^{name} computes other numbers by its faster form"):
         train.train(**flags)
     assert not (tmp_path / "run").exists()
-    swiglu = tinylm.swiglu
-    monkeypatch.setattr(tinylm, "swiglu", lambda x, **weights: F.dropout(swiglu(x, **weights), 0.5))
+    odd = random.Random(0)
+    monkeypatch.setattr(tinylm, "swiglu", lambda x, **weights: swiglu(x, **weights) * odd.random())
     train.train(**flags)
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_dropout_of_a_fork_resumes_bit_for_bit(tmp_path, monkeypatch, remat):
+    """What a step draws depends on the seed and the step alone; the caller's own numbers go on as before."""
+    data, swiglu = prepared(tmp_path), tinylm.swiglu
+    monkeypatch.setattr(tinylm, "swiglu", lambda x, **weights: F.dropout(swiglu(x, **weights), 0.5))
+    before = torch.get_rng_state()
+    train.train(data=data, output_dir=tmp_path / "whole", **TINY)
+    train.train(data=data, output_dir=tmp_path / "two", remat=remat, **TINY | dict(checkpoint_interval=3))
+    assert torch.get_rng_state().equal(before)
+    shutil.rmtree(tmp_path / "two/step-0000006")
+    train.train(resume=tmp_path / "two")
+    names = "model.safetensors", "training/optimizer.safetensors"
+    contents = [[(tmp_path / folder / "latest" / name).read_bytes() for name in names] for folder in ("whole", "two")]
+    assert contents[0] == contents[1]
+
+def test_a_new_parameter_makes_another_model(monkeypatch):
+    """Which other tools refuse, where they would compute without it."""
+    assert checkpoint.config_to_hf(small_config(tie_embeddings=True, num_kv_heads=1), 0, 0)["model_type"] == "llama"
+    shapes = tinylm.param_shapes
+    monkeypatch.setattr(tinylm, "param_shapes", lambda config: shapes(config) | {"positions": (9, 9)})
+    assert checkpoint.config_to_hf(small_config(), 0, 0)["model_type"] == "tinylm"
 
 def test_a_fork_loses_nothing(tmp_path):
     """A field, a parameter, an optimiser and a schedule, added to a copy of the code as a forker would."""
@@ -3972,6 +4106,11 @@ def test_prepare_after_one_was_killed_while_it_moved_data_into_place(tmp_path, m
         prepared(tmp_path, vocab_size=300)
     monkeypatch.undo()
     assert not prepare.is_data(data)
+    monkeypatch.setattr(bpe, "train", die)  # and one more, as it begins
+    with pytest.raises(TypeError):
+        prepared(tmp_path, vocab_size=310)
+    monkeypatch.undo()
+    assert prepare.open_data(data)[0]["vocab_size"] == 300, "what was being moved is there"
     assert prepare.open_data(prepared(tmp_path, vocab_size=300))[0]["vocab_size"] == 300
 
 # ---- Measurements: python test_tinylm.py NAME … ----

@@ -528,7 +528,7 @@ def definitions_alone(names=None):
 def forms_that_differ(compute):
     """The names of operations whose forms, and not their definitions, give compute(): a tree of {what: tensors}.
 
-    None where it is not the same twice, as with dropout.
+    None where it is not the same twice.
     """
     def differs():
         now = compute()
@@ -599,11 +599,11 @@ class RMSNorm(torch.autograd.Function):
         x32, d_out = at_least_float32(x), at_least_float32(d_out)
         products = (d_out * x32).reshape(-1, x.shape[-1])  # (rows, d_model)
         d_gain = inverse_rms.flatten() @ products
-        along_x = (products @ gain).view(inverse_rms.shape) * inverse_rms**3
+        along_x = (products @ gain.to(products.dtype)).view(inverse_rms.shape) * inverse_rms**3
         dx = (d_out * gain).mul_(inverse_rms).addcmul_(x32, along_x, value=-1 / x.shape[-1])
-        return dx.to(x.dtype), d_gain, None
+        return dx.to(x.dtype), d_gain.to(gain.dtype), None
 
-@faster(rmsnorm, lambda x, gain, eps: gain.ndim == 1 and is_eager_with_grad())
+@faster(rmsnorm, lambda x, gain, eps: torch.is_tensor(gain) and gain.ndim == 1 and is_eager_with_grad())
 def rmsnorm_trained(x, gain, eps):
     return RMSNorm.apply(x, gain, eps)
 
@@ -1578,7 +1578,9 @@ def rmsnorm_over_ranks(x, gain, eps):
 @faster(global_norm, lambda tree: is_split(first_leaf(tree)))
 def global_norm_over_ranks(tree):
     """One message adds up the squares of the norms of the rows that each rank has."""
-    square = global_norm(tree_map(lambda leaf: leaf.to_local(), tree)).square()
+    from torch.distributed.tensor import Shard
+    own_part = lambda leaf: leaf.redistribute(placements=[Shard(0)]).to_local()  # of what each rank may have whole
+    square = global_norm(tree_map(own_part, tree)).square()
     torch.distributed.all_reduce(square)
     return square.sqrt()
 

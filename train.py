@@ -211,8 +211,8 @@ def train(given):
     if "split" in given:
         raise InputError(f"--split={given['split']} belongs to --eval_only; leave it out, or add --eval_only")
     machine.keep_freed_memory()
-    with (open_run(resume, init_from, given, Settings, check_forms) as run, machine.numerics(run.settings.device), Log(run) as log,
-          machine.Interrupt() as interrupt):
+    with (open_run(resume, init_from, given, Settings, check_forms) as run, machine.numerics(run.settings.device),
+          Log(run) as log, machine.Interrupt() as interrupt):
         settings = run.settings
         train_ids, val_ids, ranks = run.ids["train"], run.ids["val"], (run.rank, run.num_ranks)
         gradients, update, losses = step_functions(run.config, settings)
@@ -335,14 +335,16 @@ def check_forms(run):
     init, update = tinylm.OPTIMIZERS[run.settings.optimizer]
 
     def compute():
-        loss, grads = tinylm.value_and_grad(tinylm.loss_fn, doubles, tokens[:, :-1], tokens[:, 1:], config,
-                                            torch.float64)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            loss, grads = tinylm.value_and_grad(tinylm.loss_fn, doubles, tokens[:, :-1], tokens[:, 1:], config,
+                                                torch.float64)
         new, _ = update(params, params, init(params), torch.tensor(1e-2), **own_hyperparameters(run.settings))
         return {"loss": loss, "gradients": grads, "update": tinylm.tree_map(torch.sub, new, params)}
 
     for name in tinylm.forms_that_differ(compute):
-        raise InputError(f"{name} computes other numbers by its faster form than by its definition in tinylm.py; let the "
-                         f"form follow, or drop it there by {name}.forms.clear()")
+        raise InputError(f"{name} computes other numbers by its faster form than by its definition in tinylm.py; let "
+                         f"the form follow, or drop it there by {name}.forms.clear()")
 
 def accumulate_gradients(gradients, params, ids, settings, step, rank=0, num_ranks=1):
     """The loss on this rank and the mean gradients of a step, over its grad_accum_steps batches and all ranks.
@@ -357,6 +359,7 @@ def accumulate_gradients(gradients, params, ids, settings, step, rank=0, num_ran
         batch = tinylm.get_batch(ids, settings.batch_size // num_ranks, settings.context_length, settings.seed,
                                  micro_step, rank, num_ranks)
         batch = machine.on_device(*batch, settings.device)
+        torch.manual_seed(((settings.seed * 1_000_003 + micro_step) * num_ranks + rank) % 2**63)  # as for dropout
         is_last = micro_step == (step + 1) * count - 1
         if averager and is_last:
             so_far = dict(tinylm.tree_leaves(total)) if total else {}

@@ -182,7 +182,10 @@ def config_to_hf(config, bos_token_id, eos_token_id):
           "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "bos_token_id": bos_token_id,
           "eos_token_id": eos_token_id, "rope_scaling": scaling_to_hf(config.rope_scaling)}
     hf |= {HF_SIZES[field.name]: getattr(config, field.name) for field in fields(Config) if field.name in HF_SIZES}
-    if any(name.startswith("tinylm_") for name in hf):
+    block = config.d_model * (2 + 2 * (config.num_heads + config.num_kv_heads) * config.head_dim + 3 * config.d_ff)
+    table = config.vocab_size * config.d_model
+    size = table + config.num_layers * block + config.d_model + (0 if config.tie_embeddings else table)  # of a Llama
+    if tinylm.num_params(config) != size or any(name.startswith("tinylm_") for name in hf):
         hf["model_type"] = "tinylm"  # which other tools refuse, where they would take it for a Llama
     read_back = config_from_hf(hf, "config.json")
     for field in fields(Config):

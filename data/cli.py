@@ -52,11 +52,11 @@ def convert(name, kind, value):
             raise ValueError
         is_whole = kind is not float and re.fullmatch(r"[+-]?[\d_]+", str(value))
         number = int(value) if is_whole else float(value)
-        if kind is int and number != int(number):
+        if kind is int and (number != int(number) or abs(number) >= 2**64):
             raise ValueError
         return kind(number)
     except (ValueError, KeyError, OverflowError, TypeError):
-        expected = {int: "a whole number", float: "a number", bool: "True or False"}[kind]
+        expected = {int: "a whole number of at most 64 bits", float: "a number", bool: "True or False"}[kind]
         raise InputError(f"--{name}={value}: expected {expected}") from None
 
 # What nanoGPT and others call a flag.
@@ -312,9 +312,9 @@ def json_lines(path):
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if os.path.isfile(path) else []:
         try:
             one = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(one, dict) and type(one.get("step")) is int:
+        if isinstance(one, dict) and type(one.get("step")) is int and 0 <= one["step"] < 2**63:
             objects.append(one)
     return objects
 

@@ -155,6 +155,7 @@ def wait_for_lock(path, say, seconds=0.2):
     said = held = False
     with ExitStack() as claims:
         while not held:
+            path.parent.mkdir(parents=True, exist_ok=True)  # again where the holder has removed it
             try:
                 claims.enter_context(lock(path))
                 held = True

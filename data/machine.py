@@ -86,7 +86,8 @@ def numerics(device):
     torch.utils.deterministic.fill_uninitialized_memory = False  # no result here depends on it
     torch.set_float32_matmul_precision("highest" if device == "cpu" else "high")
     try:
-        yield
+        with torch.random.fork_rng(devices=[]):  # as each step seeds what it draws
+            yield
     finally:
         torch.set_deterministic_debug_mode(deterministic)
         torch.utils.deterministic.fill_uninitialized_memory = fills
@@ -277,14 +278,20 @@ def mesh_of_ranks(device):
     """All ranks in a row, for tensors to be split over."""
     return dist.init_device_mesh(device.split(":")[0], (num_ranks(),))
 
-def from_first_rank(value, device):
-    """What the first rank has, as JSON can say it, on every rank."""
+def from_rank(value, device, rank=0):
+    """What one rank has, by default the first, as JSON can say it, on every rank."""
     message = torch.frombuffer(bytearray(json.dumps(value, default=str).encode()), dtype=torch.uint8).to(device)
     size = torch.tensor([len(message)], device=device)
-    dist.broadcast(size, 0)
-    message = message if dist.get_rank() == 0 else torch.empty(size.item(), dtype=torch.uint8, device=device)
-    dist.broadcast(message, 0)
+    dist.broadcast(size, rank)
+    message = message if dist.get_rank() == rank else torch.empty(size.item(), dtype=torch.uint8, device=device)
+    dist.broadcast(message, rank)
     return json.loads(bytes(message.cpu().tolist()))
+
+def first_of_ranks(value, device):
+    """The value of the first rank that has another than None, on every rank; else None."""
+    first = torch.tensor([num_ranks() if value is None else dist.get_rank()], device=device)
+    dist.all_reduce(first, dist.ReduceOp.MIN)
+    return from_rank(value, device, first.item()) if first.item() < num_ranks() else None
 
 def of_first_rank(tensor):
     """A tensor that each rank has, with the first rank's numbers in it."""

@@ -22,7 +22,7 @@ def read_metrics(run):
 
 def series(lines, key):
     """The points (step, value) of one quantity."""
-    is_finite = lambda value: isinstance(value, (int, float)) and math.isfinite(value)
+    is_finite = lambda value: isinstance(value, (int, float)) and abs(value) < 1e30
     return [(line["step"], line[key]) for line in lines if is_finite(line.get(key))]
 
 def ticks(low, high, count=5):
@@ -63,7 +63,7 @@ def lowest(points):
 
 def svg_of(runs):
     """The SVG of runs, {name: lines of metrics}: losses above, learning rates below."""
-    steps = max(line["step"] for lines in runs.values() for line in lines)
+    steps = max(1, *(line["step"] for lines in runs.values() for line in lines))
     losses, best, rates, legend = [], [], [], []
     for i, (name, lines) in enumerate(runs.items()):
         color = COLORS[i % len(COLORS)]

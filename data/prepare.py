@@ -44,7 +44,7 @@ class Settings:
                        choices=("strict", "replace"))
     # What is made of it
     vocab_size: int = flag(None, "tokens in the vocabulary, from 257 (the 256 bytes and <|endoftext|>) on",
-                           "[257, inf)", stated="2048; tinystories 10000, shakespeare 1024")
+                           "[257, inf)", stated="2048, fewer for less than 64 KB; tinystories 10000, shakespeare 1024")
     tokenizer: str = flag(None, "use this tokenizer.json, or the one in this folder, instead of learning one")
     output: str = flag(None, "the folder to write", stated="data/ and the name of the dataset or input")
     workers: int = flag(None, "processes to use", "[1, inf)", stated="one a core")
@@ -190,6 +190,10 @@ def cut_point(path, start, target, end):
         target, text = target + 1, text[1:]
     return target
 
+def default_vocab_size(num_bytes):
+    """A token for every 32 bytes of a text, 2,048 at most; where that makes few, bytes alone (see data/README.md)."""
+    return min(2048, num_bytes // 32) if num_bytes // 32 >= 512 else 257
+
 # ---- What is written ----
 
 def text_sizes(tokenizer):
@@ -250,10 +254,9 @@ def prepare(given):
         raise InputError(f"--tokenizer={settings.tokenizer} has its own vocabulary; leave out --vocab_size")
     tokenizer, begin, end = load_tokenizer(settings.tokenizer) if settings.tokenizer else (None, [], None)
     dataset = dataset or ("" if source else "stories")
-    vocab_size = tokenizer.vocab_size if tokenizer else settings.vocab_size or VOCAB_SIZES.get(dataset, 2048)
     output = Path(settings.output or DATA / (dataset or Path(source).resolve().stem))
     own = {".lock", ".lock.held", ".partial"}  # what a killed process of this command may have left
-    if (output / ".partial/meta.json").is_file():  # while it moved new data over old
+    if is_data(output / ".partial"):  # while it moved that into place
         own |= {"tokenizer.json", *(f"{split}.{kind}" for split in ("train", "val") for kind in ("bin", "txt"))}
     if output.exists() and not is_data(output) and (
             not output.is_dir() or any(path.name not in own for path in output.iterdir())):
@@ -261,14 +264,17 @@ def prepare(given):
     if source and not settings.output and output.name in VOCAB_SIZES:
         raise InputError(f"--input={source} would replace data/{output.name}, a corpus of this project; add --output")
     sources = [text_files(path, output) for path in (source, val_input) if path]
-    for paths in sources:
-        whole_spans(paths)
+    num_bytes = sum(end - start for paths in sources for _, start, end in whole_spans(paths))
+    default = VOCAB_SIZES.get(dataset) or default_vocab_size(num_bytes)
+    vocab_size = tokenizer.vocab_size if tokenizer else settings.vocab_size or default
 
     asked = cli.kept(settings) | {"dataset": dataset, "workers": None, "output": None}
     is_new = not output.exists()
     output.mkdir(parents=True, exist_ok=True)
     wait = lambda holder: cli.say(f"{output} is being prepared by {holder}; waiting for it")
     with files.wait_for_lock(output / ".lock", wait) as waited:
+        if not is_data(output) and is_data(output / ".partial"):  # one was killed while it moved that into place
+            put_in_place(output / ".partial", output)
         if not (waited and is_data(output) and files.read_json(output / "meta.json").get("asked") == asked):
             try:
                 write_beside(output / ".partial", sources, settings, dataset, tokenizer, begin, end, vocab_size, asked)
@@ -322,28 +328,29 @@ def find_data(name, model=None):
     A known corpus or text that was not prepared yet is, with the tokenizer of the `model` that training goes on from,
     if there is one. A text has a folder for each of its versions and tokenizers, so that no run loses its data.
     """
-    tokenizer, begin, end = load_tokenizer(model) if model else (None, [], None)
-    fits = lambda folder: is_data(folder) and not (tokenizer and name in VOCAB_SIZES and not bpe.are_same(
-        tokenizer, bpe.load(folder)))
+    fits = lambda folder: is_data(folder) and not (model and name in VOCAB_SIZES and not bpe.are_same(
+        bpe.load(model), bpe.load(folder)))
     folder = next(filter(fits, (Path(name), DATA / name)), None)
     is_text = Path(name).is_file()
     if folder is None and (is_text or name in VOCAB_SIZES):
-        folder, flags = DATA / Path(name).stem, {"input": str(name)} if is_text else {"dataset": name}
-        told_apart = [str(Path(name).resolve()), *stamp(name)] if is_text else []
-        if model:
-            flags["tokenizer"] = str(model)
-            told_apart += [tokenizer.split, [token.hex() for token in tokenizer.tokens], tokenizer.merges.tolist()]
-            told_apart += [begin, end]
-        if told_apart:
-            digest = hashlib.sha256(json.dumps(told_apart).encode()).hexdigest()
-            folder = folder.with_name(f"{folder.name}-{digest[:8]}")
+        folder, flags = made_of(name, model), {"input": str(name)} if is_text else {"dataset": name}
         if not is_data(folder):
-            prepare(**flags, output=str(folder))
+            prepare(**flags | ({"tokenizer": str(model)} if model else {}), output=str(folder))
     if folder is None:
         text = name if Path(name).is_dir() else "YOUR_TEXT"
         raise InputError(f"--data={name}: no such data folder or text file; make one with data/prepare.py "
                          f"--input={text}, or use one of {', '.join(VOCAB_SIZES)}")
     return folder
+
+def made_of(name, model=None):
+    """The data folder of a known corpus, or of this version of a text, with its own tokenizer or that of a model."""
+    told_apart = [str(Path(name).resolve()), *stamp(name)] if Path(name).is_file() else []
+    if model:
+        tokenizer, begin, end = load_tokenizer(model)
+        told_apart += [tokenizer.split, [token.hex() for token in tokenizer.tokens], tokenizer.merges.tolist()]
+        told_apart += [begin, end]
+    digest = hashlib.sha256(json.dumps(told_apart).encode()).hexdigest()
+    return DATA / (f"{Path(name).stem}-{digest[:8]}" if told_apart else name)
 
 def load_tokenizer(path):
     """The tokenizer in a file or a model's folder, the ids that begin a document, if it is not enough that the one
@@ -396,8 +403,12 @@ def open_data(folder):
     again = "run data/prepare.py again"
     try:
         meta = files.read_json(folder / "meta.json")
-        if meta["dtype"] not in ("uint16", "uint32"):
-            raise TypeError(f"dtype {meta['dtype']!r}")
+        begin, vocab_size = meta["begin_ids"], meta["vocab_size"]
+        counts = [meta[split][what] for split in ("train", "val") for what in ("tokens", "bytes")]
+        if meta["dtype"] not in ("uint16", "uint32") or {*map(type, (vocab_size, *begin, *counts))} != {int}:
+            raise TypeError(f"dtype {meta['dtype']!r}, vocab_size {vocab_size!r}, begin_ids {begin!r}, counts {counts}")
+        if not begin or not all(0 <= i < vocab_size for i in begin):
+            raise TypeError(f"begin_ids {begin}")
         digest = hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
         if digest != meta["tokenizer_sha256"]:
             raise InputError(f"{folder}/tokenizer.json is not the tokenizer that made train.bin and val.bin; {again}")

@@ -5,7 +5,7 @@ import math
 import os
 import shlex
 import socket
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -65,24 +65,27 @@ def checkpoints(folder):
     steps = {}
     for name in ("best", "latest", "step-*"):  # the first two where a copy made folders of the links
         for path in Path(folder).glob(name):
-            state = path / "training/train_state.json"
-            if state.is_file() and (name == "step-*" or not path.is_symlink()):
-                state = {"step": path.name[5:]} if name == "step-*" else files.read_json(state)
-                if str(state.get("step")).isdigit():
-                    steps[int(state["step"])] = path
+            if (path / "training/train_state.json").is_file() and (name == "step-*" or not path.is_symlink()):
+                with suppress(InputError, ValueError):  # a copy that is damaged, a name of the user's
+                    steps[int(path.name[5:]) if name == "step-*" else step_and_best(path)[0]] = path
     return dict(sorted(steps.items()))
 
 def newest(folder):
     """The newest checkpoint of a run, or None."""
     return next(reversed(checkpoints(folder).values()), None)
 
-def best_step_of(latest):
-    """The step that a run had its lowest validation loss at when it wrote its latest checkpoint, or None."""
-    return files.read_json(latest / "training/train_state.json").get("best_step")
+def step_and_best(path):
+    """The step of a checkpoint, and that with the lowest validation loss until then, or None."""
+    with state_of(path) as state:
+        step, best_step = state["step"], state["best_step"]
+        if type(step) is not int or type(best_step) not in (int, type(None)):
+            raise TypeError(f"step {step!r}, best_step {best_step!r}")
+    return step, best_step
 
 def best(folder):
     """The checkpoint of a run with the lowest validation loss, or the newest where none was evaluated; None without."""
-    return newest(folder) and checkpoints(folder).get(best_step_of(newest(folder)), newest(folder))
+    latest = newest(folder)
+    return latest and checkpoints(folder).get(step_and_best(latest)[1], latest)
 
 def find_checkpoint(name, flag="checkpoint"):
     """The checkpoint folder that a flag or argument means: one itself, a run's best, or that of the newest in runs/."""
@@ -153,17 +156,22 @@ def tell_ranks(run, mistake, table, device, rank, num_ranks):
     if run:
         news = {name: getattr(run, name) for name in SHARED}
         news |= {"settings": cli.kept(run.settings), "config": vars(run.config)}
-    news = machine.from_first_rank(news, device)
+    news = machine.from_rank(news, device)
     if "mistake" in news:
         raise mistake or (Finished if news["is_finished"] else InputError)(news["mistake"])
     settings = table.complete(news.pop("settings") | {"device": device} | ({"use_wandb": False} if rank else {}))
-    if not rank:
-        run.settings, run.num_ranks = settings, num_ranks
-        return run
     sizes = {name: tuple(value) if isinstance(value, list) else value for name, value in news["config"].items()}
     news |= {"folder": Path(news["folder"]), "data": Path(news["data"]), "config": tinylm.Config(**sizes)}
-    run = Run(settings, rank=rank, num_ranks=num_ranks, **news)
-    await_state(run)
+    run, mistake = run or Run(settings, **news), None
+    run.settings, run.rank, run.num_ranks = settings, rank, num_ranks
+    try:
+        if rank:
+            await_state(run)
+    except InputError as error:
+        mistake = f"rank {rank}, on {socket.gethostname()}: {error}"
+    mistake = machine.first_of_ranks(mistake, device)
+    if mistake:
+        raise InputError(mistake)
     return run
 
 def find_run(resume, init_from, given, table, claims):
@@ -194,6 +202,18 @@ def new_folder(settings):
         folder = first.with_name(f"{first.name}-{number}")
     return folder
 
+def make_folder(settings, folder):
+    """Make the folder of a new run: `folder`, or by its settings; where another run makes that first, the next one."""
+    is_named = bool(folder or settings.output_dir)
+    while True:
+        path = folder or new_folder(settings)
+        try:
+            path.mkdir(parents=True, exist_ok=is_named)
+            return path
+        except FileExistsError:
+            if is_named:
+                raise
+
 def check_new(folder):
     """Raise InputError where a folder has what is not left by a run that ended before its first checkpoint."""
     left = {"lock", "lock.held", "metrics.jsonl", "wandb"}
@@ -216,9 +236,9 @@ def start_run(given, init_from, folder, table, claims):
                 raise InputError(f"--{flag}={given[flag]}: the model of --init_from={init_from} has {flag} {value}; "
                                  "leave the flag out" + ", or give a smaller one" * (flag == "context_length"))
     settings = table.complete(sizes | given, **known)
-    model_config(settings, 1, init_from)  # raises where sizes don't fit, before any work
-    folder = folder or new_folder(settings)
-    check_new(folder)
+    config = model_config(settings, 1, init_from)  # raises where sizes don't fit, before any work
+    checkpoint.check_can_be_saved(config)
+    check_new(folder or new_folder(settings))
     has_tokenizer = bool(init_from) and (Path(init_from) / "tokenizer.json").is_file()
     if init_from and not has_tokenizer and (settings.data in prepare.VOCAB_SIZES or Path(settings.data).is_file()):
         raise InputError(f"--init_from={init_from} has no tokenizer.json to read {settings.data} by; put the model's "
@@ -231,17 +251,16 @@ def start_run(given, init_from, folder, table, claims):
     elif init_from:
         cli.say(f"{init_from} has no tokenizer.json to compare with that of {data}; they must be the same")
     config = model_config(settings, meta["vocab_size"], init_from)
-    checkpoint.check_can_be_saved(config)
     with cli.as_input_error():
         tinylm.get_batch(ids["train"], 1, config.context_length, 0, 0)  # raises where the text is too short
-    files.check_room(folder, checkpoint_bytes(config) * (settings.keep_checkpoints + 2),
+    files.check_room(folder or new_folder(settings), checkpoint_bytes(config) * (settings.keep_checkpoints + 2),
                      "the checkpoints of this run need", "choose another --output_dir")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(settings, folder)
     lock = claims.enter_context(hold(folder))
     if newest(folder):  # while the data was prepared
         raise InputError(f"{folder} has got a checkpoint of another run meanwhile; start again, with "
                          f"--resume={folder} or --resume=auto, to go on from it")
-    return Run(settings, folder, data, source=init_from, meta=meta, ids=ids, claims=claims, lock=lock)
+    return Run(settings, folder, data.absolute(), source=init_from, meta=meta, ids=ids, claims=claims, lock=lock)
 
 def resume_run(folder, given, table, claims, error_if_done=InputError):
     """A run as its latest checkpoint has it. Raises InputError for flags that would make it another run, and
@@ -259,8 +278,9 @@ def resume_run(folder, given, table, claims, error_if_done=InputError):
         if not (type(step) is int and step >= 0 and isinstance(seconds, (int, float))
                 and isinstance(state["best"], (int, float, type(None)))):
             raise TypeError(f"step {step!r}, seconds {seconds!r}, best {state['best']!r}")
-        if "output_dir" in given and Path(given["output_dir"]).resolve() == folder.resolve():
-            given = {flag: value for flag, value in given.items() if flag != "output_dir"}  # the run may have moved
+        names = {"output_dir": given.get("output_dir"), "run_name": "run_name" in given and f"runs/{given['run_name']}"}
+        is_its_own = lambda path: path and Path(path).resolve() == folder.resolve()  # the run may have moved
+        given = {flag: value for flag, value in given.items() if not is_its_own(names.get(flag))}
         for flag, value in given.items():
             before = kept.get(flag, cli.flags_of(table)[flag].metadata["default"])  # for a run of before it was a flag
             if not cli.may_change(table, flag) and value != before:
@@ -272,13 +292,17 @@ def resume_run(folder, given, table, claims, error_if_done=InputError):
         if "lr_max" in given and "lr_min" not in given:  # in proportion
             given = given | {"lr_min": kept["lr_min"] * given["lr_max"] / (kept["lr_max"] or 1)}
         settings = table.complete(kept | given)
-        lowest, best_step = math.inf if state["best"] is None else state["best"], best_step_of(latest)
-        # A text that is named again may have changed since.
-        is_moved = "data" in given and (given["data"] != kept["data"] or Path(given["data"]).is_file())
+        lowest, best_step = math.inf if state["best"] is None else state["best"], step_and_best(latest)[1]
+        is_moved = given.get("data", kept["data"]) != kept["data"]
         data = prepare.find_data(given["data"], latest) if is_moved else data_of(state, latest)
+        text = Path(given.get("data", ""))
+        if text.is_file() and not is_moved and data.name not in [
+                prepare.made_of(text, model).name for model in (None, latest)]:
+            cli.say(f"{text} has changed since the run began, which goes on with what it was, in {data}; for the new "
+                    "text begin a new run")
         if given.get("eval_tokens", kept["eval_tokens"]) != kept["eval_tokens"]:
             lowest, best_step = math.inf, None  # what was measured so far is of another part of the text
-        run = Run(settings, folder, data, str(latest), step, seconds, lowest, best_step, state["wandb_id"],
+        run = Run(settings, folder, data.absolute(), str(latest), step, seconds, lowest, best_step, state["wandb_id"],
                   claims=claims, lock=lock)
         if step >= settings.num_steps:
             raise error_if_done(f"--resume={folder}: the run has done its {step} steps; give a larger --num_steps to "
@@ -292,7 +316,11 @@ def state_of(folder):
     """What train_state.json of a checkpoint has. Raises InputError where what is done with it shows it damaged."""
     path = folder / "training/train_state.json"
     try:
-        yield files.read_json(path)
+        state = files.read_json(path)
+    except InputError as error:
+        raise InputError(f"{error}; {checkpoint.ANOTHER}") from None
+    try:
+        yield state
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is damaged ({type(error).__name__}: {error}); {checkpoint.ANOTHER}") from None
 
@@ -339,6 +367,10 @@ def load_state(run):
         if replace(saved, context_length=config.context_length) != config:  # it may begin from that of a longer one
             raise InputError(f"{run.source} holds another model, {saved}, than the settings of the run say, {config}; "
                              "go on with the code that began the run")
+        for (name, w), (_, shape) in zip(tinylm.tree_leaves(params), tinylm.tree_leaves(tinylm.param_shapes(config))):
+            if w.shape != shape:  # as of positions that are learned, with a smaller context
+                raise InputError(f"{run.source}: {name} is {tuple(w.shape)}, and a model of these flags has {shape}; "
+                                 "leave out --context_length")
     else:
         params = tinylm.init_params(config, torch.Generator().manual_seed(settings.seed))
     optimizer = init_optimizer(params)
@@ -357,7 +389,7 @@ def await_state(run):
     meta, run.ids = prepare.open_data(run.data)
     for what in ("tokenizer_sha256", *run.ids):
         if meta[what] != run.meta[what]:
-            raise InputError(f"{run.data} is not the same on {socket.gethostname()} as where the first rank is "
+            raise InputError(f"{run.data} is not the same there as where the first rank is "
                              f"({what.removesuffix('_sha256')}); copy that one to all machines")
     run.tokenizer = bpe.load(run.data / "tokenizer.json")
     run.params = tinylm.tree_map(torch.empty, tinylm.param_shapes(run.config))
@@ -403,11 +435,14 @@ def own_folder(run):
         if moved:
             cli.say(f"{run.folder} is now {moved.parent}, where the run goes on")
             run.folder = moved.parent
-        elif path.exists():
+        elif path.exists() and path.read_text(encoding="utf-8").strip() != str(os.getpid()):
             raise InputError(f"{run.folder} is another run's now, as it was removed while this run was at work")
-        else:
+        else:  # gone; or a copy, on another disk and behind a link
+            cli.say(f"{run.folder} was removed or replaced while the run was at work; it goes on there")
             run.folder.mkdir(parents=True, exist_ok=True)
             run.lock = run.claims.enter_context(hold(run.folder))
+            if run.best_step not in checkpoints(run.folder):
+                run.lowest, run.best_step = math.inf, None
     return run.folder
 
 # ---- Save ----
@@ -421,7 +456,7 @@ def save(run, step, seconds, val_loss):
     try:
         folder = own_folder(run)
         files.check_room(folder, checkpoint_bytes(run.config), "a checkpoint needs", "choose another --output_dir")
-    except InputError:
+    except (OSError, InputError):
         checkpoint.take_part_in_saving(run.params, run.optimizer)  # the other ranks are gathering already
         raise
     target = folder / f"step-{step:07d}"
