@@ -1511,31 +1511,54 @@ def is_split(w):
 
 def shard(tree, mesh):
     """Split every tensor of a tree by rows over the ranks of a mesh. Each rank gives the whole and keeps its part."""
-    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+    from torch.distributed.tensor import DTensor, Shard
+    wrap = lambda w: DTensor.from_local(own_rows(w).clone(), mesh, [Shard(0)], shape=w.shape, stride=w.stride())
+    return tree_map(lambda w: wrap(w) if w.ndim else w, tree)  # cloned, so that the whole can be freed
 
-    def split(tensor):
-        if not tensor.ndim:
-            return tensor
-        part = distribute_tensor(tensor, mesh, [Shard(0)], src_data_rank=None)
-        local = part.to_local().clone()  # so that the whole can be freed
-        return DTensor.from_local(local, mesh, part.placements, shape=part.shape, stride=part.stride())
+def own_rows(w):
+    """This rank's rows of a tensor that every rank has whole. All have as many but the last ones, which may have fewer."""
+    size = math.ceil(len(w) / torch.distributed.get_world_size())
+    return w[torch.distributed.get_rank() * size:][:size]
 
-    return tree_map(split, tree)
+def own_parts(tree):
+    """What this rank has of the tensors of a tree."""
+    return tree_map(lambda w: w.to_local() if is_split(w) else w, tree)
 
-def all_gather(w):
-    """All rows of a tensor that is split, gathered from the ranks, which must all take part; another as it is."""
-    return w.full_tensor() if is_split(w) else w
+def split_like(parts, like):
+    """A tree of what each rank has, as tensors that are split like those of another tree."""
+    from torch.distributed.tensor import DTensor
+    wrap = lambda part, w: DTensor.from_local(part, w.device_mesh, w.placements, shape=w.shape, stride=w.stride())
+    return tree_map(lambda part, w: wrap(part, w) if is_split(w) else part, parts, like)
 
-def own_rows(w, like):
-    """This rank's rows of a tensor that every rank has whole, split like another."""
-    from torch.distributed.tensor import DTensor, Replicate
-    return DTensor.from_local(w, like.device_mesh, [Replicate()]).redistribute(placements=like.placements)
+def padded(w, size):
+    """A tensor with rows of zeros behind it, `size` in all."""
+    return w if len(w) == size else torch.cat((w, w.new_zeros(size - len(w), *w.shape[1:])))
+
+def all_gather(w, dtype=None):
+    """All rows of a tensor that is split, in `dtype` or its own, from the ranks, which must all take part; another as it
+    is.
+    """
+    if not is_split(w):
+        return w
+    own, ranks = w.to_local().to(dtype or w.dtype), torch.distributed.get_world_size()
+    if len(own) == len(w):  # one rank; or what a fork has whole on each
+        return own
+    size = math.ceil(len(w) / ranks)
+    whole = own.new_empty(size * ranks, *w.shape[1:])
+    torch.distributed.all_gather_single(whole, padded(own, size))
+    return whole[:len(w)]
 
 def reduce_scatter(w, like):
-    """The mean of what the ranks have each of a whole tensor, split like another."""
-    from torch.distributed.tensor import DTensor, Partial
-    total = DTensor.from_local(w, like.device_mesh, [Partial()]).redistribute(placements=like.placements)
-    return total / like.device_mesh.size()
+    """The mean of what the ranks have each of a whole tensor, split like another and in its dtype."""
+    own, ranks = like.to_local(), torch.distributed.get_world_size()
+    if len(own) == len(w):
+        total = w.clone()
+        torch.distributed.all_reduce(total)
+    else:
+        size = math.ceil(len(w) / ranks)
+        total = w.new_empty(size, *w.shape[1:])
+        torch.distributed.reduce_scatter_single(total, padded(w, size * ranks))
+    return split_like((total[:len(own)] / ranks).to(like.dtype), like)
 
 class AllGather(torch.autograd.Function):
     """`all_gather`, whose gradient is averaged over the ranks and split again. Use at once what is gathered."""
@@ -1555,17 +1578,17 @@ class ShardedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w):
         ctx.save_for_backward(x, w)
-        return x @ all_gather(w).T
+        return x @ all_gather(w, x.dtype).T
 
     @staticmethod
     def backward(ctx, d_out):
         x, w = ctx.saved_tensors
         dw = d_out.flatten(0, -2).T @ x.flatten(0, -2)
-        return d_out @ all_gather(w), reduce_scatter(dw, w)
+        return d_out @ all_gather(w, x.dtype), reduce_scatter(dw, w)
 
 @faster(linear, lambda x, w: is_split(w))
 def linear_over_ranks(x, w):
-    return ShardedLinear.apply(x, w.to(x.dtype))
+    return ShardedLinear.apply(x, w)
 
 @faster(embedding, lambda tokens, w: is_split(w))
 def embedding_over_ranks(tokens, w):
@@ -1578,17 +1601,26 @@ def rmsnorm_over_ranks(x, gain, eps):
 @faster(global_norm, lambda tree: is_split(first_leaf(tree)))
 def global_norm_over_ranks(tree):
     """One message adds up the squares of the norms of the rows that each rank has."""
-    from torch.distributed.tensor import Shard
-    own_part = lambda leaf: leaf.redistribute(placements=[Shard(0)]).to_local()  # of what each rank may have whole
-    square = global_norm(tree_map(own_part, tree)).square()
+    own = lambda w: w.to_local() if len(w.to_local()) < len(w) else own_rows(w.to_local())  # each number once
+    square = global_norm(tree_map(own, tree)).square()
     torch.distributed.all_reduce(square)
     return square.sqrt()
+
+@faster(clip_gradients, lambda grads, norm, max_norm: is_split(first_leaf(grads)))
+def clip_gradients_over_ranks(grads, norm, max_norm):
+    return split_like(clip_gradients(own_parts(grads), norm, max_norm), grads)
+
+@faster(adamw_update, lambda params, *_, **__: is_split(first_leaf(params)))
+def adamw_update_over_ranks(params, grads, state, lr, beta1=0.8, beta2=0.95, eps=1e-8, weight_decay=0.1):
+    new = adamw_update(*map(own_parts, (params, grads, state)), lr, beta1, beta2, eps, weight_decay)
+    return tuple(map(split_like, new, (params, state)))
 
 @faster(orthogonalize_all, lambda matrices: is_split(first_leaf(matrices)))
 def orthogonalize_all_over_ranks(matrices):
     """Every rank orthogonalises the whole of them, a block's at a time, and keeps its rows."""
-    whole = lambda block: tree_map(own_rows, orthogonalize_all(tree_map(all_gather, block)), block)
-    return {"blocks": {layer: whole(block) for layer, block in matrices["blocks"].items()}}
+    whole = lambda block: orthogonalize_all(tree_map(all_gather, block))
+    blocks = {layer: tree_map(own_rows, whole(block)) for layer, block in matrices["blocks"].items()}
+    return split_like({"blocks": blocks}, matrices)
 
 class GradientAverager:
     """Averages gradients over ranks, in few large buckets that travel while the backward pass goes on."""
