@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import errno
 import functools
+import gc
 import glob
 import hashlib
 import http.server
@@ -969,8 +970,9 @@ def in_a_room(room, operation, arguments, differentiable, monkeypatch, mesh):
             patch.setattr(torch.compiler, "is_compiling", lambda: True)
         if room == "ranks":
             all_tensors = lambda x: isinstance(x, dict) and all(torch.is_tensor(w) for _, w in tinylm.tree_leaves(x))
-            asked = arguments = [tinylm.shard(x, mesh) if all_tensors(x) or i == 1 and is_floating(x) else x
-                                 for i, x in enumerate(arguments)]
+            is_weight = lambda i, x: all_tensors(x) or i == 1 and is_floating(x) and operation is not blocks
+            blocks = tinylm.transformer_blocks
+            asked = arguments = [tinylm.shard(x, mesh) if is_weight(i, x) else x for i, x in enumerate(arguments)]
         if room == "GPU":  # what conditions ask, as a tensor there would answer
             there = lambda x: types.SimpleNamespace(is_cuda=True, is_cpu=False, ndim=x.ndim, shape=x.shape)
             asked = [there(x) if is_floating(x) else {"": there(torch.ones(2, 2))} | x if isinstance(x, dict) else x
@@ -2330,7 +2332,8 @@ def start(data, folder, **flags):
     context.set_forkserver_preload(FORKED_WITH)
     flags = TINY | dict(checkpoint_interval=3, eval_interval=50, resume="auto", data=str(data),
                         output_dir=str(folder)) | flags
-    code = "import os, sys; sys.stdout = open(os.devnull, 'w'); import train; train.train(**flags)"
+    code = ("import os, sys; sys.stdout = open(os.devnull, 'w'); import torch, train; torch.set_num_threads(1); "
+            "train.train(**flags)")
     process = context.Process(target=exec, args=(code, {"flags": flags}))
     process.start()
     return process
@@ -2842,6 +2845,28 @@ def test_a_mistake_of_a_later_rank_ends_all(tmp_path):
         assert process.exitcode == 0
     for rank in "01":
         assert re.fullmatch("rank 1, on .*: no such data here", (tmp_path / rank).read_text())
+
+@pytest.mark.parametrize("alone_from", [0, 1 << 20])
+@pytest.mark.parametrize("remat", [False, True])
+def test_blocks_of_ranks_are_freed_between_the_passes(alone_from, remat, monkeypatch, mesh_of_one):
+    """And gathered once more, whether their tensors travel together or alone; gradients are those of whole ones."""
+    monkeypatch.setattr(tinylm, "ALONE_FROM", {"cpu": alone_from})
+    config, gathered = small_config(num_layers=3, d_ff=96), []
+    params, (inputs, targets) = random_params(config), random_tokens(config, 2, 3, 9)
+    function = tinylm.gather_together
+    monkeypatch.setattr(tinylm, "gather_together", lambda *args: [gathered.append(1), function(*args)][1])
+    here = lambda: [x for x in gc.get_objects() if type(x) is torch.Tensor and x.shape == (96, config.d_model)]
+
+    def loss_fn(params):
+        before = len(here())
+        loss = tinylm.loss_fn(params, inputs, targets, config, torch.float32, remat)
+        assert len(here()) <= before and len(gathered) == 3
+        return loss
+
+    _, grads = tinylm.value_and_grad(loss_fn, tinylm.shard(params, mesh_of_one))
+    assert len(gathered) == 6
+    _, expected = tinylm.value_and_grad(tinylm.loss_fn, params, inputs, targets, config)
+    same(dict(tinylm.tree_leaves(tinylm.own_parts(grads))), dict(tinylm.tree_leaves(expected)), 1e-6)
 
 def test_the_norm_over_ranks_counts_each_number_once():
     """Also of what every rank has whole, as a fork's gradients may be."""
