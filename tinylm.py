@@ -528,10 +528,12 @@ def definitions_alone(names=None):
 def forms_that_differ(compute):
     """The names of operations whose forms, and not their definitions, give compute(): a tree of {what: tensors}.
 
-    None where it is not the same twice.
+    An empty list where it is not the same twice.
     """
+    numbers = lambda: tree_map(torch.nan_to_num, compute())
+
     def differs():
-        now = compute()
+        now = numbers()
         distance = lambda what: global_norm(tree_map(torch.sub, now[what], usual[what]))
         return any(distance(what) > 1e-4 * global_norm(usual[what]) for what in usual)
 
@@ -539,7 +541,7 @@ def forms_that_differ(compute):
         with definitions_alone(names):
             return differs()
 
-    usual, names = compute(), [name for name, target in OPERATIONS.items() if target.forms]
+    usual, names = numbers(), [name for name, target in OPERATIONS.items() if target.forms]
     if differs() or not differs_without(names):
         return []
     return [name for name in names if differs_without([name])] or names
@@ -1539,8 +1541,6 @@ def all_gather(w, dtype=None):
     if not is_split(w):
         return w
     own, ranks = w.to_local().to(dtype or w.dtype), torch.distributed.get_world_size()
-    if len(own) == len(w):  # one rank; or what a fork has whole on each
-        return own
     size = math.ceil(len(w) / ranks)
     whole = own.new_empty(size * ranks, *w.shape[1:])
     torch.distributed.all_gather_single(whole, padded(own, size))
@@ -1549,13 +1549,9 @@ def all_gather(w, dtype=None):
 def reduce_scatter(w, like):
     """The mean of what the ranks have each of a whole tensor, split like another and in its dtype."""
     own, ranks = like.to_local(), torch.distributed.get_world_size()
-    if len(own) == len(w):
-        total = w.clone()
-        torch.distributed.all_reduce(total)
-    else:
-        size = math.ceil(len(w) / ranks)
-        total = w.new_empty(size, *w.shape[1:])
-        torch.distributed.reduce_scatter_single(total, padded(w, size * ranks))
+    size = math.ceil(len(w) / ranks)
+    total = w.new_empty(size, *w.shape[1:])
+    torch.distributed.reduce_scatter_single(total, padded(w, size * ranks))
     return split_like((total[:len(own)] / ranks).to(like.dtype), like)
 
 # Tensors of more bytes travel alone, others together: to copy them costs less than a message each. On two cores of a
@@ -1692,7 +1688,9 @@ def transformer_blocks_over_ranks(blocks, x, cos, sin, cache, config, remat=Fals
 
         def pack(tensor):  # what the backward pass would keep: of a gathered tensor only where in which storage it is
             i = rooms.get(tensor.untyped_storage()._cdata)
-            return tensor if i is None else (i, tensor.shape, tensor.stride(), tensor.storage_offset())
+            if i is None:
+                return tensor.detach()  # else it would keep its own graph, which keeps it
+            return i, tensor.shape, tensor.stride(), tensor.storage_offset()
 
         def unpack(kept):
             if isinstance(kept, torch.Tensor):

@@ -320,26 +320,26 @@ def step_functions(config, settings):
             gradients, update = tinylm.in_graph(gradients, 1), tinylm.in_graph(update, 3)
     return gradients, torch.no_grad()(update), torch.no_grad()(losses)
 
-def check_forms(run):
+def check_forms(config, settings):
     """Raise InputError where faster forms give a step other numbers than the definitions, as where one was changed.
 
     What is compared is the loss of one small block and its gradients, on the device in float64, which no mode of
     products rounds, and an update on the CPU.
     """
     most = {"num_layers": 1, "d_model": 64, "d_ff": 128, "vocab_size": 256, "context_length": 32}
-    small = {name: min(size, getattr(run.config, name)) for name, size in most.items()}
-    config = replace(run.config, num_heads=run.config.num_heads // run.config.num_kv_heads, num_kv_heads=1, **small)
+    small = {name: min(size, getattr(config, name)) for name, size in most.items()}
+    config = replace(config, num_heads=config.num_heads // config.num_kv_heads, num_kv_heads=1, **small)
     params = tinylm.init_params(config, torch.Generator().manual_seed(0))
-    doubles = tinylm.tree_map(lambda p: p.to(run.settings.device, torch.float64), params)
-    tokens = torch.arange(config.context_length + 1, device=run.settings.device)[None] % config.vocab_size
-    init, update = tinylm.OPTIMIZERS[run.settings.optimizer]
+    doubles = tinylm.tree_map(lambda p: p.to(settings.device, torch.float64), params)
+    tokens = torch.arange(config.context_length + 1, device=settings.device)[None] % config.vocab_size
+    init, update = tinylm.OPTIMIZERS[settings.optimizer]
 
     def compute():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             loss, grads = tinylm.value_and_grad(tinylm.loss_fn, doubles, tokens[:, :-1], tokens[:, 1:], config,
                                                 torch.float64)
-        new, _ = update(params, params, init(params), torch.tensor(1e-2), **own_hyperparameters(run.settings))
+        new, _ = update(params, params, init(params), torch.tensor(1e-2), **own_hyperparameters(settings))
         return {"loss": loss, "gradients": grads, "update": tinylm.tree_map(torch.sub, new, params)}
 
     for name in tinylm.forms_that_differ(compute):

@@ -138,7 +138,7 @@ def text_files(source, output):
         raise InputError(f"{source} has no files in it; expected a text file, or a folder of them")
     return paths
 
-def as_text(path, copy):
+def as_text(path, copy, errors="strict"):
     """The path of a text: the file itself, or for a .jsonl file a `copy` where each line's "text" is a document.
 
     Raises InputError for a line without one.
@@ -149,9 +149,10 @@ def as_text(path, copy):
     with open(path, "rb") as lines, open(copy, "w", encoding="utf-8", newline="") as file:
         for number, line in enumerate(lines, 1):
             try:
-                file.write(json.loads(line)["text"] + bpe.END_OF_TEXT if line.strip() else "")
+                file.write(json.loads(line.decode("utf-8", errors))["text"] + bpe.END_OF_TEXT if line.strip() else "")
             except (ValueError, KeyError, TypeError, RecursionError):
-                raise InputError(f'{path}, line {number:,}: expected a JSON object with a text as "text"') from None
+                raise InputError(f'{path}, line {number:,}: expected a JSON object, in UTF-8, with a text as "text"'
+                                 ) from None
             done += len(line)
             progress.update(done)
     progress.close()
@@ -296,7 +297,7 @@ def write_beside(partial, sources, settings, dataset, tokenizer, begin, end, voc
         kept = DATA / "downloads"
         sources = [[download(url, kept / f"{dataset}-{url.split('/')[-1]}", size)] for url, size in DOWNLOADS[dataset]]
     copy = lambda: partial / f"{len(list(partial.iterdir()))}-copy.txt"
-    spans = [whole_spans([as_text(path, copy()) for path in paths]) for paths in sources]
+    spans = [whole_spans([as_text(path, copy(), settings.errors) for path in paths]) for paths in sources]
     val_fraction = settings.val_fraction or 0.1
     train, val = spans if len(spans) == 2 else split_spans(spans[0], val_fraction)
     if not train or not val:

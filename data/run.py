@@ -125,20 +125,17 @@ def update_link(folder, name, target):
 def open_run(resume, init_from, given, table, check):
     """The run that the flags mean, on all ranks: the first one finds or starts it, the others hear of it.
 
-    `table` is the class of its settings, check(run) raises InputError where it should not begin. What a run claims, its
-    folder and the ranks, it gives back in the end.
+    `table` is the class of its settings; check(config, settings) raises InputError where it should not begin. What a
+    run claims, its folder and the ranks, it gives back in the end.
     """
     with ExitStack() as claims:
         device, rank, num_ranks = claims.enter_context(machine.ranks(machine.choose_device(given.get("device"))))
         run = mistake = None
         if rank == 0:
             try:
-                run = find_run(resume, init_from, given, table, claims)
+                run = find_run(resume, init_from, given, table, check, claims)
                 load_state(run)
-                check(run)
             except InputError as error:  # told to the other ranks first, so that all end alike
-                if run and os.listdir(run.folder) == ["lock"]:
-                    files.remove(run.folder)
                 run, mistake = None, error
         if num_ranks > 1:
             run = tell_ranks(run, mistake, table, device, rank, num_ranks)
@@ -147,7 +144,7 @@ def open_run(resume, init_from, given, table, check):
         run.settings.train_tokens = run.meta["train"]["tokens"]
         place_state(run)
         if rank == 0:
-            keep_metrics(run.folder / "metrics.jsonl", run.step)
+            keep_metrics(run.folder / "metrics.jsonl", run.step or -1)  # of a new one nothing that one before it left
         yield run
 
 def tell_ranks(run, mistake, table, device, rank, num_ranks):
@@ -174,18 +171,18 @@ def tell_ranks(run, mistake, table, device, rank, num_ranks):
         raise InputError(mistake)
     return run
 
-def find_run(resume, init_from, given, table, claims):
+def find_run(resume, init_from, given, table, check, claims):
     """A new run, one to go on with, or (--resume=auto) whichever there is."""
     if resume and resume != "auto" and init_from:
         raise InputError(f"--resume={resume} and --init_from={init_from}: give one of the two")
     if resume == "auto":
         folder = folder_named(table.complete(given))
         if newest(folder):
-            return resume_run(folder, given, table, claims, Finished)
-        return start_run(given, init_from, folder, table, claims)
+            return resume_run(folder, given, table, check, claims, Finished)
+        return start_run(given, init_from, folder, table, check, claims)
     if resume:
-        return resume_run(Path(resume), given, table, claims)
-    return start_run(given, init_from, None, table, claims)
+        return resume_run(Path(resume), given, table, check, claims)
+    return start_run(given, init_from, None, table, check, claims)
 
 def folder_named(settings):
     """The folder that the flags name: runs/NAME, NAME that of the data unless given."""
@@ -222,7 +219,7 @@ def check_new(folder):
         advice = f"go on with --resume={folder}, or choose another" if newest(folder) else "choose another"
         raise InputError(f"--output_dir={folder} is not empty; {advice}")
 
-def start_run(given, init_from, folder, table, claims):
+def start_run(given, init_from, folder, table, check, claims):
     """A new run: settings chosen, data and room checked, the folder claimed."""
     sizes = {}
     known = {"is_pretrained": bool(init_from)}
@@ -255,6 +252,7 @@ def start_run(given, init_from, folder, table, claims):
         tinylm.get_batch(ids["train"], 1, config.context_length, 0, 0)  # raises where the text is too short
     files.check_room(folder or new_folder(settings), checkpoint_bytes(config) * (settings.keep_checkpoints + 2),
                      "the checkpoints of this run need", "choose another --output_dir")
+    check(config, settings)
     folder = make_folder(settings, folder)
     lock = claims.enter_context(hold(folder))
     if newest(folder):  # while the data was prepared
@@ -262,7 +260,7 @@ def start_run(given, init_from, folder, table, claims):
                          f"--resume={folder} or --resume=auto, to go on from it")
     return Run(settings, folder, data.absolute(), source=init_from, meta=meta, ids=ids, claims=claims, lock=lock)
 
-def resume_run(folder, given, table, claims, error_if_done=InputError):
+def resume_run(folder, given, table, check, claims, error_if_done=InputError):
     """A run as its latest checkpoint has it. Raises InputError for flags that would make it another run, and
     `error_if_done` where it has done all its steps."""
     latest = newest(folder)
@@ -309,6 +307,7 @@ def resume_run(folder, given, table, claims, error_if_done=InputError):
                                 "extend it")
         run.meta, run.ids = prepare.open_data(run.data)
         check_same_data(run, state["data"], latest)
+        check(model_config(settings, run.meta["vocab_size"], latest), settings)
     return run
 
 @contextmanager
