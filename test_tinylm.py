@@ -2356,7 +2356,9 @@ def test_a_signal_ends_the_step_and_saves(tmp_path, number):
     assert (tmp_path / "run/latest").resolve().name == f"step-{last:07d}" and last < 100_000
 
 def test_a_signal_is_answered_at_once(capfd, monkeypatch):
-    """By the first rank."""
+    """By the first rank. What this process was started with, as by nohup, must not count."""
+    given = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
+    signal.signal(signal.SIGINT, signal.default_int_handler), signal.signal(signal.SIGHUP, signal.SIG_DFL)
     for rank, lines in (("0", 2), ("1", 0)):
         monkeypatch.setenv("LOCAL_RANK", rank)
         with machine.Interrupt() as interrupt:
@@ -2373,8 +2375,9 @@ def test_a_signal_is_answered_at_once(capfd, monkeypatch):
     with machine.Interrupt() as interrupt:
         os.kill(os.getpid(), signal.SIGHUP)
         assert not interrupt.asked
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     assert signal.getsignal(signal.SIGINT) == before
+    for number, handler in given.items():
+        signal.signal(number, handler)
 
 def test_a_run_that_ends_while_the_next_prepares(tmp_path, monkeypatch):
     """As of jobs that a scheduler restarts: nothing of the first is replaced, and started again it goes on."""

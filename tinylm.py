@@ -526,9 +526,8 @@ def definitions_alone(names=None):
             OPERATIONS[name].forms[:] = forms[name]
 
 def forms_that_differ(compute):
-    """The names of operations whose forms, and not their definitions, give compute(): a tree of {what: tensors}.
-
-    An empty list where it is not the same twice.
+    """The names of operations whose forms change what compute() gives, a tree of {what: tensors}; an empty list where
+    it is not the same twice.
     """
     numbers = lambda: tree_map(torch.nan_to_num, compute())
 
@@ -1551,7 +1550,7 @@ def reduce_scatter(w, like):
     own, ranks = like.to_local(), torch.distributed.get_world_size()
     size = math.ceil(len(w) / ranks)
     total = w.new_empty(size, *w.shape[1:])
-    torch.distributed.reduce_scatter_single(total, padded(w, size * ranks))
+    torch.distributed.reduce_scatter_single(total, padded(w, size * ranks).contiguous())
     return split_like((total[:len(own)] / ranks).to(like.dtype), like)
 
 # Tensors of more bytes travel alone, others together: to copy them costs less than a message each. On two cores of a
