@@ -3506,6 +3506,16 @@ def test_a_byte_order_mark_is_no_text(tmp_path, capsys):
     prepare.prepare(input=str(tmp_path / "marked.txt"), output=str(tmp_path / "marked"), vocab_size=400)
     assert ((tmp_path / "marked/train.bin").read_bytes(), (tmp_path / "marked/meta.json").read_text()) == expected
 
+def wait_for(holds, seconds=60):
+    """Wait until something holds; fail if it does not within these seconds."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+def children_of(process):
+    return Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+
 def end_this_process(span):
     """Work that ends as one that the system kills."""
     os.kill(os.getpid(), signal.SIGKILL)
@@ -3516,16 +3526,40 @@ def test_a_process_of_prepare_that_dies_is_noticed():
     assert list(bpe.spread(str, [("a", 0, 1), ("b", 0, 1)], (int, ()), 2, "reading")) == [
         "('a', 0, 1)", "('b', 0, 1)"]
 
+def test_ctrl_c_does_not_reach_processes_that_begin(tmp_path):
+    (tmp_path / "work.py").write_text(f"""if True:
+        import os, signal, sys
+        sys.path.insert(0, {str(ROOT)!r})
+        from data import bpe
+        os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.SIGINT))
+        print(*bpe.spread(len, [("a", 0, 1)] * 9, (int, ()), 3, "reading"))
+        """)
+    done = subprocess.run([sys.executable, tmp_path / "work.py"], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["3"] * 9 and not done.stderr
+
+def test_processes_of_prepare_end_with_it(tmp_path):
+    """Even where it is killed and can end none of them itself."""
+    (tmp_path / "work.py").write_text(f"""if True:
+        import sys, time
+        sys.path.insert(0, {str(ROOT)!r})
+        from data import bpe
+        for _ in bpe.spread(len, [("a", 0, 1)] * 9, (int, ()), 3, "reading"):
+            time.sleep(60)
+        """)
+    process = subprocess.Popen([sys.executable, tmp_path / "work.py"], stderr=subprocess.DEVNULL)
+    wait_for(lambda: len(children_of(process)) == 3)
+    numbers = children_of(process)
+    process.kill()
+    process.wait()
+    wait_for(lambda: not any(Path(f"/proc/{number}/task").exists() for number in numbers), 10)
+
 def test_interrupting_prepare_is_one_line(tmp_path):
     (tmp_path / "long.txt").write_text("".join(stories.story(0, i) for i in range(3000)) * 20)
     process = subprocess.Popen([sys.executable, ROOT / "data/prepare.py", f"--input={tmp_path}/long.txt",
                                 f"--output={tmp_path}/data", "--workers=2"], stderr=subprocess.PIPE, text=True,
                                stdout=subprocess.PIPE, start_new_session=True,
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
-    deadline = time.monotonic() + 60
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    while len(children.read_text().split()) < 2 and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_for(lambda: len(children_of(process)) == 2)
     time.sleep(0.3)
     os.killpg(process.pid, signal.SIGINT)
     _, error = process.communicate(timeout=60)

@@ -17,6 +17,7 @@ encoded a block at a time (`encode_endless`). Training holds each different word
 """
 
 import codecs
+import contextlib
 import heapq
 import itertools
 import json
@@ -29,6 +30,8 @@ from array import array
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
+from multiprocessing import connection
+from multiprocessing.pool import ExceptionWithTraceback
 from pathlib import Path
 
 import numpy as np
@@ -969,15 +972,12 @@ def spread(work, spans, setup, workers, label):
     workers = min(workers or num_cores(), len(spans))
     progress = Progress(label, total)
     done = 0
-    pool = None
-    function, arguments = setup
     if workers > 1:
-        others = set(multiprocessing.active_children())
-        pool = multiprocessing.Pool(workers, start_worker, (function, arguments))
-        results = results_of(pool.imap(work, spans), set(multiprocessing.active_children()) - others)
+        results = over_processes(work, spans, setup, workers)
     else:
+        function, arguments = setup
         function(*arguments)
-        results = map(work, spans)
+        results = (work(span) for span in spans)
     try:
         for (_, start, end), result in zip(spans, results):
             done += end - start
@@ -985,25 +985,68 @@ def spread(work, spans, setup, workers, label):
             yield result
     finally:
         progress.close()
-        if pool:
-            pool.terminate()
+        results.close()
 
-def results_of(results, processes):
-    """Yield what the processes of a pool have done. Raises InputError where one has died, for which a pool waits."""
-    while True:
-        try:
-            yield results.next(timeout=1)
-        except multiprocessing.TimeoutError:
-            if not processes <= set(multiprocessing.active_children()):
-                raise InputError("a process that read the text was ended, as where memory runs out; give "
-                                 "data/prepare.py a smaller --workers") from None
-        except StopIteration:
-            return
+def over_processes(work, spans, setup, workers):
+    """Yield work(span) for each span, in order, over processes. Raises InputError where one of them dies.
 
-def start_worker(function, arguments):
-    """Ready a process of `spread`. Ctrl-C reaches it too; the process that gave it work ends it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Each has a pipe of its own and nothing is shared: what a lock or a thread of a Pool waits for when a process dies,
+    or when Ctrl-C comes while processes are made, may never come.
+    """
+    processes, pipes, results = [], [], {}
+    jobs = enumerate(spans)
+    try:
+        for _ in range(workers):
+            start_process(processes, pipes, work, setup)
+        for pipe, job in zip(pipes, jobs):
+            pipe.send(job)
+        for number in range(len(spans)):
+            while number not in results:
+                for pipe in connection.wait(pipes):
+                    finished, results[finished] = pipe.recv()
+                    if job := next(jobs, None):
+                        pipe.send(job)
+            if isinstance(results[number], Exception):
+                raise results[number]
+            yield results.pop(number)
+    except (EOFError, ConnectionError):
+        raise InputError("a process that read the text was ended, as where memory runs out; give data/prepare.py a "
+                         "smaller --workers") from None
+    finally:
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.join()
+
+def start_process(processes, pipes, work, setup):
+    """Start one more process that does `work`, and add it and the pipe to it."""
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.Process(target=serve, args=(theirs, ours, work, setup), daemon=True)
+    # Ctrl-C reaches each process of a terminal. One that begins with it blocked never shows it.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if hasattr(signal, "pthread_sigmask") else None
+    try:
+        process.start()
+        processes.append(process)
+        pipes.append(ours)
+    finally:
+        theirs.close()  # so that a process that dies leaves no end open, and reading ours fails
+        if blocked is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+def serve(pipe, end_of_caller, work, setup):
+    """What a process of `spread` does: work(span) for each (number, span) of its pipe, until its caller is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where nothing can be blocked; the caller ends this process
+    end_of_caller.close()
+    function, arguments = setup
     function(*arguments)
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            number, span = pipe.recv()
+            try:
+                result = work(span)
+            except Exception as error:
+                result = ExceptionWithTraceback(error, error.__traceback__)
+            pipe.send((number, result))
 
 class Job:
     """What a process of `spread` works with: set once in each by `start_counting` or `start_encoding`."""
