@@ -499,9 +499,13 @@ def generate(params, prompt, config, max_new_tokens, temperature=1.0, top_k=0, t
 
 # ==== II. Faster ====
 
+import os
 import platform
+import shutil
+import sysconfig
 from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import Path
 from types import FunctionType
 
 # Three functions here remember what they computed (lru_cache); it depends on their arguments alone.
@@ -1094,7 +1098,7 @@ def attention_of_one(q, k, v, unseen=None):
 def attention_eager(q, k, v):
     return attention_of_one(q, k, v) if q.shape[-2] == 1 else tiled_attention(q, k, v)
 
-# ---- CUDA: attention as Triton kernels of our own ----
+# ---- CUDA: Triton kernels of our own, for attention and for what is small but launched for every token ----
 
 class tl:
     """Stands for Triton's language, in which the kernels are written and which is imported when they are needed."""
@@ -1205,15 +1209,81 @@ def queries_backward_kernel(q, k, v, d_out, out, log_sum, row_sum, dq, R, S, bef
             dq_sums += tl.dot(ds.to(k_rows.dtype), k_rows)
     store_rows(dq, rows, R, dq_sums * D**-0.5, D, WIDTH)
 
-KERNELS = (load_rows, store_rows, keys_seen, attention_kernel, keys_backward_kernel, queries_backward_kernel)
+def next_attention_kernel(q, new_k, new_v, k, v, out, filled, head_stride, group: tl.constexpr,
+                          D: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr):
+    """Attention of a head's next query, at position `filled`: to its own key, and to those of the cache before it.
+
+    q and out (N · group, D), new_k and new_v (N, D), k and v N matrices of (S, D), head_stride numbers apart.
+    """
+    head, columns, position = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH), tl.load(filled)
+    n, inside = head // group, columns < D
+    k, v = k + n * head_stride, v + n * head_stride
+    query = tl.load(q + head * D + columns, mask=inside, other=0.0).to(tl.float32) * (D**-0.5 * LOG2_E)
+    k_row = tl.load(new_k + n * D + columns, mask=inside, other=0.0)
+    v_row = tl.load(new_v + n * D + columns, mask=inside, other=0.0)
+    is_first = inside & (head % group == 0)  # one of the group fills the cache, at a place where no other reads
+    tl.store(k + position * D + columns, k_row, mask=is_first)
+    tl.store(v + position * D + columns, v_row, mask=is_first)
+    highest, total, sums = tl.sum(query * k_row.to(tl.float32), 0), 1.0, v_row.to(tl.float32)
+    for key in range(0, position, KEYS):
+        keys = key + tl.arange(0, KEYS)
+        scores = tl.sum(load_rows(k, keys, position, D, WIDTH).to(tl.float32) * query[None, :], 1)  # (KEYS)
+        scores = tl.where(keys < position, scores, -float("inf"))
+        higher = tl.maximum(highest, tl.max(scores, 0))
+        p, shrink = tl.exp2(scores - higher), tl.exp2(highest - higher)
+        v_rows = load_rows(v, keys, position, D, WIDTH).to(tl.float32)
+        sums, total, highest = sums * shrink + tl.sum(p[:, None] * v_rows, 0), total * shrink + tl.sum(p, 0), higher
+    tl.store(out + head * D + columns, (sums / total).to(out.dtype.element_ty), mask=inside)
+
+def rmsnorm_kernel(x, gain, out, eps, D: tl.constexpr, WIDTH: tl.constexpr):
+    """`rmsnorm` of a row of x (rows, D)."""
+    places, columns = tl.program_id(0).to(tl.int64) * D + tl.arange(0, WIDTH), tl.arange(0, WIDTH)
+    values = tl.load(x + places, mask=columns < D, other=0.0).to(tl.float32)
+    values *= tl.rsqrt(tl.sum(values * values, 0) / D + eps) * tl.load(gain + columns, mask=columns < D, other=0.0)
+    tl.store(out + places, values.to(out.dtype.element_ty), mask=columns < D)
+
+def rope_kernel(x, cos, sin, out, H, T, stride_b, stride_h, stride_t, HALF: tl.constexpr, WIDTH: tl.constexpr):
+    """`rope` of one position of one head of x (B, H, T, 2 · HALF), which may lie with gaps; out has none."""
+    row, pairs = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
+    n, t = row // T, row % T
+    source, target = x + n // H * stride_b + n % H * stride_h + t * stride_t, out + row * 2 * HALF
+    even = tl.load(source + 2 * pairs, mask=pairs < HALF).to(tl.float32)
+    odd = tl.load(source + 2 * pairs + 1, mask=pairs < HALF).to(tl.float32)
+    c, s = tl.load(cos + t * HALF + pairs, mask=pairs < HALF), tl.load(sin + t * HALF + pairs, mask=pairs < HALF)
+    tl.store(target + 2 * pairs, (even * c - odd * s).to(out.dtype.element_ty), mask=pairs < HALF)
+    tl.store(target + 2 * pairs + 1, (even * s + odd * c).to(out.dtype.element_ty), mask=pairs < HALF)
+
+def gated_silu_kernel(gate, up, out, size, BLOCK: tl.constexpr):
+    """`gated_silu` of a block of numbers."""
+    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    g = tl.load(gate + places, mask=places < size).to(tl.float32)
+    u = tl.load(up + places, mask=places < size).to(tl.float32)
+    tl.store(out + places, (g * tl.sigmoid(g) * u).to(out.dtype.element_ty), mask=places < size)
+
+KERNELS = (load_rows, store_rows, keys_seen, attention_kernel, keys_backward_kernel, queries_backward_kernel,
+           next_attention_kernel, rmsnorm_kernel, rope_kernel, gated_silu_kernel)
+
+def missing_to_build(compilers):
+    """What of one of these compilers and Python's headers this machine lacks; None where it lacks nothing."""
+    if not any(map(shutil.which, compilers)):
+        return " or ".join(compilers)
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    return None if header.is_file() else header
+
+def c_compilers():
+    """Those of which Triton takes the first, to build what launches its kernels."""
+    return [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
 
 @lru_cache(maxsize=1)
-def attention_kernels():
-    """The kernels by name, for Triton to compile when they are launched; None where it is not installed."""
+def triton_kernels():
+    """The kernels by name, for Triton to compile when they are launched; None where it, or what it needs, is missing.
+    """
     try:
         import triton
         import triton.language as tl
     except ImportError:  # it comes with torch for CUDA, and serves nothing else
+        return None
+    if missing_to_build(c_compilers()):
         return None
     names = {"__name__": __name__, "tl": tl, "LOG2_E": tl.constexpr(1 / math.log(2))}  # scores are taken to base 2
     for function in KERNELS:  # the same code, with these names around it
@@ -1222,10 +1292,14 @@ def attention_kernels():
         names[function.__name__] = triton.jit(in_names)
     return names
 
+def has_triton(x):
+    """Whether Triton's kernels run on tensors like this: on GPUs from Ampere on."""
+    return (x.is_cuda and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+            and torch.cuda.get_device_capability(x.device) >= (8, 0) and triton_kernels() is not None)
+
 def has_kernels(q):
-    """Whether attention of these queries runs as Triton kernels: in half precision, on GPUs from Ampere on."""
-    return (q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 128
-            and torch.cuda.get_device_capability(q.device) >= (8, 0) and attention_kernels() is not None)
+    """Whether attention of these queries runs as Triton kernels: in half precision."""
+    return q.dtype != torch.float32 and q.shape[-1] <= 128 and has_triton(q)
 
 # ROWS, KEYS, warps and stages of each kernel for heads of up to 64 features, of up to 128, and on an H100 or B200. They
 # are there, of about 25 that keep no register in memory, the fastest on an H200 at 32, 64 and 128 features, or slower
@@ -1236,11 +1310,19 @@ KERNEL_BLOCKS = {"attention_kernel": ((128, 64, 8, 2), (128, 32, 8, 3), (64, 64,
                  "keys_backward_kernel": ((32, 128, 8, 2), (64, 64, 8, 2), (32, 64, 4, 3)),
                  "queries_backward_kernel": ((128, 32, 8, 2), (128, 32, 8, 2), (64, 64, 4, 2))}
 
+def power_of_two(size):
+    """The least that is not below a size."""
+    return 1 << (size - 1).bit_length()
+
 def kernel_options(name, D, capability):
     """What a kernel is compiled for beside types: its sizes, warps and stages, for heads of D features on a GPU."""
     rows, keys, warps, stages = KERNEL_BLOCKS[name][2 if capability[0] in (9, 10) else D > 64]
-    width = max(16, 1 << (D - 1).bit_length())  # the next power of two
+    width = max(16, power_of_two(D))
     return {"D": D, "WIDTH": width, "ROWS": rows, "KEYS": keys, "num_warps": warps, "num_stages": stages}
+
+def run_kernel(name, grid, x, *args, **options):
+    with torch.cuda.device_of(x):  # Triton would take the current device
+        triton_kernels()[name][grid](x, *args, **options)
 
 def side_by_side(N, num_bytes, l2_size):
     """How many of N heads, with num_bytes of q and k together, to compute side by side: a divisor of N.
@@ -1258,8 +1340,7 @@ def launch(name, blocks_of_keys, q, k, *tensors):
     blocks = -(-S // options["KEYS"]) if blocks_of_keys else -(-T * group // options["ROWS"])
     together = side_by_side(N, q.nbytes + k.nbytes, gpu.L2_cache_size)
     grid = together, blocks, N // together  # its programs begin in this order, those that differ in `together` first
-    with torch.cuda.device_of(q):  # Triton would take the current device
-        attention_kernels()[name][grid](q, k, *tensors, T * group, S, S - T, group, **options)
+    run_kernel(name, grid, q, k, *tensors, T * group, S, S - T, group, **options)
 
 def attention_in_kernels(q, k, v):
     """Attention in one Triton kernel, which never writes scores to memory; see `TiledAttention`."""
@@ -1279,6 +1360,32 @@ def attention_in_kernels_backward(d_out, q, k, v, out, log_sum):
     launch("queries_backward_kernel", False, q, k, v, d_out, out, log_sum, row_sum, dq)
     launch("keys_backward_kernel", True, q, k, v, d_out, log_sum, row_sum, dk, dv)
     return dq, dk, dv
+
+def is_without_gradients(x):
+    """Whether a kernel takes the place of the operations on x, where gradients would need a second one."""
+    return x.is_cuda and is_eager() and not torch.is_grad_enabled() and has_triton(x)
+
+@faster(rmsnorm, lambda x, gain, eps: is_without_gradients(x) and torch.is_tensor(gain) and gain.shape == x.shape[-1:])
+def rmsnorm_in_kernel(x, gain, eps):
+    x, D = x.contiguous(), x.shape[-1]
+    out = torch.empty_like(x)
+    run_kernel("rmsnorm_kernel", (x.numel() // D,), x, gain, out, eps, D, power_of_two(D))
+    return out
+
+@faster(rope, lambda x, cos, sin: is_without_gradients(x) and x.ndim == 4 and x.stride(3) == 1)
+def rope_in_kernel(x, cos, sin):
+    B, H, T, D = x.shape
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    run_kernel("rope_kernel", (B * H * T,), x, cos, sin, out, H, T, *x.stride()[:3], D // 2, power_of_two(D // 2),
+               num_warps=1)
+    return out
+
+@faster(gated_silu, lambda gate, up: is_without_gradients(gate))
+def gated_silu_in_kernel(gate, up):
+    gate, up = gate.contiguous(), up.contiguous()
+    out = torch.empty_like(gate)
+    run_kernel("gated_silu_kernel", (-(-gate.numel() // 1024),), gate, up, out, gate.numel(), 1024)
+    return out
 
 # ---- CUDA: many kernels in one launch, as to launch them one by one takes longer than to run them ----
 
@@ -1334,9 +1441,9 @@ def in_graph(function, num_kept):
 def global_norm_in_few_launches(tree):
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm([leaf.float() for _, leaf in tree_leaves(tree)])))
 
-# The fewest keys that a recorded step attends to; more come in powers of two, each a graph. On an H200 63 tokens of
-# four layers 512 wide are written at 1,720 tokens/s so, with graphs from 8 keys on at 1,150, without at 450; of twelve
-# of 768 at 655, 477 and 173.
+# The fewest keys that a recorded step attends to where no kernel does; more come in powers of two, each a graph. On an
+# H200 63 tokens of four layers 512 wide are written at 1,720 tokens/s so, with graphs from 8 keys on at 1,150, without
+# at 450; of twelve of 768 at 655, 477 and 173.
 KEYS_AT_LEAST = 64
 
 @faster(cached_attention, lambda q, k, v, cache: isinstance(cache["filled"], torch.Tensor))
@@ -1346,6 +1453,20 @@ def cached_attention_at(q, k, v, cache):
         cache[name].index_copy_(2, cache["filled"], new.to(cache[name].dtype))
     unseen = torch.arange(cache["k"].shape[2], device=q.device) > cache["filled"]  # (S)
     return attention_of_one(q, cache["k"], cache["v"], unseen)
+
+def has_next_attention(q):
+    """Whether that is one kernel, whose time is that of the keys that are there."""
+    return q.shape[-1] <= 128 and has_triton(q)
+
+@faster(cached_attention, lambda q, k, v, cache: isinstance(cache["filled"], torch.Tensor) and has_next_attention(q))
+def cached_attention_in_kernel(q, k, v, cache):
+    """Of one token, as `cached_attention_at`."""
+    (B, H, _, D), H_kv = q.shape, k.shape[1]
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    out, width = torch.empty_like(q), max(16, power_of_two(D))
+    run_kernel("next_attention_kernel", (B * H,), q, k, v, cache["k"], cache["v"], out, cache["filled"],
+               cache["k"].stride(1), H // H_kv, D, width, 8192 // width, num_warps=8)
+    return out
 
 def is_worth_a_record(blocks, x, cos, sin, cache, config, remat=False):
     """Whether this is one token on CUDA, and attention is as the record has it: its forms not dropped."""
@@ -1357,7 +1478,9 @@ def transformer_blocks_in_graph(blocks, x, cos, sin, cache, config, remat=False)
     """Of one token. The graphs stay in the cache that they belong to, by the number of keys that they attend to, for
     as long as parameters, keys and values are the same tensors.
     """
-    keys = min(cache["k"].shape[3], max(KEYS_AT_LEAST, 1 << cache["filled"].bit_length()))
+    keys = cache["k"].shape[3]
+    if not has_next_attention(cache["k"]):
+        keys = min(keys, max(KEYS_AT_LEAST, 1 << cache["filled"].bit_length()))
     position = torch.full((1,), cache["filled"], device=x.device)
     tensors = blocks, cache["k"], cache["v"]  # which a graph knows by their addresses
     recorded, graphs = cache.get("graphs", (tensors, {}))

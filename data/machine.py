@@ -6,20 +6,18 @@ import importlib.util
 import json
 import os
 import re
-import shutil
 import signal
 import sys
-import sysconfig
 import threading
 import time
 import warnings
 from contextlib import contextmanager, suppress
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+import tinylm
 from data.cli import InputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # to compute in
@@ -123,15 +121,11 @@ def check_compiler(device, dtype, compiles=False):
         return
     purpose = "--compile" if compiles else "bfloat16 on CUDA"
     instead = " ".join(["--compile=False"] * compiles + [f"--dtype=float32 {TO_GO_ON}"] * has_kernels)
-    if device == "cpu":
-        compilers = [os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")]
-    else:
-        compilers = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
-    header = Path(sysconfig.get_path("include")) / "Python.h"
-    for needed, is_there in ((" or ".join(compilers), any(map(shutil.which, compilers))), (header, header.is_file())):
-        if not is_there:
-            raise InputError(f"{purpose} needs {needed}, which is not there; install a C++ compiler and Python's "
-                             f"headers (g++ and python3-dev on Debian), or give {instead}")
+    on_cpu = [os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")]
+    missing = tinylm.missing_to_build(on_cpu if device == "cpu" else tinylm.c_compilers())
+    if missing:
+        raise InputError(f"{purpose} needs {missing}, which is not there; install a C++ compiler and Python's headers "
+                         f"(g++ and python3-dev on Debian), or give {instead}")
     if compiles and device != "cpu" and torch.cuda.get_device_capability(device) < (7, 0):
         raise InputError("--compile: torch.compile needs compute capability 7.0, which "
                          f"{torch.cuda.get_device_name(device)} has not; give --compile=False")
