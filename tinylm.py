@@ -147,7 +147,6 @@ class Config:
     def __post_init__(self):
         fill_in = partial(object.__setattr__, self)  # as the dataclass is frozen
         fill_in("num_kv_heads", self.num_kv_heads or self.num_heads)
-        fill_in("d_ff", self.d_ff or 64 * math.ceil(8 * self.d_model / (3 * 64)))
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type not in (int, float) or value == field.default:  # a default such as 0 may mean "none"
@@ -155,6 +154,7 @@ class Config:
             if not isinstance(value, (int, field.type)) or isinstance(value, bool) or not 0 < value < math.inf:
                 kind = "whole number" if field.type is int else "number"
                 raise ValueError(f"{field.name} is {value!r}; expected a {kind} above 0")
+        fill_in("d_ff", self.d_ff or 64 * math.ceil(8 * self.d_model / (3 * 64)))
         heads = f"d_model {self.d_model} over num_heads {self.num_heads}"
         if not self.head_dim and self.d_model % self.num_heads:
             raise ValueError(f"{heads} leaves a remainder; choose num_heads to divide d_model")
@@ -460,7 +460,8 @@ def sample_token(logits, temperature, top_k, top_p, generator):
         return logits.float().argmax(-1)
     if top_k:
         logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -math.inf)
-    probabilities = softmax((logits.float() / temperature).nan_to_num())  # so that a diverged model draws tokens too
+    # A diverged model draws tokens too; below 1e-20 all is as at 0, but for numbers that overflow.
+    probabilities = softmax((logits.float() / max(temperature, 1e-20)).nan_to_num())
     if top_p < 1:
         probabilities = probabilities.masked_fill(probabilities < nucleus_floor(probabilities, top_p), 0.0)
     return sample_from(probabilities, generator)
@@ -530,13 +531,19 @@ def definitions_alone(names=None):
             OPERATIONS[name].forms[:] = forms[name]
 
 def forms_that_differ(compute):
-    """The names of operations whose forms change what compute() gives, a tree of {what: tensors}; an empty list where
-    it is not the same twice.
+    """The names of operations whose forms change what compute() gives, a tree of {what: tensors}, or whether it fails;
+    an empty list where it is not the same twice.
     """
-    numbers = lambda: tree_map(torch.nan_to_num, compute())
+    def attempt():
+        try:
+            return tree_map(torch.nan_to_num, compute())
+        except Exception as error:  # as of a form that lacks an argument
+            return error
 
     def differs():
-        now = numbers()
+        now = attempt()
+        if isinstance(now, Exception) or isinstance(usual, Exception):
+            return type(now) is not type(usual)
         distance = lambda what: global_norm(tree_map(torch.sub, now[what], usual[what]))
         return any(distance(what) > 1e-4 * global_norm(usual[what]) for what in usual)
 
@@ -544,7 +551,7 @@ def forms_that_differ(compute):
         with definitions_alone(names):
             return differs()
 
-    usual, names = numbers(), [name for name, target in OPERATIONS.items() if target.forms]
+    usual, names = attempt(), [name for name, target in OPERATIONS.items() if target.forms]
     if differs() or not differs_without(names):
         return []
     return [name for name in names if differs_without([name])] or names
@@ -943,7 +950,7 @@ def quantize(params):
 @faster(linear, lambda x, w: isinstance(w, Int8Matrix) and not torch.is_grad_enabled())
 def linear_in_int8(x, w):
     """With x in bfloat16, for which PyTorch's product takes an eighth of the time that it takes for float32."""
-    rows = x.flatten(0, -2).bfloat16()
+    rows = x.reshape(-1, x.shape[-1]).bfloat16()
     return torch.ops.aten._weight_int8pack_mm(rows, w.rows, w.scales).to(x.dtype).view(*x.shape[:-1], -1)
 
 @faster(init_cache, lambda config, batch_size, length, dtype, device: torch.device(device).type == "cpu")
@@ -1660,21 +1667,7 @@ def padded(w, size):
 
 def all_gather(w, dtype=None):
     """All rows of a tensor that is split, in `dtype` or its own, for which all ranks must call; another as it is."""
-    if not is_split(w):
-        return w
-    own, ranks = w.to_local().to(dtype or w.dtype), torch.distributed.get_world_size()
-    size = math.ceil(len(w) / ranks)
-    whole = own.new_empty(size * ranks, *w.shape[1:])
-    torch.distributed.all_gather_single(whole, padded(own, size))
-    return whole[:len(w)]
-
-def reduce_scatter(w, like):
-    """The mean of what the ranks have each of a whole tensor, split like another and in its dtype."""
-    own, ranks = like.to_local(), torch.distributed.get_world_size()
-    size = math.ceil(len(w) / ranks)
-    total = w.new_empty(size, *w.shape[1:])
-    torch.distributed.reduce_scatter_single(total, padded(w, size * ranks).contiguous())
-    return split_like((total[:len(own)] / ranks).to(like.dtype), like)
+    return gather_together([w], [dtype or w.dtype])[0] if is_split(w) else w
 
 # Tensors of more bytes travel alone, others together: to copy them costs less than a message each. On two cores of a
 # Xeon, two ranks of gloo, the gradients of four layers take with 2^17, 2^20 and 2^22 198, 127 and 128 ms at 256 wide,
@@ -1708,6 +1701,19 @@ def gather_together(ws, dtypes):
             whole[i] = part.view(-1, *ws[i].shape[1:])[:len(ws[i])]
     return tuple(whole)
 
+def scatter_together(wholes, likes):
+    """The means of what the ranks have each of whole tensors, split like others and in their dtypes."""
+    ranks, scattered = torch.distributed.get_world_size(), [None] * len(likes)
+    for group in messages(likes, [whole.dtype for whole in wholes]):
+        parts = [padded(wholes[i], math.ceil(len(likes[i]) / ranks) * ranks).reshape(ranks, -1) for i in group]
+        message = joined(parts, 1).contiguous()  # (ranks, numbers that each gets)
+        total = message.new_empty(message.shape[1])
+        torch.distributed.reduce_scatter_single(total, message.view(-1))
+        for i, part in zip(group, total.div_(ranks).split([part.shape[1] for part in parts])):
+            like = likes[i]
+            scattered[i] = split_like(part.view(-1, *like.shape[1:])[:len(like.to_local())].to(like.dtype), like)
+    return scattered
+
 class GatherTogether(torch.autograd.Function):
     """`gather_together`, whose gradients are averaged over the ranks and split again, in as many messages.
 
@@ -1722,28 +1728,11 @@ class GatherTogether(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *d_wholes):
         ctx.again.clear()
-        ranks, grads = torch.distributed.get_world_size(), [None] * len(ctx.ws)
-        for group in messages(ctx.ws, ctx.dtypes):
-            parts = [padded(d_wholes[i], math.ceil(len(ctx.ws[i]) / ranks) * ranks).reshape(ranks, -1) for i in group]
-            message = joined(parts, 1).contiguous()  # (ranks, numbers that each gets)
-            total = message.new_empty(message.shape[1])
-            torch.distributed.reduce_scatter_single(total, message.view(-1))
-            for i, part in zip(group, total.div_(ranks).split([part.shape[1] for part in parts])):
-                w = ctx.ws[i]
-                grads[i] = split_like(part.view(-1, *w.shape[1:])[:len(w.to_local())].to(w.dtype), w)
-        return None, None, *grads
+        return None, None, *scatter_together(d_wholes, ctx.ws)
 
-class AllGather(torch.autograd.Function):
-    """`all_gather`, whose gradient is averaged over the ranks and split again. Use at once what is gathered."""
-
-    @staticmethod
-    def forward(ctx, w):
-        ctx.save_for_backward(w)
-        return all_gather(w)
-
-    @staticmethod
-    def backward(ctx, d_out):
-        return reduce_scatter(d_out, *ctx.saved_tensors)
+def gathered(w):
+    """`all_gather` of a parameter, with its gradient. Use at once what is gathered."""
+    return GatherTogether.apply([], [w.dtype], w)[0]
 
 class ShardedLinear(torch.autograd.Function):
     """`linear` with rows of w on every rank: they are gathered before use, freed, and gathered again to go backward."""
@@ -1757,7 +1746,7 @@ class ShardedLinear(torch.autograd.Function):
     def backward(ctx, d_out):
         x, w = ctx.saved_tensors
         dw = d_out.flatten(0, -2).T @ x.flatten(0, -2)
-        return d_out @ all_gather(w, x.dtype), reduce_scatter(dw, w)
+        return d_out @ all_gather(w, x.dtype), *scatter_together([dw], [w])
 
 @faster(linear, lambda x, w: is_split(w))
 def linear_over_ranks(x, w):
@@ -1765,11 +1754,11 @@ def linear_over_ranks(x, w):
 
 @faster(embedding, lambda tokens, w: is_split(w))
 def embedding_over_ranks(tokens, w):
-    return embedding(tokens, AllGather.apply(w))
+    return embedding(tokens, gathered(w))
 
 @faster(rmsnorm, lambda x, gain, eps: is_split(gain))
 def rmsnorm_over_ranks(x, gain, eps):
-    return rmsnorm(x, AllGather.apply(gain), eps)
+    return rmsnorm(x, gathered(gain), eps)
 
 @faster(global_norm, lambda tree: is_split(first_leaf(tree)))
 def global_norm_over_ranks(tree):

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import os
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -324,9 +325,9 @@ def check_forms(config, settings):
     """Raise InputError where faster forms give a step other numbers than the definitions, as where one was changed.
 
     What is compared is the loss of one small block and its gradients, on the device in float64, which no mode of
-    products rounds, and an update on the CPU.
+    products rounds, and clipping and an update on the CPU.
     """
-    most = {"num_layers": 1, "d_model": 64, "d_ff": 128, "vocab_size": 256, "context_length": 32}
+    most = {"num_layers": 1, "d_model": 64, "d_ff": 128, "vocab_size": 256, "context_length": 1024}
     small = {name: min(size, getattr(config, name)) for name, size in most.items()}
     config = replace(config, num_heads=config.num_heads // config.num_kv_heads, num_kv_heads=1, **small)
     params = tinylm.init_params(config, torch.Generator().manual_seed(0))
@@ -339,12 +340,32 @@ def check_forms(config, settings):
             torch.manual_seed(0)
             loss, grads = tinylm.value_and_grad(tinylm.loss_fn, doubles, tokens[:, :-1], tokens[:, 1:], config,
                                                 torch.float64)
+        norm = tinylm.global_norm(params)
+        clipped = {str(share): tinylm.clip_gradients(params, norm, share * norm) for share in (0.5, 2)}
         new, _ = update(params, params, init(params), torch.tensor(1e-2), **own_hyperparameters(settings))
-        return {"loss": loss, "gradients": grads, "update": tinylm.tree_map(torch.sub, new, params)}
+        return {"loss": loss, "gradients": grads, "clipped": clipped, "update": tinylm.tree_map(torch.sub, new, params)}
 
     for name in tinylm.forms_that_differ(compute):
-        raise InputError(f"{name} computes other numbers by its faster form than by its definition in tinylm.py; let "
+        raise InputError(f"{name} does not compute by its faster form what it does by its definition in tinylm.py; let "
                          f"the form follow, or drop it there by {name}.forms.clear()")
+    check_cache(doubles, tokens[:, 1:], config)
+
+@torch.no_grad()
+def check_cache(params, tokens, config):
+    """Say so where a model that keeps keys and values, to write, gives other numbers than one that sees all at once."""
+    def read(*pieces):
+        cache, xs = tinylm.init_cache(config, 1, tokens.shape[1], torch.float64, tokens.device), []
+        for piece in pieces:
+            x, cache = tinylm.hidden_states(params, piece, config, torch.float64, cache)
+            xs.append(x)
+        return torch.cat(xs, 1)
+
+    with torch.random.fork_rng(devices=[]):
+        whole, again = (tinylm.hidden_states(params, tokens, config, torch.float64)[0] for _ in range(2))
+        distance = (read(*tokens.tensor_split(3, 1)) - whole).norm()
+    if distance > 1e-4 * whole.norm() and whole.equal(again):  # else it draws numbers
+        cli.say("what the model writes is not what it learns: its numbers differ where cached_attention keeps keys and "
+                "values of earlier positions")
 
 def accumulate_gradients(gradients, params, ids, settings, step, rank=0, num_ranks=1):
     """The loss on this rank and the mean gradients of a step, over its grad_accum_steps batches and all ranks.
@@ -419,6 +440,8 @@ def evaluate_only(resume, init_from, given):
     """Print, and return, the loss of a run's latest checkpoint, or of any Llama folder, on a split or a text."""
     if bool(resume) == bool(init_from) or resume == "auto":
         raise InputError("--eval_only needs a model: give --resume=RUN, or --init_from=LLAMA_FOLDER")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise InputError("--eval_only is the work of one process; give it without torchrun")
     for name in given.keys() - {"data", "split", "eval_tokens", "batch_size", "device", "dtype"}:
         raise InputError(f"--{name}={given[name]}: --eval_only does not use it; leave it out")
     folder = newest(resume) or Path(resume) if resume else find_checkpoint(init_from, "init_from")

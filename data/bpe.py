@@ -25,6 +25,7 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
 import unicodedata
 from array import array
 from collections import Counter
@@ -109,6 +110,7 @@ def plain_encode(tokenizer, text):
 # ---- Bounds, so that text of any size and kind streams ----
 
 CHUNK_BYTES = 1 << 20  # of a file, read and worked on at once
+MOST_RESULTS = 4  # that wait, for each process, while one that comes before them takes long
 MOST_WORDS = 1 << 18  # a process remembers; it begins anew beyond this, so that memory has a bound
 MOST_BYTES = 2 * CHUNK_BYTES  # a chunk is longer only if it ends with a word without end
 FRONT_BYTES = 1 << 14  # of a word without end, merged at once
@@ -951,6 +953,8 @@ def read_span(span, errors="strict"):
     with open(path, "rb") as file:
         file.seek(start)
         text = file.read(end - start)
+    if len(text) < end - start:
+        raise InputError(f"{path} became shorter while it was read; wait until it is whole, and start again")
     try:
         text.decode()
     except UnicodeDecodeError as error:
@@ -963,21 +967,19 @@ def read_span(span, errors="strict"):
 def num_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-def spread(work, spans, setup, workers, label):
-    """Yield work(span) for each span, in order, over `workers` processes (None: all cores), showing progress.
+def spread(make, arguments, spans, workers, label):
+    """Yield make(*arguments)(span) for each span, in order, over `workers` processes (None: all cores), with progress.
 
-    `setup` is (function, arguments) that readies each process. Little text, or one worker, starts no process.
+    Each process makes that function once. Little text, or one worker, starts no process.
     """
     total = sum(end - start for _, start, end in spans)
     workers = min(workers or num_cores(), len(spans))
+    if multiprocessing.current_process().daemon:  # which may have none of its own
+        workers = 1
     progress = Progress(label, total)
     done = 0
-    if workers > 1:
-        results = over_processes(work, spans, setup, workers)
-    else:
-        function, arguments = setup
-        function(*arguments)
-        results = (work(span) for span in spans)
+    results = over_processes(make, arguments, spans, workers) if workers > 1 else (
+        work(span) for work in [make(*arguments)] for span in spans)
     try:
         for (_, start, end), result in zip(spans, results):
             done += end - start
@@ -987,58 +989,66 @@ def spread(work, spans, setup, workers, label):
         progress.close()
         results.close()
 
-def over_processes(work, spans, setup, workers):
-    """Yield work(span) for each span, in order, over processes. Raises InputError where one of them dies.
+def over_processes(make, arguments, spans, workers):
+    """`spread` over processes. Raises InputError where one of them dies.
 
     Each has a pipe of its own and nothing is shared: what a lock or a thread of a Pool waits for when a process dies,
     or when Ctrl-C comes while processes are made, may never come.
     """
-    processes, pipes, results = [], [], {}
-    jobs = enumerate(spans)
+    processes, pipes, results, num_sent = [], [], {}, 0
     try:
         for _ in range(workers):
-            start_process(processes, pipes, work, setup)
-        for pipe, job in zip(pipes, jobs):
-            pipe.send(job)
+            start_process(processes, pipes, make, arguments)
+        idle = pipes[:]
         for number in range(len(spans)):
-            while number not in results:
-                for pipe in connection.wait(pipes):
-                    finished, results[finished] = pipe.recv()
-                    if job := next(jobs, None):
-                        pipe.send(job)
+            try:
+                while True:
+                    while idle and num_sent < min(len(spans), number + MOST_RESULTS * workers):
+                        idle.pop().send((num_sent, spans[num_sent]))
+                        num_sent += 1
+                    if number in results:
+                        break
+                    for pipe in connection.wait(pipes):
+                        finished, results[finished] = pipe.recv()
+                        idle.append(pipe)
+            except (EOFError, ConnectionError):
+                raise InputError("a process that read the text was ended, by what it printed or as where memory runs "
+                                 "out; give data/prepare.py a smaller --workers") from None
             if isinstance(results[number], Exception):
                 raise results[number]
             yield results.pop(number)
-    except (EOFError, ConnectionError):
-        raise InputError("a process that read the text was ended, as where memory runs out; give data/prepare.py a "
-                         "smaller --workers") from None
     finally:
         for process in processes:
             process.kill()
         for process in processes:
             process.join()
 
-def start_process(processes, pipes, work, setup):
-    """Start one more process that does `work`, and add it and the pipe to it."""
-    ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.Process(target=serve, args=(theirs, ours, work, setup), daemon=True)
+def start_process(processes, pipes, make, arguments):
+    """Start one more process for `over_processes`, and add it and the pipe to it."""
+    # A process that is not a copy runs the user's script again, up to its if __name__ == "__main__": if it has one.
+    is_free = sys.platform == "linux" and multiprocessing.get_start_method(allow_none=True) is None
+    context = multiprocessing.get_context("fork" if is_free else None)
+    ours, theirs = context.Pipe()
+    process = context.Process(target=serve, args=(theirs, ours, make, arguments), daemon=True)
     # Ctrl-C reaches each process of a terminal. One that begins with it blocked never shows it.
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if hasattr(signal, "pthread_sigmask") else None
     try:
         process.start()
         processes.append(process)
         pipes.append(ours)
+    except OSError as error:  # the system allows no more
+        raise InputError(f"no more than {len(processes)} processes can begin ({error.strerror}); give data/prepare.py "
+                         f"--workers={max(1, len(processes) // 2)}") from None
     finally:
         theirs.close()  # so that a process that dies leaves no end open, and reading ours fails
         if blocked is not None:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
-def serve(pipe, end_of_caller, work, setup):
-    """What a process of `spread` does: work(span) for each (number, span) of its pipe, until its caller is gone."""
+def serve(pipe, end_of_caller, make, arguments):
+    """What a process of `spread` does with each (number, span) of its pipe, until its caller is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # where nothing can be blocked; the caller ends this process
     end_of_caller.close()
-    function, arguments = setup
-    function(*arguments)
+    work = make(*arguments)
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
             number, span = pipe.recv()
@@ -1048,34 +1058,29 @@ def serve(pipe, end_of_caller, work, setup):
                 result = ExceptionWithTraceback(error, error.__traceback__)
             pipe.send((number, result))
 
-class Job:
-    """What a process of `spread` works with: set once in each by `start_counting` or `start_encoding`."""
+def word_counter(special_tokens, errors):
+    """A function that counts the words of a span → keys (words, 2), int64 (words), {long word: count}."""
+    table, special_pattern = HashTable(), compile_special_pattern(special_tokens)
 
-def start_counting(special_tokens, errors):
-    Job.special_tokens, Job.errors, Job.table = special_tokens, errors, HashTable()
+    def count_words(span):
+        nonlocal table
+        if len(table) > MOST_WORDS:
+            table = HashTable()
+        numbers, long_words = [np.empty(0, np.int32)], Counter()
+        for piece in cut_text(read_span(span, errors), PIECE_BYTES, special_tokens, "gpt2"):
+            starts, lengths = split_words(piece, find_spans(special_pattern, piece))
+            numbers.append(table.find_or_add(word_keys(piece, starts, lengths)))
+            long_words.update(cut_words(piece, starts, lengths, lengths >= table.key_size))
+        counts = np.bincount(np.concatenate(numbers))
+        met = np.flatnonzero(counts)
+        return table.keys[met], counts[met], long_words
 
-def count_words(span):
-    """Count the words of a span. → keys (words, 2), int64 (words), {long word: count}."""
-    if len(Job.table) > MOST_WORDS:
-        Job.table = HashTable()
-    text = read_span(span, Job.errors)
-    numbers, long_words = [np.empty(0, np.int32)], Counter()
-    special_pattern = compile_special_pattern(Job.special_tokens)
-    for piece in cut_text(text, PIECE_BYTES, Job.special_tokens, "gpt2"):
-        starts, lengths = split_words(piece, find_spans(special_pattern, piece))
-        numbers.append(Job.table.find_or_add(word_keys(piece, starts, lengths)))
-        long_words.update(cut_words(piece, starts, lengths, lengths >= Job.table.key_size))
-    counts = np.bincount(np.concatenate(numbers))
-    met = np.flatnonzero(counts)
-    return Job.table.keys[met], counts[met], long_words
+    return count_words
 
-def start_encoding(tokenizer, errors):
-    Job.encoder, Job.errors = encoder(tokenizer), errors
-
-def encode_span(span):
-    """The ids of a span; None if it is too long to be held, or to be sent from one process to another."""
-    _, start, end = span
-    return Job.encoder.encode(read_span(span, Job.errors)) if end - start <= MOST_BYTES else None
+def span_encoder(tokenizer, errors):
+    """A function that gives the ids of a span, or None if it is too long to be held, or to be sent to the caller."""
+    encode = encoder(tokenizer).encode
+    return lambda span: encode(read_span(span, errors)) if span[2] - span[1] <= MOST_BYTES else None
 
 def encode_long_span(tokenizer, span, errors):
     """The ids of a span with a word without end; yields arrays."""
@@ -1087,8 +1092,7 @@ def encode_long_span(tokenizer, span, errors):
 def encode_pieces(tokenizer, paths, workers=None, errors="strict"):
     """Encode files, or spans (path, start, end) of them; yields (path, ids) piece by piece, in order."""
     spans = list(cut_spans(paths, tokenizer.special_tokens, tokenizer.split))
-    setup = start_encoding, (tokenizer, errors)
-    for span, ids in zip(spans, spread(encode_span, spans, setup, workers, "encoding")):
+    for span, ids in zip(spans, spread(span_encoder, (tokenizer, errors), spans, workers, "encoding")):
         for piece in [ids] if ids is not None else encode_long_span(tokenizer, span, errors):
             yield span[0], piece
 
@@ -1098,8 +1102,8 @@ def count_corpus(paths, special_tokens, workers, errors):
     """Count the words of files, special tokens left out. → [word], int64 (words)."""
     spans = list(cut_spans(paths, special_tokens, "gpt2"))
     table, counts, long_words = HashTable(), np.zeros(0, np.int64), Counter()
-    setup = start_counting, (special_tokens, errors)
-    for keys, key_counts, long_word_counts in spread(count_words, spans, setup, workers, "counting words"):
+    counted = spread(word_counter, (special_tokens, errors), spans, workers, "counting words")
+    for keys, key_counts, long_word_counts in counted:
         numbers = table.find_or_add(keys)
         counts = np.pad(counts, (0, len(table) - len(counts)))
         counts[numbers] += key_counts
@@ -1303,7 +1307,9 @@ def save(tokenizer, path):
                   "vocab": {token: i for i, token in enumerate(spelled)},
                   "merges": [[spelled[left], spelled[right]] for left, right, _ in tokenizer.merges.tolist()]},
     }
-    Path(path).write_text(json.dumps(description, ensure_ascii=False, indent=1), encoding="utf-8")
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(description, file, ensure_ascii=False, indent=1)
+        files.flush(file)
 
 def load(path):
     """Read a tokenizer.json of a byte-level BPE with one of our split patterns.

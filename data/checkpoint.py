@@ -181,7 +181,10 @@ def config_to_hf(config, bos_token_id, eos_token_id):
     hf = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "float32",
           "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "bos_token_id": bos_token_id,
           "eos_token_id": eos_token_id, "rope_scaling": scaling_to_hf(config.rope_scaling)}
-    hf |= {HF_SIZES[field.name]: getattr(config, field.name) for field in fields(Config) if field.name in HF_SIZES}
+    for field in fields(Config):
+        name, value = HF_SIZES.get(field.name), getattr(config, field.name)
+        if name and not (name.startswith("tinylm_") and value == field.default and not value):  # which asks for nothing
+            hf[name] = value
     block = config.d_model * (2 + 2 * (config.num_heads + config.num_kv_heads) * config.head_dim + 3 * config.d_ff)
     table = config.vocab_size * config.d_model
     size = table + config.num_layers * block + config.d_model + (0 if config.tie_embeddings else table)  # of a Llama

@@ -1,5 +1,6 @@
 """A model → one GGUF file, for llama.cpp and what is built on it: python sample.py export RUN [--dtype=q8_0]."""
 
+import math
 import os
 import struct
 from dataclasses import fields
@@ -174,8 +175,10 @@ def export(*model, output: str = "model.gguf", dtype: str = "f16"):
     if tokenizer.vocab_size > config.vocab_size:
         raise InputError(f"{folder}: its tokenizer has {tokenizer.vocab_size} tokens, its model {config.vocab_size}; "
                          "they do not belong together")
-    if dtype == "f16" and max(w.abs().max().item() for _, w in tree_leaves(params)) > torch.finfo(torch.float16).max:
-        raise InputError(f"{folder} has numbers that float16 can't hold; give --dtype=bf16")
+    most = {"f16": torch.finfo(torch.float16).max, "q8_0": 127 * torch.finfo(torch.float16).max}
+    if any(w.abs().max() > most.get(dtype_of(w.shape, dtype), math.inf) for _, w in tree_leaves(params)):
+        raise InputError(f"{folder} has numbers that float16, which --dtype={dtype} stores, can't hold; give "
+                         "--dtype=bf16")
     place = folder.resolve()
     name = place.parent.name if place.name.startswith("step-") else place.name
     said = description(config, tokenizer, dtype, name, begin, ends, empty)

@@ -34,8 +34,8 @@ def choose_device(device):
     Raises InputError where it isn't there, and where a GPU is there that torch can't use, so that nobody trains on a
     CPU unawares.
     """
-    kind, _, number = device.partition(":") if device else ("", "", "")
-    if device and device != "cpu" and not (kind == "cuda" and (not number or number.isdigit())):
+    number = device.partition(":")[2] if device else ""
+    if device and not re.fullmatch("cpu|cuda(:[0-9]+)?", device):
         raise InputError(f"--device={device}: expected cpu, cuda or cuda:NUMBER")
     if device == "cpu":
         return device
@@ -145,7 +145,7 @@ def within_memory(advice):
         if not isinstance(error, MemoryError) and not any(text in str(error) for text in texts):
             raise
         # The rest is about PyTorch's allocator, or how to find a mistake in a kernel.
-        what = re.split(" GPU | CUDA kernel", " ".join(str(error).split()))[0].rstrip(".")
+        what = re.split(" GPU | CUDA kernel", " ".join(str(error).split()))[0].rstrip(".") or "out of memory"
         raise OutOfMemory(f"{what}; {advice}") from None
 
 def on_device(inputs, targets, device):
@@ -256,7 +256,12 @@ def join_ranks(device):
         torch.cuda.set_device(device)
     # The first rank may prepare data for hours before the others hear of it. One that dies is noticed by torchrun.
     timeout = datetime.timedelta(hours=12)
-    store, rank, num_ranks = next(dist.rendezvous("env://", timeout=timeout))
+    try:
+        store, rank, num_ranks = next(dist.rendezvous("env://", timeout=datetime.timedelta(minutes=10)))
+    except dist.DistError:
+        raise InputError(f"no connection to {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}, where "
+                         "ranks meet; see that torchrun runs there and can be reached") from None
+    store.set_timeout(timeout)
     # torchrun keeps its store when it starts ranks again; they must not find the addresses of those that died.
     store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     backend = "nccl" if kind == "cuda" else "gloo"

@@ -1,8 +1,10 @@
 """A corpus → data/NAME/: tokenizer.json, train.bin, val.bin and meta.json. See `prepare` for the flags."""
 
+import codecs
 import hashlib
 import http.client
 import json
+import multiprocessing
 import os
 import sys
 import tempfile
@@ -124,15 +126,25 @@ def write_stories(folder):
     return [folder / name for name in NUM_STORIES]
 
 def text_files(source, output):
-    """The file that a user named, or all files below the folder in order of name, without hidden ones and `output`."""
+    """The file that a user named, or all files below the folder in order of name, without hidden ones and `output`.
+
+    Links to folders are followed, each folder once. Raises OSError for one that can't be read.
+    """
+    def refuse(error):
+        raise error
+
     source = Path(source)
     if source.is_file():
         return [source]
     if not source.is_dir():
         raise InputError(f"{source} is not there; expected a text file, or a folder of them")
-    paths = [path for path in sorted(source.rglob("*")) if path.is_file()
-             and not any(part.startswith(".") for part in path.relative_to(source).parts)
-             and output.resolve() not in path.resolve().parents]
+    paths, seen = [], {output.resolve()}
+    for folder, folders, names in os.walk(source, onerror=refuse, followlinks=True):
+        here = Path(folder).resolve()
+        folders[:] = [] if here in seen else sorted(name for name in folders if not name.startswith("."))
+        paths += [] if here in seen else [Path(folder, name) for name in names if not name.startswith(".")]
+        seen.add(here)
+    paths = sorted(path for path in paths if path.is_file())
     if not paths:
         raise InputError(f"{source} has no files in it; expected a text file, or a folder of them")
     return paths
@@ -142,16 +154,21 @@ def as_text(path, copy, errors="strict"):
 
     Raises InputError for a line without one.
     """
-    if path.suffix != ".jsonl":
+    if path.suffix.lower() not in (".jsonl", ".ndjson"):
         return path
     progress, done = cli.Progress(f"reading {path.name}", path.stat().st_size), 0
     with open(path, "rb") as lines, open(copy, "w", encoding="utf-8", newline="") as file:
         for number, line in enumerate(lines, 1):
             try:
-                file.write(json.loads(line.decode("utf-8", errors))["text"] + bpe.END_OF_TEXT if line.strip() else "")
-            except (ValueError, KeyError, TypeError, RecursionError):
-                raise InputError(f'{path}, line {number:,}: expected a JSON object, in UTF-8, with a text as "text"'
-                                 ) from None
+                line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                text = json.loads(line.decode("utf-8", errors))["text"] + bpe.END_OF_TEXT if line.strip() else ""
+                # In JSON a character may be two numbers, of which one may be missing.
+                file.write(text.encode("utf-16", "surrogatepass").decode("utf-16", errors))
+            except UnicodeError as error:
+                raise InputError(f"{path}, line {number:,} is not valid Unicode ({error.reason}); mend it, or let "
+                                 "data/prepare.py --errors=replace put U+FFFD there") from None
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                raise InputError(f'{path}, line {number:,}: expected a JSON object with a text as "text"') from None
             done += len(line)
             progress.update(done)
     progress.close()
@@ -186,9 +203,7 @@ def cut_point(path, start, target, end):
     for border in (bpe.END_OF_TEXT.encode(), b"\n"):
         if border in text[:(end - target) // 2]:  # so that much is left behind it
             return target + text.index(border) + len(border)
-    while text and text[0] & 0xC0 == 0x80:
-        target, text = target + 1, text[1:]
-    return target
+    return target + len(text) - len(text.lstrip(bytes(range(0x80, 0xC0))))  # which begin no character
 
 def default_vocab_size(num_bytes):
     """A token for every 32 bytes of a text, 2,048 at most; where that makes few, bytes alone (see data/README.md)."""
@@ -244,17 +259,23 @@ def write_ids(tokenizer, begin, end, spans, path, workers, errors):
 @cli.command(Settings)
 def prepare(given):
     """Turn a corpus into tokens: a folder data/NAME/ that train.py trains on."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # begun by `bpe.spread`, it would wait for it
+        raise InputError('where processes are not forked, a script has to call this below if __name__ == "__main__":')
     settings = cli.complete(Settings, given)
     dataset, source, val_input = settings.dataset, settings.input, settings.val_input
     if dataset and source:
         raise InputError(f"--dataset={dataset} and --input={source}: give one of the two")
     if val_input and (settings.val_fraction is not None or not source):
         raise InputError(f"--val_input={val_input} goes with --input, and without --val_fraction")
+    dataset = dataset or ("" if source else "stories")
+    if settings.val_fraction is not None and (dataset == "stories" or len(DOWNLOADS.get(dataset, ())) == 2):
+        raise InputError(f"--val_fraction={settings.val_fraction}: {dataset} has a text of its own to validate on; "
+                         "leave it out")
     if settings.tokenizer and settings.vocab_size:
         raise InputError(f"--tokenizer={settings.tokenizer} has its own vocabulary; leave out --vocab_size")
     tokenizer, begin, end = load_tokenizer(settings.tokenizer) if settings.tokenizer else (None, [], None)
-    dataset = dataset or ("" if source else "stories")
-    output = Path(settings.output or DATA / (dataset or Path(source).resolve().stem))
+    name = dataset or (Path(source).resolve().stem if Path(source).is_file() else Path(source).resolve().name)
+    output = Path(settings.output or DATA / name)
     own = {".lock", ".lock.held", ".partial"}  # what a killed process of this command may have left
     if is_data(output / ".partial"):  # while it moved that into place
         own |= {"tokenizer.json", *(f"{split}.{kind}" for split in ("train", "val") for kind in ("bin", "txt"))}
@@ -265,6 +286,8 @@ def prepare(given):
         raise InputError(f"--input={source} would replace data/{output.name}, a corpus of this project; add --output")
     sources = [text_files(path, output) for path in (source, val_input) if path]
     num_bytes = sum(end - start for paths in sources for _, start, end in whole_spans(paths))
+    if any(len(paths) > 1 for paths in sources):
+        cli.say(f"{sum(map(len, sources)):,} files with {num_bytes:,} bytes")
     default = VOCAB_SIZES.get(dataset) or default_vocab_size(num_bytes)
     vocab_size = tokenizer.vocab_size if tokenizer else settings.vocab_size or default
 
@@ -278,10 +301,13 @@ def prepare(given):
         if not (waited and is_data(output) and files.read_json(output / "meta.json").get("asked") == asked):
             try:
                 write_beside(output / ".partial", sources, settings, dataset, tokenizer, begin, end, vocab_size, asked)
-            except BaseException:
+            except BaseException as error:
                 files.remove(output / ".partial")
                 if is_new and not is_data(output):
                     files.remove(output)
+                if isinstance(error, MemoryError):
+                    raise InputError(f"too little memory to prepare {name}; give data/prepare.py fewer --workers, less "
+                                     "text or a --tokenizer that is there") from None
                 raise
             put_in_place(output / ".partial", output)
     report(output, vocab_size)
@@ -295,6 +321,7 @@ def write_beside(partial, sources, settings, dataset, tokenizer, begin, end, voc
     elif dataset:
         kept = DATA / "downloads"
         sources = [[download(url, kept / f"{dataset}-{url.split('/')[-1]}", size)] for url, size in DOWNLOADS[dataset]]
+    stamps = {path: stamp(path) for paths in sources for path in paths}
     copy = lambda: partial / f"{len(list(partial.iterdir()))}-copy.txt"
     spans = [whole_spans([as_text(path, copy(), settings.errors) for path in paths]) for paths in sources]
     val_fraction = settings.val_fraction or 0.1
@@ -308,6 +335,9 @@ def write_beside(partial, sources, settings, dataset, tokenizer, begin, end, voc
     tokenizer = tokenizer or bpe.train(train, vocab_size, workers=settings.workers, errors=settings.errors)
     end = tokenizer.special_tokens[bpe.END_OF_TEXT] if end is None else end
     write_data(partial, asked, train, val, tokenizer, begin, end, settings.workers, settings.errors)
+    for path in stamps:
+        if stamp(path) != stamps[path]:
+            raise InputError(f"{path} was changed while it was read; wait until it is whole, and start again")
     for path in partial.glob("*-copy.txt"):
         path.unlink()
 
@@ -330,12 +360,16 @@ def find_data(name, model=None):
     """
     fits = lambda folder: is_data(folder) and not (model and name in VOCAB_SIZES and not bpe.are_same(
         bpe.load(model), bpe.load(folder)))
-    folder = next(filter(fits, (Path(name), DATA / name)), None)
-    is_text = Path(name).is_file()
+    is_text = Path(name).is_file() and name not in VOCAB_SIZES
+    folder = None if is_text else next(filter(fits, (Path(name), DATA / name)), None)
     if folder is None and (is_text or name in VOCAB_SIZES):
         folder, flags = made_of(name, model), {"input": str(name)} if is_text else {"dataset": name}
         if not is_data(folder):
             prepare(**flags | ({"tokenizer": str(model)} if model else {}), output=str(folder))
+    begun = [folder for folder in (Path(name), DATA / name) if (folder / ".lock").exists()]
+    if folder is None and begun:
+        raise InputError(f"--data={name}: data/prepare.py has not ended in {begun[0]}; wait for it, or if it was cut "
+                         "short give the same command again")
     if folder is None:
         text = name if Path(name).is_dir() else "YOUR_TEXT"
         raise InputError(f"--data={name}: no such data folder or text file; make one with data/prepare.py "

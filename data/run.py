@@ -66,7 +66,7 @@ def checkpoints(folder):
     for name in ("best", "latest", "step-*"):  # the first two where a copy made folders of the links
         for path in Path(folder).glob(name):
             if (path / "training/train_state.json").is_file() and (name == "step-*" or not path.is_symlink()):
-                with suppress(InputError, ValueError):  # a copy that is damaged, a name of the user's
+                with suppress(ValueError):  # a copy that is damaged, a name of the user's
                     steps[int(path.name[5:]) if name == "step-*" else step_and_best(path)[0]] = path
     return dict(sorted(steps.items()))
 
@@ -102,7 +102,7 @@ def find_checkpoint(name, flag="checkpoint"):
     if not written:
         raise InputError("there is no checkpoint below runs/ yet; train a model with python train.py, or give "
                          "--checkpoint")
-    return best(written[-1].parents[1])
+    return best(written[-1].parents[1]) or written[-1].parent
 
 def update_link(folder, name, target):
     """Let a link in a run's folder point at a checkpoint, for other tools. Where there are no links nothing is lost."""
@@ -282,8 +282,9 @@ def resume_run(folder, given, table, check, claims, error_if_done=InputError):
         for flag, value in given.items():
             before = kept.get(flag, cli.flags_of(table)[flag].metadata["default"])  # for a run of before it was a flag
             if not cli.may_change(table, flag) and value != before:
-                raise InputError(f"--{flag}={value}: the run has {flag} {before}, which can't change on resuming; "
-                                 "start a new run for that")
+                has = f"{flag} {before}" if flag in kept else f"no {flag}"
+                raise InputError(f"--{flag}={value}: the run has {has}, which can't change on resuming; start a new run "
+                                 "for that")
         for name in kept.keys() - cli.flags_of(table):
             raise InputError(f"{latest} was written with a setting {name}, which this code has not; go on with the "
                              "code that began the run")
