@@ -59,8 +59,8 @@ class Writer:
 
     def token(self, token):
         # A vocabulary padded beyond the tokenizer's has ids that stand for nothing.
-        data = self.tokenizer.tokens[token] if token < self.tokenizer.vocab_size else b""
-        self.write(self.decoder.decode(data))
+        spelled = self.tokenizer.tokens[token] if token < self.tokenizer.vocab_size else b""
+        self.write(self.decoder.decode(spelled))
 
     def end(self):
         self.write(self.decoder.decode(b"", final=True) + "\n")

@@ -672,6 +672,13 @@ def test_sample_token_draws_from_the_nucleus(seed, temperature, top_k, top_p):
     expected[kept] = p[kept] / p[kept].sum()
     assert (drawn.double() - expected).abs().max() < 0.05
 
+def test_the_coldest_samples_are_the_best():
+    """Also where logits over the temperature are beyond what float32 has."""
+    logits = torch.tensor([[-1.0, -5.0, -6.0, -7.0], [3e3, 2e3, -1e30, 0.0]])
+    for temperature in (1e-46, 1e-40, 1e-30, 1e-10):
+        for seed in range(20):
+            assert tinylm.sample_token(logits, temperature, 0, 1.0, generator(seed)).tolist() == [0, 0]
+
 def test_sample_token_draws_from_a_large_vocabulary():
     """The nucleus of a flat distribution and of a peaked one, of each row its own."""
     logits = torch.stack((randn(5000) * 0.1, randn(5000, seed=1) * 4)).float()
@@ -1251,6 +1258,18 @@ def test_other_models_are_refused_by_name(tmp_path, tokenizer_file, change):
              "head_dim": "q_proj.weight is|head_dim"}
     with pytest.raises(cli.InputError, match=named.get(*[next(iter(change))] * 2)):
         checkpoint.load_checkpoint(tmp_path / "m")
+
+@pytest.mark.parametrize("dtype", ["f16", "q8_0"])
+def test_numbers_that_float16_cannot_hold_are_not_exported(tmp_path, tokenizer_file, dtype):
+    """By q8_0 too: rows that are no whole blocks become float16, and blocks have a scale of that."""
+    config = small_config(d_model=32, d_ff=40)
+    for name, number, is_refused in (("w_down", 1e5, True), ("w_up", 1e5, dtype == "f16"), ("w_up", 1e7, True)):
+        params = tinylm.init_params(config, generator())
+        params["blocks"]["0"]["mlp"][name][3, 5] = number
+        folder = tmp_path / f"{name}{number}"
+        checkpoint.save_checkpoint(folder, params, config, files.read_json(tokenizer_file), (END, 256))
+        with pytest.raises(cli.InputError, match="float16, which --dtype") if is_refused else contextlib.nullcontext():
+            gguf.export(str(folder), output=str(tmp_path / "m.gguf"), dtype=dtype)
 
 @pytest.mark.parametrize("number", [math.nan, math.inf])
 def test_numbers_that_are_none_are_refused(tmp_path, tokenizer_file, number):
@@ -3574,6 +3593,8 @@ def test_a_device_without_enough_memory(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tinylm, "init_cache", lambda *_: torch.empty(2**60))
     code, error = call(monkeypatch, capsys, sample.sample, f"--checkpoint={tmp_path}/run")
     assert code == 2 and error.count("\n") == 1 and "allocate memory" in error and "; give a smaller" in error, error
+    code, error = call(monkeypatch, capsys, machine.within_memory("give less")(lambda: [0] * 2**60))
+    assert code == 2 and error == "command.py: out of memory; give less\n"
 
 def test_a_byte_order_mark_is_no_text(tmp_path, capsys):
     text = "Once upon a time there was a cat. " * 50
@@ -3627,6 +3648,13 @@ def test_a_script_without_a_guard(tmp_path):
             """)
         done = subprocess.run([sys.executable, "work.py"], cwd=tmp_path, capture_output=True, text=True, timeout=30)
         assert done.returncode == code and said in done.stderr + done.stdout, done.stderr
+
+def test_a_lock_whose_holder_leaves_while_it_is_looked_at(tmp_path, monkeypatch):
+    read_text, path = Path.read_text, tmp_path / "lock.held"
+    path.write_text("1 on nowhere")
+    monkeypatch.setattr(Path, "read_text", lambda path, **options: [path.unlink(), read_text(path, **options)])
+    with files.lock_by_name(path):
+        assert str(os.getpid()) in read_text(path)
 
 @pytest.mark.parametrize("device", ["cuda:²", "cuda:", "cuda:-1", "gpu", "cpu:0"])
 def test_names_of_devices(device):
@@ -3719,6 +3747,21 @@ def test_a_text_that_changes_while_it_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(bpe, "count_corpus", count_without_memory)
     with pytest.raises(cli.InputError, match="too little memory to prepare corpus; give data/prepare.py fewer"):
         prepared(tmp_path)
+
+def test_a_run_without_what_training_needs(trained, tmp_path, monkeypatch, capsys):
+    """Is written from as before; and a flag that it never had is refused by name."""
+    shutil.copytree(trained / "runs/tiny", tmp_path / "runs/tiny", symlinks=True)
+    monkeypatch.chdir(tmp_path)
+    state = Path("runs/tiny/latest/training/train_state.json")
+    description = json.loads(state.read_text())
+    del description["settings"]["beta1"]
+    state.write_text(json.dumps(description))
+    with pytest.raises(cli.InputError, match="--beta1=0.7: the run has no beta1, which can't change on resuming; start"):
+        train.train(resume="runs/tiny", beta1=0.7, num_steps=99)
+    for path in Path("runs/tiny").glob("step-*/training"):
+        shutil.rmtree(path)
+    sample.sample(max_new_tokens=5, device="cpu")
+    assert "5 tokens" in capsys.readouterr().err
 
 def test_names_of_data(tmp_path, monkeypatch):
     """A text is the text as it is now, whatever data has its name; what was cut short is not taken for no data."""

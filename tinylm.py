@@ -23,7 +23,8 @@ OPERATIONS = {}  # name → operation
 def operation(definition):
     """Make a function one that may also have forms: functions that compute the same in less time.
 
-    Part II fills `forms`, pairs (fits, form). A call runs the first that fits the arguments, and else the definition.
+    Part I reads as if it were not there. Part II fills `forms`, pairs (fits, form): a call runs the first that fits
+    the arguments, and else the definition.
     """
     @wraps(definition)
     def call(*args, **options):
@@ -142,7 +143,7 @@ class Config:
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
     head_dim: int = 0
-    rope_scaling: tuple = (1.0, 1.0, 2.0, 0)  # none; see `rope_angles`
+    rope_scaling: tuple = (1.0, 1.0, 2.0, 0)  # none, as its factor is 1; see `rope_angles`
 
     def __post_init__(self):
         fill_in = partial(object.__setattr__, self)  # as the dataclass is frozen
@@ -216,7 +217,7 @@ def hidden_states(params, tokens, config, dtype=torch.float32, cache=None, remat
     cos, sin = (angles[start:end] for angles in table)  # (T, D/2) each
     x = embedding(tokens, params["embedding"]).to(dtype)  # (B, T, d_model)
     x = transformer_blocks(params["blocks"], x, cos, sin, cache, config, remat)
-    return rmsnorm(x, params["final_norm"], config.norm_eps), cache | {"filled": end} if cache else None
+    return rmsnorm(x, params["final_norm"], config.norm_eps), (cache | {"filled": end} if cache else None)
 
 def to_logits(params, x):
     """Scores of every token of the vocabulary, for training, evaluation and generation. x (..., d_model) → (..., V)."""
@@ -267,7 +268,7 @@ def init_params(config, generator):
     A matrix has deviation 1/√d_in, so that activations keep their size. wo and w_down, divided by √(2·num_layers), keep
     the residual stream from growing with depth (Radford et al. 2019, §2.3). The embedding has 1. The output matrix has
     1/(3√d_model): the first loss is near ln(vocab_size), and learning faster than from less. Tied, both have 1/√d_model
-    and the stream gets a fifth: a token's logit for itself is high at first, and learning as fast as untied.
+    and wo and w_down a fifth: a token's logit for itself is high at first, and learning as fast as untied.
     """
     stream, tied = config.d_model ** -0.5, config.tie_embeddings
     into_stream = lambda d_in: (2 * config.num_layers * d_in) ** -0.5 / (5 if tied else 1)
@@ -460,8 +461,7 @@ def sample_token(logits, temperature, top_k, top_p, generator):
         return logits.float().argmax(-1)
     if top_k:
         logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -math.inf)
-    # A diverged model draws tokens too; below 1e-20 all is as at 0, but for numbers that overflow.
-    probabilities = softmax((logits.float() / max(temperature, 1e-20)).nan_to_num())
+    probabilities = softmax((logits.float() / max(temperature, 1e-20)).nan_to_num())  # no overflow, and no NaN
     if top_p < 1:
         probabilities = probabilities.masked_fill(probabilities < nucleus_floor(probabilities, top_p), 0.0)
     return sample_from(probabilities, generator)
@@ -1051,8 +1051,8 @@ class TiledAttention(torch.autograd.Function):
     """Attention in tiles, whose scores stay in fast memory, with its own backward pass.
 
     The scores P of a tile exist only while it is computed, and are computed again from the logarithm of their sum L in
-    the backward pass (Dao et al. 2022, alg. 1 and 4), so memory grows with T and not with T². On a CPU P is kept of at
-    most TILE_QUERIES keys, as it is no larger than what else is. With O = P V:
+    the backward pass (Dao 2023, FlashAttention-2, alg. 2), so memory grows with T and not with T². Where no kernel runs
+    P is kept of at most TILE_QUERIES keys, as it is no larger than what else is. With O = P V:
     dV = Pᵀ dO,  dS = P ⊙ (dO Vᵀ - rowsum(dO ⊙ O)),  dQ = dS K / √D,  dK = dSᵀ Q / √D.
     q (N, T, group, D), k and v (N, S, D) → (N, T, group, D). Scores and their logarithms are taken to base 2, as exp2
     is several times as fast as exp on a CPU. baddbmm saves passes over memory: it adds and scales as it multiplies.

@@ -377,8 +377,8 @@ def load_checkpoint(folder, dtype=torch.float32, name="model.safetensors"):
     the folder is no such, is damaged, or asks for what this model has not. `name` is the file, where that is there.
     """
     folder, config, tensors = Path(folder), load_config(folder), {}
-    for name in [name] if (folder / name).is_file() else weights_files(folder):
-        tensors |= read_safetensors(folder / name)
+    for file in [name] if (folder / name).is_file() else weights_files(folder):
+        tensors |= read_safetensors(folder / file)
     if config.num_layers > len(tensors):  # before anything is made for each layer
         raise InputError(f"{folder}/config.json speaks of {config.num_layers} layers; its tensors are {len(tensors)}")
     return from_hf(tensors, config, folder, dtype), config

@@ -39,7 +39,7 @@ def flags_of(table):
 def convert(name, kind, value):
     """What was given for a flag, on the command line or from Python, as an int, float, bool or str.
 
-    Raises InputError where it is none. None, as a value or its name, means that nothing was given.
+    Raises InputError where it is none. None, and its name but for a text, means that nothing was given.
     """
     if value is None or value == "None" and kind is not str:
         return None

@@ -127,7 +127,10 @@ def lock_by_name(path):
                 file.write(mine)
             break
         except FileExistsError:
-            process, _, host = path.read_text(encoding="utf-8").partition(" on ")
+            try:
+                process, _, host = path.read_text(encoding="utf-8").partition(" on ")
+            except FileNotFoundError:  # its process has just left
+                continue
             if host == socket.gethostname() and process.isdigit() and not is_alive(int(process)):
                 path.unlink(missing_ok=True)
                 continue

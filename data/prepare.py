@@ -487,8 +487,8 @@ def ids_of(name, folder, split):
     """
     tokenizer, begin, end = load_tokenizer(folder)
     if Path(name).is_file():
-        with tempfile.TemporaryDirectory() as folder:
-            text = as_text(Path(name), Path(folder) / "text")
+        with tempfile.TemporaryDirectory() as scratch:
+            text = as_text(Path(name), Path(scratch) / "text")
             pieces = [ids for _, ids in bpe.encode_pieces(with_end(tokenizer, end), [text])]
         ids = np.concatenate([[] if begin else [end], *pieces]).astype(tokenizer.dtype)
         ids = with_begin_ids(ids, True, begin, end)
