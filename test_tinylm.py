@@ -213,7 +213,7 @@ def test_kernels_compute_the_definitions():
         InterpreterBuilder.create_dot, InterpreterBuilder.create_masked_load = dot, load
         torch.cuda.get_device_properties = lambda _: types.SimpleNamespace(major=8, minor=0, L2_cache_size=40_000)
         tinylm.has_triton, tinylm.attention_in_tiles = lambda x: True, None
-        tinylm.is_without_gradients = lambda x: not torch.is_grad_enabled()  # also on a CPU
+        tinylm.has_small_kernels = lambda x: not torch.is_grad_enabled()  # also on a CPU
         tinylm.KERNEL_BLOCKS = dict.fromkeys(tinylm.KERNEL_BLOCKS, ((32, 16, 4, 3),) * 2)
         tinylm.KERNEL_BLOCKS["keys_backward_kernel"] = ((16, 32, 4, 3),) * 2
         run_kernel, generator, ran = tinylm.run_kernel, torch.Generator().manual_seed(0), set()
@@ -289,7 +289,7 @@ def test_kernels_of_attention_fit_gpus(name, capability, D, group, dtype, monkey
 def test_small_kernels_fit_gpus(capability, dtype, D, group, monkeypatch, tmp_path, capsys):
     """As they are launched for one token. Tensors are pretended."""
     pytest.importorskip("triton")
-    for name in ("has_triton", "is_without_gradients"):
+    for name in ("has_triton", "has_small_kernels"):
         monkeypatch.setattr(tinylm, name, lambda x: True)
     launched = []
     monkeypatch.setattr(tinylm, "run_kernel", lambda *args, **options: launched.append((args, options)))

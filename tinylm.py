@@ -1328,6 +1328,7 @@ def kernel_options(name, D, capability):
     return {"D": D, "WIDTH": width, "ROWS": rows, "KEYS": keys, "num_warps": warps, "num_stages": stages}
 
 def run_kernel(name, grid, x, *args, **options):
+    """Run a kernel of Triton, for each place of a grid, where the tensor x is."""
     with torch.cuda.device_of(x):  # Triton would take the current device
         triton_kernels()[name][grid](x, *args, **options)
 
@@ -1368,18 +1369,18 @@ def attention_in_kernels_backward(d_out, q, k, v, out, log_sum):
     launch("keys_backward_kernel", True, q, k, v, d_out, log_sum, row_sum, dk, dv)
     return dq, dk, dv
 
-def is_without_gradients(x):
-    """Whether a kernel takes the place of the operations on x, where gradients would need a second one."""
+def has_small_kernels(x):
+    """Whether norms and the like of x are a kernel each: in eager code on CUDA, without gradients of theirs."""
     return x.is_cuda and is_eager() and not torch.is_grad_enabled() and has_triton(x)
 
-@faster(rmsnorm, lambda x, gain, eps: is_without_gradients(x) and torch.is_tensor(gain) and gain.shape == x.shape[-1:])
+@faster(rmsnorm, lambda x, gain, eps: has_small_kernels(x) and torch.is_tensor(gain) and gain.shape == x.shape[-1:])
 def rmsnorm_in_kernel(x, gain, eps):
     x, D = x.contiguous(), x.shape[-1]
     out = torch.empty_like(x)
     run_kernel("rmsnorm_kernel", (x.numel() // D,), x, gain, out, eps, D, power_of_two(D))
     return out
 
-@faster(rope, lambda x, cos, sin: is_without_gradients(x) and x.ndim == 4 and x.stride(3) == 1)
+@faster(rope, lambda x, cos, sin: has_small_kernels(x) and x.ndim == 4 and x.stride(3) == 1)
 def rope_in_kernel(x, cos, sin):
     B, H, T, D = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -1387,7 +1388,7 @@ def rope_in_kernel(x, cos, sin):
                num_warps=1)
     return out
 
-@faster(gated_silu, lambda gate, up: is_without_gradients(gate))
+@faster(gated_silu, lambda gate, up: has_small_kernels(gate))
 def gated_silu_in_kernel(gate, up):
     gate, up = gate.contiguous(), up.contiguous()
     out = torch.empty_like(gate)
