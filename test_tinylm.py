@@ -3748,6 +3748,82 @@ def test_a_text_that_changes_while_it_is_read(tmp_path, monkeypatch):
     with pytest.raises(cli.InputError, match="too little memory to prepare corpus; give data/prepare.py fewer"):
         prepared(tmp_path)
 
+def test_what_the_caller_has_switched_on(tmp_path):
+    """Changes nothing of a run, or is refused; and the run that comes back says how far it is."""
+    flags, losses = TINY | dict(data=prepared(tmp_path)), []
+    for number, switch in enumerate((contextlib.nullcontext, torch.no_grad, torch.inference_mode,
+                                     lambda: torch.autocast("cpu", torch.bfloat16))):
+        with switch():
+            done = train.train(output_dir=tmp_path / f"{number}", **flags)
+        losses.append(done.lowest)
+        assert done.step == TINY["num_steps"]
+    assert len(set(losses)) == 1
+    torch.set_default_dtype(torch.float64)
+    try:
+        with pytest.raises(cli.InputError, match="default dtype is float64, expected float32; call torch.set_default"):
+            train.train(output_dir=tmp_path / "double", **flags)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+def test_a_model_that_takes_long_windows(tmp_path, monkeypatch, capsys):
+    """Is evaluated on a short text in the time of the text, by shorter windows on request; and training says what its
+    steps read."""
+    data = prepared(tmp_path)
+    train.train(data=data, output_dir=tmp_path / "run", **TINY | dict(context_length=2048, batch_size=1, num_steps=1))
+    text, seen, config = tmp_path / "short.txt", [], checkpoint.load_config(tmp_path / "run/latest")
+    text.write_text("".join(stories.story(9, i) for i in range(2)))
+    losses = tinylm.token_losses_in_pieces
+    monkeypatch.setattr(tinylm, "token_losses_in_pieces", lambda params, inputs, *rest: [
+        seen.append(inputs.shape), losses(params, inputs, *rest)][1])
+    params, _ = checkpoint.load_checkpoint(tmp_path / "run/latest")
+    ids, _ = prepare.ids_of(text, tmp_path / "run/latest", "val")
+    tokens = torch.from_numpy(ids.astype(np.int64))[None]
+    expected = F.cross_entropy(tinylm.forward(params, tokens[:, :-1], config)[0], tokens[0, 1:]).item()
+    loss = train.train(eval_only=True, init_from=tmp_path / "run/latest", data=text, batch_size=8)
+    assert loss == pytest.approx(expected, abs=1e-4) and seen == [(1, len(ids) - 1)]
+    seen.clear()
+    train.train(eval_only=True, init_from=tmp_path / "run/latest", data=text, context_length=64, batch_size=2)
+    assert {*seen} == {(2, 64)}
+    with pytest.raises(cli.InputError, match="--context_length=4096: the model takes 2048; leave the flag out"):
+        train.train(eval_only=True, init_from=tmp_path / "run/latest", data=text, context_length=4096)
+    capsys.readouterr()
+    log.introduce(types.SimpleNamespace(
+        settings=types.SimpleNamespace(epochs=340, batch_size=4, shard=False, is_compiled=False, eval_tokens=9, device="",
+                                       dtype="", tokens_per_step=1, num_steps=1, lr_max=1, lr_min=1, weight_decay=None),
+        config=config, ids={"train": ids, "val": ids}, source="it", data="", step=0, folder="", num_ranks=1))
+    assert "a step reads 4 windows of 2,048 tokens" in capsys.readouterr().out
+
+def test_a_split_run_goes_on_in_one_process(tmp_path, capsys):
+    flags = dict(data=str(prepared(tmp_path)), output_dir=str(tmp_path / "run"), num_steps=4, checkpoint_interval=4)
+    train_on_ranks(2, shard=True, **flags)
+    assert train.train(resume=tmp_path / "run", num_steps=6).step == 6
+    assert "was split over ranks; here it goes on in one process" in capsys.readouterr().out
+
+def test_what_belongs_to_a_tokenizer(trained, tmp_path):
+    """Is kept in fine-tuning, chat templates in a folder too; one with more tokens than the model is refused first."""
+    shutil.copytree(trained / "runs/tiny/latest", tmp_path / "model")
+    (tmp_path / "model/additional_chat_templates").mkdir()
+    for name in ("chat_template.jinja", "additional_chat_templates/tool_use.jinja"):
+        (tmp_path / "model" / name).write_text(f"{{# {name} #}}")
+    train.train(init_from=tmp_path / "model", data=trained / "data", num_steps=1, output_dir=tmp_path / "run")
+    for name in ("chat_template.jinja", "additional_chat_templates/tool_use.jinja"):
+        assert (tmp_path / "run/latest" / name).read_text() == f"{{# {name} #}}"
+    tokenizer = json.loads((tmp_path / "model/tokenizer.json").read_text())
+    size = len(tokenizer["model"]["vocab"])
+    more = [tokenizer["added_tokens"][0] | {"id": size, "content": "<pad>"}]
+    tokenizer["added_tokens"] += more
+    (tmp_path / "model/tokenizer.json").write_text(json.dumps(tokenizer))
+    said = f"its tokenizer has {size + 1} tokens, its model {size}; remove those that were added, or let resize_token"
+    with pytest.raises(cli.InputError, match=said):
+        train.train(init_from=tmp_path / "model", data=trained / "data", num_steps=1, output_dir=tmp_path / "other")
+
+def test_metrics_that_others_wrote(tmp_path):
+    """Lines whose losses are no numbers don't keep a run from going on."""
+    train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", **TINY)
+    with open(tmp_path / "run/metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "train_loss": "x"}\n{"step": 6, "val_loss": null}\n{"step": 6, "val_loss": 1.0}\n')
+    assert train.train(resume=tmp_path / "run", num_steps=TINY["num_steps"] + 2).step == TINY["num_steps"] + 2
+
 def test_a_run_without_what_training_needs(trained, tmp_path, monkeypatch, capsys):
     """Is written from as before; and a flag that it never had is refused by name."""
     shutil.copytree(trained / "runs/tiny", tmp_path / "runs/tiny", symlinks=True)
@@ -3756,7 +3832,7 @@ def test_a_run_without_what_training_needs(trained, tmp_path, monkeypatch, capsy
     description = json.loads(state.read_text())
     del description["settings"]["beta1"]
     state.write_text(json.dumps(description))
-    with pytest.raises(cli.InputError, match="--beta1=0.7: the run has no beta1, which can't change on resuming; start"):
+    with pytest.raises(cli.InputError, match="--beta1=0.7: the run has no beta1, which can't change on resuming"):
         train.train(resume="runs/tiny", beta1=0.7, num_steps=99)
     for path in Path("runs/tiny").glob("step-*/training"):
         shutil.rmtree(path)

@@ -211,9 +211,14 @@ def train(given):
         return evaluate_only(resume, init_from, given)
     if "split" in given:
         raise InputError(f"--split={given['split']} belongs to --eval_only; leave it out, or add --eval_only")
+    if torch.get_default_dtype() != torch.float32:
+        raise InputError(f"torch's default dtype is {str(torch.get_default_dtype())[6:]}, expected float32; call "
+                         "torch.set_default_dtype(torch.float32) before")
     machine.keep_freed_memory()
-    with (open_run(resume, init_from, given, Settings, check_forms) as run, machine.numerics(run.settings.device),
-          Log(run) as log, machine.Interrupt() as interrupt):
+    # Whatever the caller has switched on or off.
+    with (torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False),
+          torch.autocast("cuda", enabled=False), open_run(resume, init_from, given, Settings, check_forms) as run,
+          machine.numerics(run.settings.device), Log(run) as log, machine.Interrupt() as interrupt):
         settings = run.settings
         train_ids, val_ids, ranks = run.ids["train"], run.ids["val"], (run.rank, run.num_ranks)
         gradients, update, losses = step_functions(run.config, settings)
@@ -248,6 +253,7 @@ def train(given):
             if asked:
                 break
 
+    run.step = step
     conclude(run, step, problem)
     return run
 
@@ -466,7 +472,7 @@ def evaluate_only(resume, init_from, given):
         raise InputError("--eval_only needs a model: give --resume=RUN, or --init_from=LLAMA_FOLDER")
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise InputError("--eval_only is the work of one process; give it without torchrun")
-    for name in given.keys() - {"data", "split", "eval_tokens", "batch_size", "device", "dtype"}:
+    for name in given.keys() - {"data", "split", "eval_tokens", "batch_size", "context_length", "device", "dtype"}:
         raise InputError(f"--{name}={given[name]}: --eval_only does not use it; leave it out")
     folder = newest(resume) or Path(resume) if resume else find_checkpoint(init_from, "init_from")
     has_state = (folder / "training/train_state.json").is_file()
@@ -478,12 +484,17 @@ def evaluate_only(resume, init_from, given):
         with state_of(folder) as state:
             kept = {name: state["settings"][name] for name in ("batch_size", "dtype")}
             kept["data"] = given.get("data") or str(data_of(state, folder))
-    settings = Settings.complete(kept | given | {"context_length": config.context_length, "compile": False})
+    settings = Settings.complete(kept | {"context_length": config.context_length} | given | {"compile": False})
+    if settings.context_length > config.context_length:
+        raise InputError(f"--context_length={settings.context_length}: the model takes {config.context_length}; leave "
+                         "the flag out, or give a smaller one")
     if settings.split and Path(settings.data).is_file():
         raise InputError(f"--split={settings.split}: {settings.data} is a text, which has no parts; leave it out")
     ids, num_bytes = prepare.ids_of(settings.data, folder, settings.split or "val")
     count = settings.eval_tokens = min(len(ids) - 1, given.get("eval_tokens", len(ids) - 1))
     num_bytes *= count / (len(ids) - 1)
+    settings.context_length = min(settings.context_length, count)  # nothing is computed that is not asked for
+    settings.batch_size = min(settings.batch_size, -(-count // settings.context_length))
     begin = time.perf_counter()
     params = tinylm.tree_map(lambda p: p.to(settings.device), params)
     loss = evaluate(step_functions(config, settings)[2], params, ids, settings)

@@ -335,6 +335,7 @@ def write_checkpoint(folder, params, config, tokenizer, begin_tokens, end_token,
         "model_max_length": config.context_length, "clean_up_tokenization_spaces": False})
     files.write_json(folder / "tokenizer.json", tokenizer_for_others(tokenizer, begin_tokens))
     for name in others.keys() - {"config.json"}:
+        (folder / name).parent.mkdir(exist_ok=True)
         with open(folder / name, "wb") as file:
             file.write(others[name])
             files.flush(file)
@@ -350,7 +351,8 @@ def files_for_others(folder):
     """What other tools read of a model beside its weights: {name: bytes}."""
     names = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
              "special_tokens_map.json", "chat_template.jinja", "vocab.json", "merges.txt")
-    return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
+    templates = [f"additional_chat_templates/{path.name}" for path in folder.glob("additional_chat_templates/*.jinja")]
+    return {name: (folder / name).read_bytes() for name in (*names, *templates) if (folder / name).is_file()}
 
 def weights_dtype(folder):
     """The name of the dtype of most numbers in a Llama folder: float32, bfloat16 or float16."""

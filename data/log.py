@@ -80,6 +80,9 @@ def introduce(run):
     readings = f"{settings.epochs:,.0f}" if settings.epochs >= 10 else f"{settings.epochs:.2g}"
     decay = "" if settings.weight_decay is None else f"; weight decay {settings.weight_decay:.2g}"
     say(f"reads       the text {readings} times in all{decay}")
+    if run.source and settings.epochs > 10:
+        say(f"            which is often: a step reads {settings.batch_size} windows of {config.context_length:,} "
+            "tokens, all that the model takes; --context_length gives shorter ones")
     say(f"writes to   {run.folder}")
 
 class Overfitting:

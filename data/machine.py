@@ -239,9 +239,13 @@ def ranks(device):
     if dist.is_initialized():
         dist.destroy_process_group()
 
+def has_ranks():
+    """Whether torchrun started this process."""
+    return {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+
 def join_ranks(device):
     """Join the other ranks, where there are some. → (device of this rank, its number, how many)."""
-    if not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+    if not has_ranks():
         return device, 0, 1
     kind = device.split(":")[0]
     if kind == "cuda":

@@ -232,6 +232,11 @@ def start_run(given, init_from, folder, table, check, claims):
             if given.get(flag, value) != value and not (flag == "context_length" and given[flag] < value):
                 raise InputError(f"--{flag}={given[flag]}: the model of --init_from={init_from} has {flag} {value}; "
                                  "leave the flag out" + ", or give a smaller one" * (flag == "context_length"))
+    if init_from and (Path(init_from) / "tokenizer.json").is_file():
+        num_tokens = bpe.load(init_from).vocab_size
+        if num_tokens > config.vocab_size:
+            raise InputError(f"{init_from}: its tokenizer has {num_tokens} tokens, its model {config.vocab_size}; "
+                             "remove those that were added, or let resize_token_embeddings of transformers make room")
     settings = table.complete(sizes | given, **known)
     config = model_config(settings, 1, init_from)  # raises where sizes don't fit, before any work
     checkpoint.check_can_be_saved(config)
@@ -279,12 +284,15 @@ def resume_run(folder, given, table, check, claims, error_if_done=InputError):
         names = {"output_dir": given.get("output_dir"), "run_name": "run_name" in given and f"runs/{given['run_name']}"}
         is_its_own = lambda path: path and Path(path).resolve() == folder.resolve()  # the run may have moved
         given = {flag: value for flag, value in given.items() if not is_its_own(names.get(flag))}
+        if kept.get("shard") and "shard" not in given and not machine.has_ranks():
+            cli.say("the run was split over ranks; here it goes on in one process, whole")
+            kept = kept | {"shard": False}
         for flag, value in given.items():
             before = kept.get(flag, cli.flags_of(table)[flag].metadata["default"])  # for a run of before it was a flag
             if not cli.may_change(table, flag) and value != before:
                 has = f"{flag} {before}" if flag in kept else f"no {flag}"
-                raise InputError(f"--{flag}={value}: the run has {has}, which can't change on resuming; start a new run "
-                                 "for that")
+                raise InputError(f"--{flag}={value}: the run has {has}, which can't change on resuming; start a new "
+                                 "run for that")
         for name in kept.keys() - cli.flags_of(table):
             raise InputError(f"{latest} was written with a setting {name}, which this code has not; go on with the "
                              "code that began the run")
