@@ -244,7 +244,7 @@ def test_kernels_compute_the_definitions():
                 compare(actual, expected, dtype)
 
         torch.set_grad_enabled(False)
-        for dtype, B, H, H_kv, D, position in ((torch.float32, 2, 4, 2, 16, 700), (torch.bfloat16, 1, 3, 3, 40, 0),
+        for dtype, B, H, H_kv, D, position in ((torch.float32, 2, 4, 2, 16, 600), (torch.bfloat16, 1, 3, 3, 40, 0),
                                                (torch.float16, 3, 4, 1, 128, 64)):
             heads = lambda H, T: random(B, T, H * D, dtype=dtype).unflatten(-1, (-1, D)).transpose(1, 2)
             q, k, v = heads(H, 1), heads(H_kv, 1), heads(H_kv, 1)
@@ -1332,7 +1332,7 @@ def test_export_as_a_command(trained, tmp_path, monkeypatch, capsys):
         code, error = call(monkeypatch, capsys, gguf.export, *arguments)
         assert code == 2 and message in error and error.count("\n") == 1, error
     process = command(trained, "sample.py", "export", "--help")
-    assert "--dtype" in process.communicate(timeout=60)[0] and process.returncode == 0
+    assert "--dtype" in process.communicate(timeout=180)[0] and process.returncode == 0
 
 # ---- Tokenizer ----
 
@@ -1445,8 +1445,8 @@ def test_training_is_the_definition(tmp_path_factory, many, text):
 @pytest.mark.parametrize("many", [1, 64])
 def test_training_is_the_definition_on_stories(tmp_path, monkeypatch, many):
     monkeypatch.setattr(bpe.LinkedWords, "MANY", many)
-    text = "".join(stories.story(3, i) + END for i in range(60))
-    assert spelled_merges(train_on(text, tmp_path, 500)) == bpe.plain_train(text, 500 - 257, [END])
+    text = "".join(stories.story(3, i) + END for i in range(20))
+    assert spelled_merges(train_on(text, tmp_path, 400)) == bpe.plain_train(text, 400 - 257, [END])
 
 @pytest.fixture(scope="module")
 def three_tokenizers(tmp_path_factory):
@@ -1623,11 +1623,11 @@ def test_invalid_utf8_is_reported_or_replaced(tmp_path):
 # ---- Corpora ----
 
 def test_stories():
-    texts = [stories.story(0, i) for i in range(100_000)]
-    assert len(set(texts)) == 100_000
+    texts = [stories.story(0, i) for i in range(20_000)]
+    assert len(set(texts)) == 20_000
     assert texts[:50] == [stories.story(0, i) for i in range(50)] and texts[0] != stories.story(1, 0)
     assert len(stories.PLOTS) >= 40
-    assert len({word for text in texts[:20_000] for word in re.findall("[a-z]+", text.lower())}) >= 1500
+    assert len({word for text in texts for word in re.findall("[a-z]+", text.lower())}) >= 1500
     for text in texts[:2000]:
         assert not set(text) & set("{}[]|~") and text.count("\n\n") == 2 and text.isascii()
         assert not re.search(r"\ba [aeiou]|\ban [^aeiou\W]|  | [.,]", text), text
@@ -2316,17 +2316,18 @@ def test_a_stop_loses_no_step(tmp_path, monkeypatch, is_behind):
 @pytest.mark.parametrize("is_behind, interval", [(False, 3), (True, 1)], ids=["looked at at once", "a step later"])
 def test_the_pace_is_that_of_steps_that_compile_nothing(tmp_path, monkeypatch, is_behind, interval, capsys):
     """Nor is it that of numbers that are looked at together."""
-    genuine = train.accumulate_gradients
+    genuine, clock = train.accumulate_gradients, [0.0]
+    monkeypatch.setattr(log, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
 
     def slow(gradients, params, ids, settings, step, *ranks):
-        time.sleep(0.1 if step else 1.5)
+        clock[0] += 0.1 if step else 1.5
         return genuine(gradients, params, ids, settings, step, *ranks)
 
     monkeypatch.setattr(train, "accumulate_gradients", slow)
     monkeypatch.setattr(log.Log, "is_behind", is_behind)
     train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", **TINY | dict(log_interval=interval))
     rates = [line["tokens_per_second"] for line in metrics(tmp_path / "run") if "train_loss" in line]
-    assert all(0.3 < rate * 0.1 / 128 <= 1 for rate in rates[interval == 1:]), rates
+    assert rates[interval == 1:] == pytest.approx([1280] * (5 if interval == 1 else 2), abs=0.1), rates
     left = re.findall(r"(\d)s left", capsys.readouterr().out)
     assert all(int(seconds) <= 1 for seconds in left[interval == 1:]), left
 
@@ -2414,7 +2415,7 @@ def start(data, folder, **flags):
                         output_dir=str(folder)) | flags
     code = ("import os, sys; sys.stdout = open(os.devnull, 'w'); import torch, train; torch.set_num_threads(1); "
             "train.train(**flags)")
-    process = context.Process(target=exec, args=(code, {"flags": flags}))
+    process = context.Process(target=exec, args=(code, {"flags": flags}), daemon=True)  # a test that fails leaves none
     process.start()
     return process
 
@@ -2430,7 +2431,7 @@ def test_a_signal_ends_the_step_and_saves(tmp_path, number):
     process = start(data, tmp_path / "run", num_steps=100_000)
     wait_for_step(tmp_path / "run", 5, process)
     os.kill(process.pid, number)
-    process.join(60)
+    process.join(180)
     assert process.exitcode == 0
     last = metrics(tmp_path / "run")[-1]["step"]
     assert (tmp_path / "run/latest").resolve().name == f"step-{last:07d}" and last < 100_000
@@ -2826,7 +2827,7 @@ def test_launches_of_compiled_steps(on_pretended_device):
     reports, errors = on_pretended_device(report_launches)
     assert {name for name, _ in reports} == LAUNCHES.keys(), errors
     for name, launches in reports:
-        assert all(map(operator.le, launches, LAUNCHES[name])), (name, launches)
+        assert all(map(operator.le, launches, LAUNCHES[name])) and min(launches[:3]) > 0, (name, launches)
 
 # ---- Many ranks ----
 
@@ -2846,14 +2847,14 @@ def start_ranks(count, program="train.train(**flags)", **flags):
     for rank in range(count):
         env = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1",
                    MASTER_PORT=str(port))
-        processes.append(context.Process(target=exec, args=(code, {"env": env, "flags": flags})))
+        processes.append(context.Process(target=exec, args=(code, {"env": env, "flags": flags}), daemon=True))
         processes[-1].start()
     return processes
 
 def train_on_ranks(count, **flags):
     processes = start_ranks(count, **flags)
     for process in processes:
-        process.join(120)
+        process.join(300)
         assert process.exitcode == 0
 
 def same_run(a, b, tolerance=1e-5):
@@ -2895,7 +2896,7 @@ def test_a_signal_to_one_rank_ends_all_after_the_same_step(tmp_path):
     wait_for_step(tmp_path / "run", 5, processes[0])
     os.kill(processes[1].pid, signal.SIGTERM)
     for process in processes:
-        process.join(60)
+        process.join(180)
         assert process.exitcode == 0
     assert (tmp_path / "run/latest").resolve().name == f"step-{metrics(tmp_path / 'run')[-1]['step']:07d}"
 
@@ -2939,7 +2940,7 @@ def test_a_mistake_of_a_later_rank_ends_all(tmp_path):
                 file.write(str(error))
     """
     for process in start_ranks(2, program, data=str(prepared(tmp_path)), output_dir=str(tmp_path / "run")):
-        process.join(60)
+        process.join(180)
         assert process.exitcode == 0
     for rank in "01":
         assert re.fullmatch("rank 1, on .*: no such data here", (tmp_path / rank).read_text())
@@ -2996,7 +2997,7 @@ def test_rows_of_ranks_with_less_than_one_each():
             assert whole.equal(torch.ones(1, 3))
     """
     for process in start_ranks(2, program):
-        process.join(60)
+        process.join(180)
         assert process.exitcode == 0
 
 def test_the_norm_over_ranks_counts_each_number_once():
@@ -3011,7 +3012,7 @@ def test_the_norm_over_ranks_counts_each_number_once():
             assert abs(tinylm.global_norm(tree) - (2 * w.square().sum()).sqrt()) < 1e-4, tinylm.global_norm(tree)
     """
     for process in start_ranks(2, program):
-        process.join(60)
+        process.join(180)
         assert process.exitcode == 0
 
 def test_data_of_another_machine_is_compared(tmp_path, monkeypatch):
@@ -3045,6 +3046,8 @@ def test_two_processes_prepare_one_corpus_once(tmp_path):
         from data import prepare
         from pathlib import Path
         prepare.DATA, prepare.NUM_STORIES = Path({str(tmp_path)!r}), {{"train.txt": 3000, "val.txt": 100}}
+        write = prepare.write_beside
+        prepare.write_beside = lambda *args: [write(*args), print("wrote it")]
         meta, ids = prepare.open_data(prepare.find_data("stories"))
         print(len(ids["train"]))
         """
@@ -3054,23 +3057,25 @@ def test_two_processes_prepare_one_corpus_once(tmp_path):
     assert [process.returncode for process in both] == [0, 0]
     assert outs[0][-1] == outs[1][-1] == str(len(prepare.open_data(tmp_path / "stories")[1]["train"]))
     assert sum("waiting for it" in line for out in outs for line in out) <= 1
+    assert sum("wrote it" in line for out in outs for line in out) == 1
 
-def test_a_data_folder_that_is_being_prepared_is_waited_for(tmp_path, capsys):
+def test_a_data_folder_that_is_being_prepared_is_waited_for(tmp_path, monkeypatch, capsys):
     data = prepared(tmp_path)
     released = []
 
     def hold():
         with files.lock(data / ".lock"):
             held.set()
-            time.sleep(0.5)
-            released.append(time.monotonic())
+            assert told.wait(60)
+            released.append(1)
 
-    held = threading.Event()
+    held, told, say = threading.Event(), threading.Event(), cli.say
+    monkeypatch.setattr(cli, "say", lambda text: [say(text), "waiting for it" in text and told.set()])
     thread = threading.Thread(target=hold)
     thread.start()
     held.wait()
     prepared(tmp_path)
-    assert released and time.monotonic() >= released[0]
+    assert released
     assert f"is being prepared by process {os.getpid()}; waiting for it" in capsys.readouterr().out
     with files.lock(data / ".lock"):
         said = lambda holder: shutil.rmtree(data)  # as an interrupted one does with what it has begun
@@ -3163,6 +3168,7 @@ def test_a_folder_that_is_renamed_or_removed_under_its_run(tmp_path, monkeypatch
         shutil.rmtree(tmp_path / "run")
         other()
         (tmp_path / "run/lock").write_text("1\n")  # as of another process
+        theirs.extend(metrics(tmp_path / "run"))
 
     def copy_it():
         shutil.copytree(tmp_path / "run", tmp_path / "disk")
@@ -3170,10 +3176,11 @@ def test_a_folder_that_is_renamed_or_removed_under_its_run(tmp_path, monkeypatch
         (tmp_path / "run").symlink_to(tmp_path / "disk")
 
     shutil.rmtree(tmp_path / "run")
+    theirs = []
     meanwhile(4, monkeypatch, replace_it)
     with pytest.raises(cli.InputError, match="without its last checkpoint .*run is another run's now, as it was rem"):
         train.train(**flags)
-    assert metrics(tmp_path / "run") == metrics(tmp_path / "run") and len(metrics(tmp_path / "run")) == 8
+    assert metrics(tmp_path / "run") == theirs and len(theirs) == 8
     assert files.read_json(run.newest(tmp_path / "run") / "training/train_state.json")["settings"]["seed"] == 1
 
     shutil.rmtree(tmp_path / "run")
@@ -3210,7 +3217,8 @@ def test_runs_that_begin_at_once_have_folders_of_their_own(tmp_path, monkeypatch
     shutil.copytree("runs/data-2", "runs/copy", symlinks=True)
     os.rename("runs/data-2", "runs/renamed")
     for name in ("renamed", "copy"):
-        assert train.train(resume="auto", run_name=name, data="data", **TINY | dict(num_steps=7)).step == 6
+        done = train.train(resume="auto", run_name=name, data="data", **TINY | dict(num_steps=7))
+        assert (done.folder.name, done.step) == (name, 7)
 
 def test_metrics_that_are_edited_under_a_run(tmp_path, monkeypatch):
     def edit():
@@ -3263,7 +3271,7 @@ def test_a_terminal_that_is_not_utf8(trained, tmp_path, encoding):
                 "val.bin": ["data/prepare.py", f"--input={tmp_path}/naïve 🦊.txt", f"--output={tmp_path}/é🦊"]}
     processes = [command(trained, *arguments, PYTHONIOENCODING=encoding) for arguments in commands.values()]
     for shown, process in zip(commands, processes):
-        out, error = process.communicate(timeout=60)
+        out, error = process.communicate(timeout=180)
         assert process.returncode == 0 and shown in out and "Traceback" not in error, error
     assert run.newest(tmp_path / "run").name == "step-0000006"
 
@@ -3285,7 +3293,7 @@ def test_files_that_are_locked_are_no_data(tmp_path):
     data = prepared(tmp_path)
     (data / "meta.json").unlink()
     (data / ".partial").mkdir()
-    with pytest.raises(cli.InputError, match="no such data folder"):
+    with pytest.raises(cli.InputError, match="has not ended in .*data; wait for it, or if it was cut short give"):
         train.train(data=data, output_dir=tmp_path / "run", **TINY)
 
 def test_a_run_goes_on_with_its_own_data_wherever_that_is(tmp_path, monkeypatch, capsys):
@@ -3416,11 +3424,11 @@ def test_wandb_that_cannot_be_used_is_said_before_the_work(tmp_path):
     arguments = ["train.py", "--data=data", "--use_wandb", *tiny_flags()]
     unknown = dict(HOME=str(tmp_path), WANDB_API_KEY="", WANDB_MODE="online", NETRC=str(tmp_path / "none"))
     process = command(tmp_path, *arguments, **unknown)
-    out, error = process.communicate(timeout=60)
+    out, error = process.communicate(timeout=180)
     assert process.returncode == 2 and "WANDB_MODE=offline" in error and "Traceback" not in error, error
     assert len(error.splitlines()) == 1 and not (tmp_path / "runs").exists()
     process = command(tmp_path, *arguments, **unknown | dict(WANDB_MODE="offline"))
-    out, error = process.communicate(timeout=60)
+    out, error = process.communicate(timeout=180)
     assert process.returncode == 0 and list((tmp_path / "runs/data/wandb").glob("offline-run-*")), error
 
 def test_wandb_that_is_lost_ends_no_run(tmp_path, monkeypatch, capsys):
@@ -3479,7 +3487,7 @@ def test_without_what_other_systems_lack(tmp_path):
                       ["data/prepare.py", "--input=text.txt", "--output=data", "--vocab_size=300"]):
         process = subprocess.run(
             [sys.executable, "-X", "warn_default_encoding", tmp_path / "without.py", ROOT / arguments[0],
-             *arguments[1:]], cwd=tmp_path, capture_output=True, text=True, timeout=60, encoding="cp1252",
+             *arguments[1:]], cwd=tmp_path, capture_output=True, text=True, timeout=180, encoding="cp1252",
             env=os.environ | dict(PYTHONUTF8="0", PYTHONIOENCODING="cp1252", LC_ALL="C", PYTHONPATH=str(ROOT)))
         assert process.returncode == 0 and "Traceback" not in process.stderr, process.stderr
         ours = [line for line in process.stderr.splitlines() if "EncodingWarning" in line and str(ROOT) in line]
@@ -3540,7 +3548,7 @@ def test_a_rank_that_fails_waits_for_no_other(backend, error, left, monkeypatch)
 
 def test_a_gpu_that_nothing_compiles_for(monkeypatch):
     monkeypatch.setattr(tinylm.shutil, "which", lambda name: name)
-    monkeypatch.setattr(machine, "Path", unittest.mock.MagicMock())
+    monkeypatch.setattr(tinylm, "Path", unittest.mock.MagicMock())
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla P4")
     for capability in ((6, 1), (7, 0)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -3632,7 +3640,8 @@ def test_ctrl_c_does_not_reach_processes_that_begin(tmp_path):
         os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.SIGINT))
         print(*bpe.spread(lambda: len, (), [("a", 0, 1)] * 9, 3, "reading"))
         """)
-    done = subprocess.run([sys.executable, tmp_path / "work.py"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, tmp_path / "work.py"], capture_output=True, text=True, timeout=180,
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     assert done.stdout.split() == ["3"] * 9 and not done.stderr
 
 def test_a_script_without_a_guard(tmp_path):
@@ -3646,7 +3655,7 @@ def test_a_script_without_a_guard(tmp_path):
             from data import prepare
             prepare.prepare(input="text.txt", output="data", vocab_size=260, workers=2)
             """)
-        done = subprocess.run([sys.executable, "work.py"], cwd=tmp_path, capture_output=True, text=True, timeout=30)
+        done = subprocess.run([sys.executable, "work.py"], cwd=tmp_path, capture_output=True, text=True, timeout=180)
         assert done.returncode == code and said in done.stderr + done.stdout, done.stderr
 
 def test_a_lock_whose_holder_leaves_while_it_is_looked_at(tmp_path, monkeypatch):
@@ -3880,7 +3889,7 @@ def test_interrupting_prepare_is_one_line(tmp_path):
     wait_for(lambda: len(children_of(process)) == 2)
     time.sleep(0.3)
     os.killpg(process.pid, signal.SIGINT)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=180)
     assert process.returncode == 130 and error.split() == ["prepare.py:", "interrupted"]
     assert not (tmp_path / "data").exists()
 
@@ -3899,7 +3908,7 @@ def test_special_tokens_with_blanks_are_whole_wherever_text_is_cut(tmp_path, mon
     theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     for stretch in (0, 66_000, 66_031, 66_034):  # about as long as what is read at first to find a cut in
         parts = [special, special[:-1], "some words ", "a a a ", "b " * 30, END, "\n"]
-        text = "1" * stretch + special + "".join(rng.choices(parts, k=5000 if len(special) < 10 else 1000))
+        text = "1" * stretch + special + "".join(rng.choices(parts, k=1500 if len(special) < 10 else 300))
         (tmp_path / "text.txt").write_text(text)
         expected = theirs.encode(text).ids
         assert bpe.encode(tokenizer, text).tolist() == expected
@@ -4187,6 +4196,8 @@ def test_a_fork_loses_nothing(tmp_path):
             train.train(resume="run", num_steps=9)
         except InputError as error:
             assert "depth_scale" in str(error), error
+        else:
+            raise AssertionError("a setting that this code has not")
         del checkpoint.HF_SIZES["window"]  # as in code that knows of no window
         refused("has tinylm_window", "the code that wrote it", command=lambda **_: checkpoint.load_config("run/latest"))
         """
@@ -4215,13 +4226,23 @@ def test_values_from_python(tmp_path, flags):
 
 def test_settings_are_given_back(tmp_path):
     """After a run, and after one that failed, torch and signals are as the caller had them, and the folder is free."""
-    data, before = prepared(tmp_path), (signal.getsignal(signal.SIGINT), torch.are_deterministic_algorithms_enabled())
+    names = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    now = lambda: (*map(signal.getsignal, names), torch.are_deterministic_algorithms_enabled(),
+                   torch.get_float32_matmul_precision(), torch.utils.deterministic.fill_uninitialized_memory)
+    torch.set_float32_matmul_precision("high")
+    try:
+        data, before = prepared(tmp_path), now()
+        fail_and_resume(data, tmp_path, lambda: now() == before)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+def fail_and_resume(data, tmp_path, is_as_before):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(log.Diverged):
         poisoned(patch, range(1, 20))
         train.train(data=data, output_dir=tmp_path / "run", **TINY | dict(num_steps=20, checkpoint_interval=1))
-    assert (signal.getsignal(signal.SIGINT), torch.are_deterministic_algorithms_enabled()) == before
+    assert is_as_before()
     train.train(resume=tmp_path / "run", num_steps=3)
-    assert (signal.getsignal(signal.SIGINT), torch.are_deterministic_algorithms_enabled()) == before
+    assert is_as_before()
 
 # ---- Starting from an existing model ----
 
@@ -4501,13 +4522,13 @@ def damaged(folder, name, count):
         (folder / name).write_bytes(mutate(original, rng))
         trim(0)  # so that memory from before does not serve this time
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
-        before, begin = resident("VmRSS"), time.perf_counter()
+        before, begin = resident("VmRSS"), time.process_time()
         try:
             DAMAGED[name](folder)
         except cli.InputError as error:
             assert "\n" not in str(error), error
             refused += 1
-        longest = max(longest, time.perf_counter() - begin)
+        longest = max(longest, time.process_time() - begin)
         memory = max(memory, (resident("VmHWM") - before) / max(len(original), 1_000_000))
     (folder / name).write_bytes(original)
     return refused, longest, memory
@@ -4526,8 +4547,8 @@ def to_be_damaged(tmp_path_factory):
 @pytest.mark.parametrize("name", DAMAGED)
 def test_damaged_files_are_refused_or_load_whole(to_be_damaged, name):
     """None takes a second, or ten times its size in memory."""
-    refused, longest, memory = damaged(to_be_damaged, name, 400)
-    assert refused > 120 and longest < 1 and memory < 10
+    refused, longest, memory = damaged(to_be_damaged, name, 200)
+    assert refused > 60 and longest < 1 and memory < 10
 
 @pytest.mark.parametrize("change, message", [
     ({"model": {"type": "WordPiece", "vocab": {}}}, "its model is WordPiece"),
