@@ -2570,7 +2570,7 @@ class Host(TorchDispatchMode):
     def stop(self):
         assert not self.records, "a stop while the device records"
         names = [frame.name for frame in traceback.extract_stack() if Path(frame.filename).parent == ROOT]
-        places = "check_cache", "write_sample", "generate", "evaluate", "train"
+        places = "check_forms", "write_sample", "generate", "evaluate", "train"
         self.stops.append(next(name for name in places if name in names))
 
     def current_stream(self, device):
@@ -2652,7 +2652,8 @@ def train_and_write_on_device(data, folder, flags):
     tinylm.triton_kernels = lambda: kernels if has_triton else None
     tinylm.KEYS_AT_LEAST = 128
     train.try_to_save = lambda run, *args: runs.append(run)
-    tinylm.forms_that_differ = lambda compute: [compute(), []][1]  # as there are no numbers to compare
+    tinylm.forms_that_differ = lambda compute, *rest: [compute(), []][1]  # as there are no numbers to compare
+    tinylm.definitions_alone = contextlib.nullcontext  # some of which add in no fixed order
     log.Log.histograms = lambda self, step, params, grads: on_device({"params": params, "grads": grads})
     if "ranks" in flags:
         pretend_ranks(flags.pop("ranks"))
@@ -2675,7 +2676,7 @@ def train_and_write_on_device(data, folder, flags):
         first = max(np.diff(launches)[:2], default=0)  # not recorded yet
         assert is_split or first <= (112 if has_triton else 167), f"{np.diff(launches)} operations a token"
     stops = {place: host.stops.count(place) for place in set(host.stops)}
-    most = dict.fromkeys(("train", "evaluate"), flags["num_steps"] // 2) | {"check_cache": 2, "write_sample": tokens,
+    most = dict.fromkeys(("train", "evaluate"), flags["num_steps"] // 2) | {"check_forms": 2, "write_sample": tokens,
                                                                             "generate": tokens}
     assert all(count <= most[place] for place, count in stops.items()), f"stops: {stops}, at most {most}"
 
@@ -4515,23 +4516,30 @@ def damaged(folder, name, count):
 
     → how many were refused, the longest time in seconds, the most memory in times the file (or a MB, if it has less).
     """
-    original, rng, trim = (folder / name).read_bytes(), random.Random(name), ctypes.CDLL(None).malloc_trim
+    original, rng = (folder / name).read_bytes(), random.Random(name)
     refused = longest = memory = 0
     DAMAGED[name](folder)
     for _ in range(count):
         (folder / name).write_bytes(mutate(original, rng))
-        trim(0)  # so that memory from before does not serve this time
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
-        before, begin = resident("VmRSS"), time.process_time()
-        try:
-            DAMAGED[name](folder)
-        except cli.InputError as error:
-            assert "\n" not in str(error), error
-            refused += 1
-        longest = max(longest, time.process_time() - begin)
-        memory = max(memory, (resident("VmHWM") - before) / max(len(original), 1_000_000))
+        is_refused, seconds, most = opened(folder, name, max(len(original), 1_000_000))
+        if seconds > longest or most > memory:  # once more, as it may not have been the file's fault
+            _, *again = opened(folder, name, max(len(original), 1_000_000))
+            seconds, most = map(min, zip((seconds, most), again))
+        refused, longest, memory = refused + is_refused, max(longest, seconds), max(memory, most)
     (folder / name).write_bytes(original)
     return refused, longest, memory
+
+def opened(folder, name, size):
+    """Open what a file belongs to → whether it was refused, the seconds, the most memory in times a size."""
+    ctypes.CDLL(None).malloc_trim(0)  # so that memory from before does not serve this time
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    before, begin, is_refused = resident("VmRSS"), time.process_time(), False
+    try:
+        DAMAGED[name](folder)
+    except cli.InputError as error:
+        assert "\n" not in str(error), error
+        is_refused = True
+    return is_refused, time.process_time() - begin, (resident("VmHWM") - before) / size
 
 def whole_folder(folder):
     """A folder with data and a run that has not come to its end."""
