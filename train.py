@@ -338,7 +338,7 @@ def check_forms(config, settings):
     small = {name: min(size, getattr(config, name)) for name, size in most.items()}
     small["num_heads"] = min(2, config.num_heads // config.num_kv_heads) * small["num_kv_heads"]
     try:
-        params, read, step, update = small_run(replace(config, **small), settings)
+        read, step, update = small_run(replace(config, **small), settings)
         with tinylm.definitions_alone():
             step(torch.float64), update()
     except Exception as error:
@@ -356,13 +356,15 @@ def check_forms(config, settings):
     for name in differing:
         raise InputError(f"{name} does not compute by its faster form what it does by its definition in tinylm.py; let "
                          f"the form follow, or drop it there by {name}.forms.clear()")
-    whole, again, pieces = read(1), read(1), read(3)
+    whole, again, pieces = read(False), read(False, seed=1), read(True)
     if (pieces - whole).norm() > 1e-4 * whole.norm() and whole.equal(again):  # else it draws numbers
         cli.say("what the model writes is not what it learns: its numbers depend on how many positions are read at "
                 "once, as where cached_attention does not follow")
 
 def small_run(config, settings):
-    """What `check_forms` compares of a model: its params, read(num_pieces), step(dtype) and update()."""
+    """What `check_forms` compares of a model: read(in_pieces), the final hidden states of positions read at once or in
+    pieces; step(dtype), the loss, its gradients and what is read in pieces; update(), clipping and two updates.
+    """
     draw = torch.Generator().manual_seed(0)
     init, optimizer_update = tinylm.OPTIMIZERS[settings.optimizer]
     params = tinylm.tree_map(lambda p: p + 0.02 * torch.randn(p.shape, generator=draw),  # zeros and ones hide much
@@ -371,11 +373,12 @@ def small_run(config, settings):
     tokens = torch.arange(2 * config.context_length + 2, device=settings.device).view(2, -1) % config.vocab_size
 
     @torch.no_grad()
-    def read(num_pieces, dtype=torch.float64):  # the last piece is one token
+    def read(in_pieces, dtype=torch.float64, seed=0):
         T = config.context_length
-        borders, xs = sorted({0, *((T // 2, T - 1) if num_pieces > 1 else ()), T}), []
+        borders, xs = sorted({0, T // 2, T - 1, T}) if in_pieces else (0, T), []  # the last piece is one token
         cache = tinylm.init_cache(config, 2, T, dtype, tokens.device)
         with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
             for start, end in zip(borders, borders[1:]):
                 x, cache = tinylm.hidden_states(doubles, tokens[:, start:end], config, dtype, cache)
                 xs.append(x)
@@ -385,7 +388,7 @@ def small_run(config, settings):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             loss, grads = tinylm.value_and_grad(tinylm.loss_fn, doubles, tokens[:, :-1], tokens[:, 1:], config, dtype)
-        return {"loss": loss, "gradients": grads, "read": read(3, dtype)}
+        return {"loss": loss, "gradients": grads, "read": read(True, dtype)}
 
     def update():
         norm, own = tinylm.global_norm(params), own_hyperparameters(settings)
@@ -395,7 +398,7 @@ def small_run(config, settings):
         new, _ = optimizer_update(new, others, state, torch.tensor(1e-2), **own)
         return {"clipped": clipped, "update": tinylm.tree_map(torch.sub, new, params)}
 
-    return params, read, step, update
+    return read, step, update
 
 def accumulate_gradients(gradients, params, ids, settings, step, rank=0, num_ranks=1):
     """The loss on this rank and the mean gradients of a step, over its grad_accum_steps batches and all ranks.
