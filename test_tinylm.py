@@ -3798,8 +3798,9 @@ def test_a_model_that_takes_long_windows(tmp_path, monkeypatch, capsys):
         train.train(eval_only=True, init_from=tmp_path / "run/latest", data=text, context_length=4096)
     capsys.readouterr()
     log.introduce(types.SimpleNamespace(
-        settings=types.SimpleNamespace(epochs=340, batch_size=4, shard=False, is_compiled=False, eval_tokens=9, device="",
-                                       dtype="", tokens_per_step=1, num_steps=1, lr_max=1, lr_min=1, weight_decay=None),
+        settings=types.SimpleNamespace(epochs=340, batch_size=4, shard=False, is_compiled=False, eval_tokens=9,
+                                       device="", dtype="", tokens_per_step=1, num_steps=1, lr_max=1, lr_min=1,
+                                       weight_decay=None),
         config=config, ids={"train": ids, "val": ids}, source="it", data="", step=0, folder="", num_ranks=1))
     assert "a step reads 4 windows of 2,048 tokens" in capsys.readouterr().out
 
