@@ -330,9 +330,9 @@ def step_functions(config, settings):
 def check_forms(config, settings):
     """Raise InputError where faster forms give other numbers than the definitions, as where one was changed.
 
-    What is compared is of a small model with at most two blocks and 256 positions: the loss, its gradients and what is
-    read to write, on the device, in float64, which no mode of products rounds, and roughly in the dtype of training;
-    clipping and two updates on the CPU. That a model can't be small is said.
+    A small model, of at most two blocks and 256 positions, is compared: on the device its loss, gradients and hidden
+    states, read in pieces as to write, in float64, which no mode of products rounds, and roughly in the dtype of
+    training; on the CPU clipping and two updates. Where a model can't be small, that is said.
     """
     most = {"num_layers": 2, "d_model": 64, "d_ff": 128, "vocab_size": 256, "context_length": 256, "num_kv_heads": 2}
     small = {name: min(size, getattr(config, name)) for name, size in most.items()}
@@ -349,7 +349,7 @@ def check_forms(config, settings):
     forms[:0] = over_ranks
     try:
         differing = tinylm.forms_that_differ(partial(step, torch.float64)) or tinylm.forms_that_differ(update)
-        if not differing and (settings.device, settings.dtype) != ("cpu", "float32"):  # then there are other forms
+        if not differing and (settings.device, settings.dtype) != ("cpu", "float32"):  # where other forms serve
             differing = tinylm.forms_that_differ(partial(step, DTYPES[settings.dtype]), 0.1)
     finally:
         del forms[:len(over_ranks)]
