@@ -2165,7 +2165,7 @@ WRONG_PREPARE = [
     (["--dataset=books"], "expected one of"),
     (["--input=nowhere.txt"], "is not there"),
     (["--input=empty.txt"], "no text"),
-    (["--input=emptyfolder"], "no files"),
+    (["--input=emptyfolder"], "no texts"),
     (["--input=one.txt"], "too little text"),
     (["--input=utf16.txt"], "utf16.txt is UTF-16; save it as UTF-8"),
     (["--input=text.txt", "--val_fraction=1.5"], "between 0 and 1"),
@@ -2725,6 +2725,8 @@ def report_on_device(data, folder):
                     source = (ROOT / "tinylm.py").read_text(encoding="utf-8")
                     assert old in source
                     exec(compile(source.replace(old, new), ROOT / "tinylm.py", "exec"), vars(tinylm))
+                if old or "compiled" in name:
+                    train.check_forms = lambda *args: None  # is never compiled, and takes long where nothing is wrong
                 with contextlib.redirect_stdout(io.StringIO()):
                     train_and_write_on_device(data, f"{folder}/{name}", flags)
             except BaseException as problem:
@@ -3723,17 +3725,19 @@ def test_two_texts_encoded_at_once(tmp_path, monkeypatch):
         assert bpe.decode(tokenizer, np.concatenate([ids for _, ids in own])) == path.read_text()
 
 def test_folders_of_texts(tmp_path, monkeypatch, capsys):
-    """Links to folders are followed, once each; folders whose names have points are told apart; what can't be read is
-    not left out."""
+    """Links to folders are followed, once each; folders whose names have points are told apart; what is no text is left
+    out, which is said, and what can't be read is not."""
     monkeypatch.setattr(prepare, "DATA", tmp_path / "data")
     for name, text in (("far/a", "There. "), ("c.v1/b", "Here. "), ("c.v2/b", "Other. ")):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text(text * 200)
     (tmp_path / "c.v1/link").symlink_to("../far")
     (tmp_path / "far/back").symlink_to("../c.v1")
+    (tmp_path / "c.v1/picture").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\xff")
     for name in ("c.v1", "c.v2"):
         prepare.prepare(input=tmp_path / name, vocab_size=257)
-    assert "2 files with 2,600 bytes" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "2 files with 2,600 bytes" in out and out.count("no text: ") == out.count("c.v1/picture\n") == 1
     sizes = [sum(prepare.open_data(tmp_path / f"data/{name}")[0][split]["bytes"] for split in ("train", "val"))
              for name in ("c.v1", "c.v2")]
     assert sizes == [2600, 1400]
@@ -5050,7 +5054,7 @@ SMALL_MEASUREMENTS = {  # flags, and figures with what they must lie between; al
         "learn 400 tokens, times as fast as tokenizers": (0, math.inf)}),
     "alphabets": (dict(size=1, vocab_size=400), {}),
     "forms": (dict(seconds=0.01), {}),
-    "kills": (dict(kills=20), {f"{kind}: killed 5 times, same bits": (1, 1) for kind in KILLED}),
+    "kills": (dict(kills=12), {f"{kind}: killed 3 times, same bits": (1, 1) for kind in KILLED}),
     "damage": (dict(count=90), {}),
     "ranks": (dict(shard=True), {  # halves of 85.0, 85.0 and 169.9 MB; 161.5 MB to send, and the headers of messages
         "parameters, MB": (42.4, 42.6), "gradients, MB": (42.4, 42.6), "moments, MB": (84.9, 85.1),

@@ -128,7 +128,8 @@ def write_stories(folder):
 def text_files(source, output):
     """The file that a user named, or all files below the folder in order of name, without hidden ones and `output`.
 
-    Links to folders are followed, each folder once. Raises OSError for one that can't be read.
+    Links to folders are followed, each folder once. Pictures and the like are left out, which is said. Raises OSError
+    for what can't be read.
     """
     def refuse(error):
         raise error
@@ -144,10 +145,20 @@ def text_files(source, output):
         folders[:] = [] if here in seen else sorted(name for name in folders if not name.startswith("."))
         paths += [] if here in seen else [Path(folder, name) for name in names if not name.startswith(".")]
         seen.add(here)
-    paths = sorted(path for path in paths if path.is_file())
-    if not paths:
-        raise InputError(f"{source} has no files in it; expected a text file, or a folder of them")
-    return paths
+    binary, texts = [], []
+    for path in sorted(path for path in paths if path.is_file()):
+        (binary if is_binary(path) else texts).append(path)
+    if binary:
+        more = f" and {len(binary) - 3:,} more" if len(binary) > 3 else ""
+        cli.say(f"left out, as a zero byte in it says that it is no text: {', '.join(map(str, binary[:3]))}{more}")
+    if not texts:
+        raise InputError(f"{source} has no texts in it; expected a text file, or a folder of them")
+    return texts
+
+def is_binary(path):
+    """Whether a file is no text, as git and grep judge: by a zero byte near its start."""
+    with open(path, "rb") as file:
+        return b"\0" in file.read(8000)
 
 def as_text(path, copy, errors="strict"):
     """The path of a text: the file itself, or for a .jsonl file a `copy` where each line's "text" is a document.
