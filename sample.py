@@ -11,7 +11,7 @@ import torch
 
 import tinylm
 from data import bpe, cli, gguf, machine
-from data.checkpoint import load_checkpoint, load_config
+from data.checkpoint import check_vocabulary, load_checkpoint, load_config
 from data.cli import InputError, flag
 from data.run import find_checkpoint
 
@@ -76,19 +76,16 @@ def sample(given):
     device, folder = machine.choose_device(settings.device), find_checkpoint(settings.checkpoint)
     prompt, dtype = settings.prompt, machine.dtype_to_write_in(settings.dtype, device)
     machine.keep_freed_memory()
-    load_config(folder)  # raises where it is no model
-    tokenizer = bpe.load(folder)
+    config, tokenizer = load_config(folder), bpe.load(folder)
+    check_vocabulary(folder, tokenizer, config)
     begin_ids, ends, empty = bpe.special_ids(folder, tokenizer)
     check_prompt(prompt)
     ids = begin_ids + bpe.encode(tokenizer, prompt).tolist() or empty
     if not ids:
         raise InputError("this model has no token to begin a text from; give a --prompt")
-    params, config = load_checkpoint(folder, dtype)
+    params, _ = load_checkpoint(folder, dtype)
     dtype = dtype or params["embedding"].dtype
     machine.check_compiler(device, dtype)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise InputError(f"{folder}: its tokenizer has {tokenizer.vocab_size} tokens, its model {config.vocab_size}; "
-                         "they do not belong together")
     params = tinylm.tree_map(lambda p: p.to(device), params)
     if settings.dtype == "int8":
         params = tinylm.quantize(params)

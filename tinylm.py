@@ -318,8 +318,8 @@ def adamw_init(params):
 def adamw_update(params, grads, state, lr, beta1=0.8, beta2=0.95, eps=1e-8, weight_decay=0.1):
     """One step of AdamW with bias correction (Loshchilov and Hutter 2019, alg. 2); returns (params, state), both new.
 
-    Decay applies to matrices only, for a norm's gain has no reason to be near 0. lr is a number or a scalar tensor. The
-    corrections are taken in float64, as 1 - beta2 ** step subtracts nearly equal numbers.
+    Decay, times lr as in PyTorch, applies to matrices only, as a norm's gain has no reason to be near 0. lr is a number
+    or a scalar tensor. The corrections are taken in float64, as 1 - beta2 ** step subtracts nearly equal numbers.
     """
     step = state["step"] + 1
     m = tree_map(lambda m, g: beta1 * m + (1 - beta1) * g, state["m"], grads)
@@ -494,7 +494,7 @@ def generate(params, prompt, config, max_new_tokens, temperature=1.0, top_k=0, t
             token = token.masked_fill(stopped, stop_tokens[0])
             stopped = torch.stack([stopped, *(token == stop for stop in stop_tokens)]).any(0)
         yield token
-        if stopped.all():
+        if stop_tokens and stopped.all():
             return
         history, fresh = torch.cat((history, token[:, None]), 1), token[:, None]  # (B, T), (B, 1)
 
@@ -696,25 +696,24 @@ class TokenLosses(torch.autograd.Function):
 def token_losses_in_place(logits, targets):
     return TokenLosses.apply(logits, targets)
 
-def bias_corrections(step: torch.Tensor, lr: torch.Tensor, beta1: float, beta2: float,
-                     eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """What AdamW adds to √v, eps · √(1 - beta2^step), and what it multiplies that sum by: scalars of float32."""
+def bias_corrections(step, lr, beta1, beta2, eps):
+    """What AdamW adds to √v, eps · √(1 - beta2^step), and what it multiplies that sum by. → float32 (2)."""
     correction1, correction2 = 1 - beta1 ** step.double(), (1 - beta2 ** step.double()).sqrt()
-    return (eps * correction2).float(), (correction1 / (lr * correction2)).float()
+    return torch.stack((eps * correction2, correction1 / (lr * correction2))).float()
 
-# Compiled code would take them for each number again. (Eager code would import the compiler for such an operation.)
-opaque_corrections = torch.library.custom_op("tinylm::bias_corrections", bias_corrections, mutates_args=())
+@torch.library.custom_op("tinylm::computed", mutates_args=())
+def computed(x: torch.Tensor) -> torch.Tensor:
+    """A copy of x, so that compiled code computes x once, and not again for each number made of it."""
+    return x.clone()
 
-@opaque_corrections.register_fake
-def _(step, lr, beta1, beta2, eps):
-    return tuple(step.new_empty((), dtype=torch.float32) for _ in range(2))
+computed.register_fake(torch.empty_like)
 
 @faster(adamw_update, always)
 def adamw_update_in_few_passes(params, grads, state, lr, beta1=0.8, beta2=0.95, eps=1e-8, weight_decay=0.1):
     """lr · m̂ / (√v̂ + eps) with the corrections and lr moved to where they cost one pass over memory."""
     step = state["step"] + 1
-    corrections = bias_corrections if is_eager() else opaque_corrections
-    floor, scale = corrections(step, torch.as_tensor(lr), beta1, beta2, eps)
+    corrections = bias_corrections(step, lr, beta1, beta2, eps)
+    floor, scale = corrections if is_eager() else computed(corrections)  # eager code would import the compiler for it
     keep = 1 - lr * weight_decay
 
     def update(p, g, m, v):
@@ -1080,7 +1079,8 @@ def tiled_attention(q, k, v):
     return tiled.view(grouped.shape).transpose(-3, -2).flatten(-4, -3)  # (..., H, T, D)
 
 def product_in_float32(a, b):
-    """Products of a batch of matrices, in float32 at least; on CUDA, without gradients, never rounded to less."""
+    """Products of a batch of matrices, in float32 at least; of half precision on CUDA, without gradients, never rounded
+    to less."""
     if a.is_cuda and a.element_size() == 2 and not torch.is_grad_enabled():  # as this has none
         return torch.bmm(a, b, out_dtype=torch.float32)
     return at_least_float32(a @ b)
@@ -1231,34 +1231,45 @@ def next_attention_kernel(q, new_k, new_v, k, v, out, filled, head_stride, group
     is_first = inside & (head % group == 0)  # one of the group fills the cache, at a place where no other reads
     tl.store(k + position * D + columns, k_row, mask=is_first)
     tl.store(v + position * D + columns, v_row, mask=is_first)
-    highest, total, sums = tl.sum(query * k_row.to(tl.float32), 0), 1.0, v_row.to(tl.float32)
+    # Each of KEYS lanes has a maximum and sums of its own, so that none waits for others before the end. All begin at
+    # the new key's score, which is finite; the first one counts it.
+    lanes = tl.arange(0, KEYS)
+    highest = tl.zeros([KEYS], tl.float32) + tl.sum(query * k_row.to(tl.float32), 0)
+    total = tl.where(lanes == 0, 1.0, 0.0)
+    sums = tl.where(lanes[:, None] == 0, v_row.to(tl.float32)[None, :], 0.0)  # (KEYS, WIDTH)
     for key in range(0, position, KEYS):
-        keys = key + tl.arange(0, KEYS)
-        scores = tl.sum(load_rows(k, keys, position, D, WIDTH).to(tl.float32) * query[None, :], 1)  # (KEYS)
-        scores = tl.where(keys < position, scores, -float("inf"))
-        higher = tl.maximum(highest, tl.max(scores, 0))
+        keys = key + lanes
+        k_rows, v_rows = load_rows(k, keys, position, D, WIDTH), load_rows(v, keys, position, D, WIDTH)
+        scores = tl.where(keys < position, tl.sum(k_rows.to(tl.float32) * query[None, :], 1), -float("inf"))
+        higher = tl.maximum(highest, scores)
         p, shrink = tl.exp2(scores - higher), tl.exp2(highest - higher)
-        v_rows = load_rows(v, keys, position, D, WIDTH).to(tl.float32)
-        sums, total, highest = sums * shrink + tl.sum(p[:, None] * v_rows, 0), total * shrink + tl.sum(p, 0), higher
-    tl.store(out + head * D + columns, (sums / total).to(out.dtype.element_ty), mask=inside)
+        sums = sums * shrink[:, None] + p[:, None] * v_rows.to(tl.float32)
+        total, highest = total * shrink + p, higher
+    share = tl.exp2(highest - tl.max(highest, 0))
+    result = tl.sum(sums * share[:, None], 0) / tl.sum(total * share, 0)
+    tl.store(out + head * D + columns, result.to(out.dtype.element_ty), mask=inside)
 
 def rmsnorm_kernel(x, gain, out, eps, D: tl.constexpr, WIDTH: tl.constexpr):
     """`rmsnorm` of a row of x (rows, D)."""
     places, columns = tl.program_id(0).to(tl.int64) * D + tl.arange(0, WIDTH), tl.arange(0, WIDTH)
     values = tl.load(x + places, mask=columns < D, other=0.0).to(tl.float32)
-    values *= tl.rsqrt(tl.sum(values * values, 0) / D + eps) * tl.load(gain + columns, mask=columns < D, other=0.0)
+    scale = tl.rsqrt(tl.sum(values * values, 0) / D + eps)
+    values *= scale * tl.load(gain + columns, mask=columns < D, other=0.0).to(tl.float32)
     tl.store(out + places, values.to(out.dtype.element_ty), mask=columns < D)
 
-def rope_kernel(x, cos, sin, out, H, T, stride_b, stride_h, stride_t, HALF: tl.constexpr, WIDTH: tl.constexpr):
-    """`rope` of one position of one head of x (B, H, T, 2 · HALF), which may lie with gaps; out has none."""
-    row, pairs = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
-    n, t = row // T, row % T
-    source, target = x + n // H * stride_b + n % H * stride_h + t * stride_t, out + row * 2 * HALF
-    even = tl.load(source + 2 * pairs, mask=pairs < HALF).to(tl.float32)
-    odd = tl.load(source + 2 * pairs + 1, mask=pairs < HALF).to(tl.float32)
-    c, s = tl.load(cos + t * HALF + pairs, mask=pairs < HALF), tl.load(sin + t * HALF + pairs, mask=pairs < HALF)
-    tl.store(target + 2 * pairs, (even * c - odd * s).to(out.dtype.element_ty), mask=pairs < HALF)
-    tl.store(target + 2 * pairs + 1, (even * s + odd * c).to(out.dtype.element_ty), mask=pairs < HALF)
+def rope_kernel(x, cos, sin, out, size, H, T, stride_b, stride_h, stride_t,
+                D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+    """`rope` of some of `size` rows, a position of a head each, of x (B, H, T, D), which may lie with gaps; out has
+    none."""
+    rows, columns = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None], tl.arange(0, WIDTH)[None, :]
+    n, t, inside = rows // T, rows % T, (rows < size) & (columns < D)
+    source = x + n // H * stride_b + n % H * stride_h + t * stride_t + columns
+    even, odd = tl.split(tl.reshape(tl.load(source, mask=inside, other=0.0).to(tl.float32), [ROWS, WIDTH // 2, 2]))
+    pairs = tl.arange(0, WIDTH // 2)[None, :]
+    places, known = t * (D // 2) + pairs, (rows < size) & (pairs < D // 2)
+    c, s = tl.load(cos + places, mask=known, other=0.0), tl.load(sin + places, mask=known, other=0.0)
+    turned = tl.interleave(even * c - odd * s, even * s + odd * c)  # (ROWS, WIDTH)
+    tl.store(out + rows * D + columns, turned.to(out.dtype.element_ty), mask=inside)
 
 def gated_silu_kernel(gate, up, out, size, BLOCK: tl.constexpr):
     """`gated_silu` of a block of numbers."""
@@ -1304,9 +1315,13 @@ def has_triton(x):
     return (x.is_cuda and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
             and torch.cuda.get_device_capability(x.device) >= (8, 0) and triton_kernels() is not None)
 
+def has_next_attention(q):
+    """Whether attention of one token is a kernel, whose time is that of the keys that are there."""
+    return q.shape[-1] <= 128 and has_triton(q)
+
 def has_kernels(q):
     """Whether attention of these queries runs as Triton kernels: in half precision."""
-    return q.dtype != torch.float32 and q.shape[-1] <= 128 and has_triton(q)
+    return q.dtype != torch.float32 and has_next_attention(q)
 
 # ROWS, KEYS, warps and stages of each kernel for heads of up to 64 features, of up to 128, and on an H100 or B200. They
 # are there, of about 25 that keep no register in memory, the fastest on an H200 at 32, 64 and 128 features, or slower
@@ -1384,8 +1399,9 @@ def rmsnorm_in_kernel(x, gain, eps):
 def rope_in_kernel(x, cos, sin):
     B, H, T, D = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    run_kernel("rope_kernel", (B * H * T,), x, cos, sin, out, H, T, *x.stride()[:3], D // 2, power_of_two(D // 2),
-               num_warps=1)
+    size, width = B * H * T, power_of_two(D)
+    rows = max(1, 1024 // width)  # of a program
+    run_kernel("rope_kernel", (-(-size // rows),), x, cos, sin, out, size, H, T, *x.stride()[:3], D, width, rows)
     return out
 
 @faster(gated_silu, lambda gate, up: has_small_kernels(gate))
@@ -1431,7 +1447,8 @@ def in_graph(function, num_kept):
         new_shapes = [(x.shape, x.dtype) for x in inputs]
         if shapes != new_shapes:
             shapes, recorded = new_shapes, None
-            return function(*args)
+            # Of copies, as in the record: Triton compiles for other addresses anew, and can't while CUDA records.
+            return function(*trees, *(x.clone() for x in inputs))
         if recorded is None or not all(map(has_tensors_of, recorded[0], trees)):
             recorded = None  # whose memory serves again
             kept, places = [tree_map(lambda leaf: leaf, tree) for tree in trees], [x.clone() for x in inputs]
@@ -1462,13 +1479,9 @@ def cached_attention_at(q, k, v, cache):
     unseen = torch.arange(cache["k"].shape[2], device=q.device) > cache["filled"]  # (S)
     return attention_of_one(q, cache["k"], cache["v"], unseen)
 
-def has_next_attention(q):
-    """Whether that is one kernel, whose time is that of the keys that are there."""
-    return q.shape[-1] <= 128 and has_triton(q)
-
 @faster(cached_attention, lambda q, k, v, cache: isinstance(cache["filled"], torch.Tensor) and has_next_attention(q))
 def cached_attention_in_kernel(q, k, v, cache):
-    """Of one token, as `cached_attention_at`."""
+    """Of one token, as `cached_attention_at`. The cache's k and v have no gaps within a text."""
     (B, H, _, D), H_kv = q.shape, k.shape[1]
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     out, width = torch.empty_like(q), max(16, power_of_two(D))

@@ -33,7 +33,7 @@ def default_num_heads(settings):
     return next((heads for heads in range(most, 0, -1) if settings.d_model % (2 * heads) == 0), 1)
 
 def default_context_length(settings):
-    """256, or for a text of under 2,048 tokens a power of two that goes into it 8 times or more."""
+    """256, or for a text of under 2,048 tokens a power of two, at least 2, that goes into it 8 times or more."""
     return 256 if settings.train_tokens >= 2048 else 2 ** max(1, int(math.log2(max(1, settings.train_tokens / 8))))
 
 def default_batch_size(settings):
@@ -133,7 +133,8 @@ class Settings:
     compile: bool = flag({"cpu": False, "cuda": True}, "compile the step with torch.compile", may_change=True)
     shard: bool = flag(False, "under torchrun, split the model and the optimiser over the ranks; then nothing is "
                        "compiled", may_change=True)
-    remat: bool = flag(False, "compute each block again in the backward pass, which takes time and saves memory")
+    remat: bool = flag(False, "compute each block again in the backward pass, which takes time and saves memory",
+                       may_change=True)
     # Run
     output_dir: str = flag(None, "folder to write to", stated="runs/RUN_NAME")
     run_name: str = flag(None, "name of the run", stated="that of the data")
@@ -202,8 +203,8 @@ class Settings:
 # ---- The loop ----
 
 @cli.command(Settings)
-@machine.within_memory("give a smaller --batch_size (half of it with --grad_accum_steps=2 learns the same), "
-                       "--context_length or --d_model, or --remat; checkpoints that were saved are whole")
+@machine.within_memory("give --remat, or begin anew with a smaller --batch_size (half of it with --grad_accum_steps=2 "
+                       "learns the same), --context_length or --d_model; checkpoints that were saved are whole")
 def train(given):
     """Train a language model; checkpoints and metrics go to runs/NAME. Each flag has a default that fits."""
     resume, init_from, eval_only = (given.pop(name, None) for name in ("resume", "init_from", "eval_only"))
@@ -226,7 +227,7 @@ def train(given):
         is_due = lambda step, interval: step % getattr(settings, interval) == 0 or step == settings.num_steps
 
         if run.source and not run.step:  # what the model that it begins from does before
-            log.evaluation(0, evaluate(losses, run.params, val_ids, settings, *ranks), write_sample(run))
+            log.evaluation(0, evaluate(losses, run.params, val_ids, settings, *ranks), sample_text(run))
         for step in range(run.step + 1, settings.num_steps + 1):
             lr = learning_rate(step - 1)
             val_loss, problem = math.inf, None  # where nothing is evaluated, nothing saved
@@ -240,7 +241,7 @@ def train(given):
 
             if is_due(step, "eval_interval"):
                 val_loss = evaluate(losses, run.params, val_ids, settings, *ranks)
-                log.evaluation(step, val_loss, write_sample(run))
+                log.evaluation(step, val_loss, sample_text(run))
                 log.histograms(step, params=run.params, grads=grads)
             is_last = asked or step == settings.num_steps
             # Numbers that are not finite end a run soon; but what was done before a last bad step must not be lost.
@@ -456,19 +457,19 @@ def evaluate(losses, params, ids, settings, rank=0, num_ranks=1):
         loss_sum = loss_sum + batch.flatten()[:real].double().sum()  # no number is read before all batches are begun
     return machine.sum_over_ranks(loss_sum).item() / (len(ids) - 1)
 
-def write_sample(run):
+def sample_text(run):
     """What the model writes from the start of a document, by a fixed seed: text of sample_tokens tokens, or less."""
     settings, end = run.settings, run.meta["end_of_text_id"]
     if not settings.sample_tokens or (run.rank and not settings.shard):  # where split, all ranks must take part
         return ""
     device = settings.device
-    prompt, randomness = torch.tensor([run.begin_ids], device=device), torch.Generator(device).manual_seed(0)
-    tokens = [token.item() for token in tinylm.generate(
+    prompt, randomness = torch.tensor([run.meta["begin_ids"]], device=device), torch.Generator(device).manual_seed(0)
+    tokens = (token.item() for token in tinylm.generate(
         run.params, prompt, run.config, settings.sample_tokens, temperature=0.8, top_p=0.95, stop_tokens=(end,),
-        generator=randomness, dtype=DTYPES[settings.dtype])]
-    known = [token for token in tokens if token != end and token < run.tokenizer.vocab_size]
-    return bpe.decode(run.tokenizer, known)
+        generator=randomness, dtype=DTYPES[settings.dtype]))
+    return bpe.decode(run.tokenizer, [t for t in tokens if t != end and t < run.tokenizer.vocab_size])
 
+@machine.within_memory("give a smaller --batch_size or --context_length, --dtype=bfloat16 or --device=cpu")
 def evaluate_only(resume, init_from, given):
     """Print, and return, the loss of a run's latest checkpoint, or of any Llama folder, on a split or a text."""
     if bool(resume) == bool(init_from) or resume == "auto":
@@ -482,6 +483,7 @@ def evaluate_only(resume, init_from, given):
     if resume and not has_state:
         raise InputError(f"--resume={resume}: no checkpoint there; expected a folder that train.py wrote")
     params, config = checkpoint.load_checkpoint(folder)
+    checkpoint.check_vocabulary(folder, bpe.load(folder), config)
     kept = {}
     if has_state:
         with state_of(folder) as state:
@@ -491,7 +493,7 @@ def evaluate_only(resume, init_from, given):
     if settings.context_length > config.context_length:
         raise InputError(f"--context_length={settings.context_length}: the model takes {config.context_length}; leave "
                          "the flag out, or give a smaller one")
-    if settings.split and Path(settings.data).is_file():
+    if settings.split and prepare.is_text(settings.data):
         raise InputError(f"--split={settings.split}: {settings.data} is a text, which has no parts; leave it out")
     ids, num_bytes = prepare.ids_of(settings.data, folder, settings.split or "val")
     count = settings.eval_tokens = min(len(ids) - 1, given.get("eval_tokens", len(ids) - 1))

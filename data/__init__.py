@@ -12,7 +12,7 @@ The machine       machine.py     devices, a compiler, signals, the ranks of torc
                   files.py       files that are there whole, or not, and belong to one process
 The command line  cli.py         settings, flags, help, errors in one line, progress
 
-bpe, prepare, stories, files and cli import no torch. This is imported before torch is, for what it sets.
+bpe, prepare, stories, files, plot and cli import no torch. This is imported before torch is, for what it sets.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Byte-level BPE: train with GPT-2's split pattern; encode with that or Llama 3's; save and load, in NumPy.
+"""Byte-level BPE: train with GPT-2's split pattern; encode with that, SmolLM's or Llama 3's; save and load, in NumPy.
 
 First the definition, in plain Python: `plain_split`, `plain_train` and `plain_encode`. The tests hold the rest to it.
 

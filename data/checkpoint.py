@@ -81,12 +81,9 @@ def read_header(path):
         raise InputError(f"{path} is damaged ({error}); {ANOTHER}") from None
     return entries, 8 + length
 
-def read_safetensors(path):
-    """Read a safetensors file → {name: tensor}. Raises InputError where it is damaged; never runs code from it."""
-    return dict(read_tensors(path))
-
 def read_tensors(path):
-    """`read_safetensors`, tensor by tensor: yields (name, tensor)."""
+    """Read a safetensors file: yields (name, tensor). Raises InputError where it is damaged; never runs code from it.
+    """
     entries, begin = read_header(path)
     with open(path, "rb") as file:
         for name, (start, end, dtype, shape) in entries.items():
@@ -243,7 +240,7 @@ def scaling_from_hf(rope):
     else:
         raise ValueError(f"it asks for rope_type {kind!r}, which this model has not")
     factor, low, high, context = scaling
-    if not (0 < factor < math.inf and 0 < low < high < math.inf and 0 <= context < math.inf):
+    if not (1 <= factor < math.inf and 0 < low < high < math.inf and 0 <= context < math.inf):
         raise ValueError(f"rope_type {kind!r} has factors {scaling}")
     return scaling
 
@@ -372,6 +369,12 @@ def load_config(folder):
         raise InputError(f"{folder} is not a checkpoint (no config.json in it); {advice}")
     return config_from_hf(files.read_json(folder / "config.json"), folder / "config.json")
 
+def check_vocabulary(folder, tokenizer, config):
+    """Raise InputError where the model in a folder has fewer tokens than its tokenizer."""
+    if tokenizer.vocab_size > config.vocab_size:
+        raise InputError(f"{folder}: its tokenizer has {tokenizer.vocab_size} tokens, its model {config.vocab_size}; "
+                         "remove those that were added, or let resize_token_embeddings of transformers make room")
+
 def load_checkpoint(folder, dtype=torch.float32, name="model.safetensors"):
     """Read (params, config) from a Llama folder, of ours or of `transformers`, in one file or sharded.
 
@@ -380,7 +383,7 @@ def load_checkpoint(folder, dtype=torch.float32, name="model.safetensors"):
     """
     folder, config, tensors = Path(folder), load_config(folder), {}
     for file in [name] if (folder / name).is_file() else weights_files(folder):
-        tensors |= read_safetensors(folder / file)
+        tensors.update(read_tensors(folder / file))
     if config.num_layers > len(tensors):  # before anything is made for each layer
         raise InputError(f"{folder}/config.json speaks of {config.num_layers} layers; its tensors are {len(tensors)}")
     return from_hf(tensors, config, folder, dtype), config
@@ -406,7 +409,7 @@ def load_optimizer(folder, like):
     path = Path(folder) / "training/optimizer.safetensors"
     if not path.is_file():
         raise InputError(f"{path} is missing; the model can be used, but its training can't go on from here")
-    tensors = read_safetensors(path)
+    tensors = dict(read_tensors(path))
     expected = [(name, t.shape, t.dtype) for name, t in tree_leaves(like)]
     if [(name, t.shape, t.dtype) for name, t in tensors.items()] != expected:
         raise InputError(f"{path} does not belong to this model; {ANOTHER}")

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import sys
 import textwrap
@@ -69,7 +70,7 @@ OTHER_NAMES = {"block_size": "context_length", "seq_len": "context_length", "n_e
 def unknown(name, names):
     """The error for a flag that is none of `names`."""
     near = [OTHER_NAMES[name]] if OTHER_NAMES.get(name) in names else (
-        [one for one in names if one.startswith(name)] or difflib.get_close_matches(name, names, 1, 0.6))
+        [one for one in names if name and one.startswith(name)] or difflib.get_close_matches(name, names, 1, 0.6))
     meant = " or ".join(f"--{one}" for one in near)
     return InputError(f"unknown flag --{name}; " + (f"did you mean {meant}?" if near else "--help lists the names"))
 
@@ -295,6 +296,10 @@ def put(text, stream=None):
 def say(line):
     """Print a line on stdout, as `put` does."""
     put(f"{line}\n")
+
+def quoted(path):
+    """A path as a shell takes it, for a command to be pasted."""
+    return shlex.quote(str(path))
 
 def fail(line):
     """Print a line on stderr; returns 2, the exit code of a user's mistake."""

@@ -5,7 +5,7 @@ import os
 import shutil
 import socket
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from data.cli import InputError
@@ -16,17 +16,13 @@ def flush(file):
     os.fsync(file.fileno())
 
 def flush_folder(folder):
-    """Make sure the names in a folder are on the disk, where a system lets folders be opened for that."""
-    try:
+    """Make sure the names in a folder are on the disk, where a system lets folders be opened and flushed."""
+    with suppress(OSError):  # Windows; some network drives
         descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:  # Windows
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError:  # some network drives
-        pass
-    finally:
-        os.close(descriptor)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 def write_json(path, value):
     with open(path, "w", encoding="utf-8") as file:
@@ -146,10 +142,8 @@ def is_alive(process):
         return True
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # another user's
-        return True
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)  # else it is another user's
     return True
 
 @contextmanager

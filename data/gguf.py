@@ -167,14 +167,11 @@ def export(*model, output: str = "model.gguf", dtype: str = "f16"):
         raise InputError("MODEL is empty; give a run, or leave it out for the newest one")
     folder, path = find_checkpoint(str(model[0]) if model else "", None), Path(output)
     files.check_output(path, b"GGUF")
-    checkpoint.load_config(folder)  # raises where it is no model
-    tokenizer = bpe.load(folder)
+    config, tokenizer = checkpoint.load_config(folder), bpe.load(folder)
+    checkpoint.check_vocabulary(folder, tokenizer, config)
     begin, ends, empty = bpe.special_ids(folder, tokenizer)
-    params, config = checkpoint.load_checkpoint(folder)
+    params, _ = checkpoint.load_checkpoint(folder)
     check_is_llama(params, config)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise InputError(f"{folder}: its tokenizer has {tokenizer.vocab_size} tokens, its model {config.vocab_size}; "
-                         "they do not belong together")
     most = {"f16": torch.finfo(torch.float16).max, "q8_0": 127 * torch.finfo(torch.float16).max}
     if any(w.abs().max() > most.get(dtype_of(w.shape, dtype), math.inf) for _, w in tree_leaves(params)):
         raise InputError(f"{folder} has numbers that float16, which --dtype={dtype} stores, can't hold; give "

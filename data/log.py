@@ -265,7 +265,7 @@ class Log:
         if self.bad_steps == PATIENCE:
             good = newest(self.run.folder)
             lower = f"--lr_max={self.settings.lr_max / 2:.2g}"
-            begin = f"go on from {good.name} with --resume={self.run.folder} {lower}, or " if good else ""
+            begin = f"go on from {good.name} with --resume={cli.quoted(self.run.folder)} {lower}, or " if good else ""
             raise Diverged(f"{PATIENCE} steps in a row were not finite, the last at step {step}: {numbers}; {begin}"
                            "start anew with a smaller --lr_max, a longer --warmup_steps or --dtype=float32")
         return False

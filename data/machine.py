@@ -174,8 +174,8 @@ def keep_freed_memory():
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
-        for parameter, value in ((-3, 1 << 30), (-1, 2**31 - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-            mallopt(parameter, value)
+        mallopt(-3, 1 << 30) or mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD; older versions allow 32 MB at most
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 def peak_memory(device):
     """{"peak_memory": the most this process had so far, in bytes: on the device, or on a CPU all of it}.
@@ -256,7 +256,7 @@ def join_ranks(device):
                                  f"{count}; give torchrun --nproc_per_node={count}")
             mistake.is_of_one_rank = number == count  # the first without a device says it
             raise mistake
-        device = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
+        device = choose_device(f"cuda:{number}")
         torch.cuda.set_device(device)
     # The first rank may prepare data for hours before the others hear of it. One that dies is noticed by torchrun.
     timeout = datetime.timedelta(hours=12)

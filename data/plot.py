@@ -57,10 +57,6 @@ def panel(curves, marks, top, height, title, steps):
                    f'y="{y(value) - 8:.1f}" text-anchor="middle" fill="{color}">{value:.4g} at {step}</text>')
     return out
 
-def lowest(points):
-    """The lowest of some points, as a list of it; of none, none."""
-    return [min(points, key=lambda point: point[1])] if points else []
-
 def svg_of(runs):
     """The SVG of runs, {name: lines of metrics}: losses above, learning rates below."""
     steps = max(1, *(line["step"] for lines in runs.values() for line in lines))
@@ -68,10 +64,10 @@ def svg_of(runs):
     for i, (name, lines) in enumerate(runs.items()):
         color = COLORS[i % len(COLORS)]
         losses += [(color, "1 2", series(lines, "train_loss")), (color, "", series(lines, "val_loss"))]
-        best += [(color, point) for point in lowest(series(lines, "val_loss"))]
+        best += [(color, point) for point in sorted(series(lines, "val_loss"), key=lambda point: point[1])[:1]]
         rates.append((color, "", series(lines, "lr")))
         legend.append(f'<text x="{WIDTH - RIGHT - 10}" y="{TOP + 20 + 18 * i}" text-anchor="end" fill="{color}">'
-                      f'{escape(name)}: validation (line), training (dots)</text>')
+                      f'{escape(str(name))}: validation (line), training (dots)</text>')
     upper = round((HEIGHT - TOP - 2 * GAP) * 0.7)
     body = panel(losses, best, TOP, upper, "loss, nats per token", steps)
     body += panel(rates, [], TOP + upper + GAP, HEIGHT - TOP - upper - 2 * GAP, "learning rate", steps)

@@ -28,14 +28,14 @@ SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/t
 # The files to download: address and size in bytes, for training and, where the corpus has one, for validation.
 DOWNLOADS = {"tinystories": [(TINYSTORIES + "train.txt", 2_227_753_162), (TINYSTORIES + "valid.txt", 22_502_601)],
              "shakespeare": [(SHAKESPEARE, 1_115_394)]}
-VOCAB_SIZES = {"stories": 2048, "tinystories": 10000, "shakespeare": 1024}
+CORPORA = {"stories": 2048, "tinystories": 10000, "shakespeare": 1024}  # {name: tokens in the vocabulary}
 NUM_STORIES = {"train.txt": 30_000, "val.txt": 1_000}
 
 @dataclass
 class Settings:
     # Where the text comes from
     dataset: str = flag(None, "stories (built in, no download; the default), tinystories (2.2 GB) or shakespeare "
-                        "(1 MB), downloaded once", choices=VOCAB_SIZES)
+                        "(1 MB), downloaded once", choices=CORPORA)
     input: str = flag(None, "a text file, or a folder of them, of your own instead; <|endoftext|> in it ends a "
                       "document, as each file does; in a .jsonl file each line's \"text\" is one")
     val_input: str = flag(None, "text to validate on")
@@ -69,11 +69,11 @@ def download(url, path, size, attempts=8, pause=1):
 def fetch(url, path, size, attempts, pause):
     """`download`, by the one process that does it."""
     partial = path.with_name(path.name + ".part")
+    have = lambda: partial.stat().st_size if partial.exists() else 0
     for attempt in range(attempts):
-        begin = partial.stat().st_size if partial.exists() else 0
-        if begin > size:
+        if have() > size:
             partial.unlink()
-            begin = 0
+        begin = have()
         if begin == size:
             break
         files.check_room(path.parent, size - begin, f"what is left of {url} needs", "give the text with --input")
@@ -84,16 +84,15 @@ def fetch(url, path, size, attempts, pause):
             error = "the connection closed early"
         except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as problem:
             error = problem
-            if isinstance(problem, urllib.error.HTTPError) and 400 <= problem.code < 500:
+            if isinstance(problem, urllib.error.HTTPError) and 400 <= problem.code < 500 and (
+                    problem.code not in (408, 429)):  # too slow, too many at once
                 break
-        done = partial.stat().st_size if partial.exists() else 0
-        if done < size and done == begin and attempt + 1 < attempts:
+        if begin == have() < size and attempt + 1 < attempts:
             wait = min(pause * 2**attempt, 30)
             cli.say(f"{url}: {error}; it is tried again in {wait:g} s")
             time.sleep(wait)
-    done = partial.stat().st_size if partial.exists() else 0
-    if done != size:
-        raise InputError(f"{url} stopped at {done:,} of {size:,} bytes ({error}); run the command again to go "
+    if have() != size:
+        raise InputError(f"{url} stopped at {have():,} of {size:,} bytes ({error}); run the command again to go "
                          "on, or give the text with --input")
     os.replace(partial, path)
     return path
@@ -124,6 +123,10 @@ def write_stories(folder):
         first += count
     progress.close()
     return [folder / name for name in NUM_STORIES]
+
+def is_text(name):
+    """Whether what --data names is a text file; corpora of this project go before."""
+    return Path(name).is_file() and name not in CORPORA
 
 def text_files(source, output):
     """The file that a user named, or all files below the folder in order of name, without hidden ones and `output`.
@@ -185,11 +188,12 @@ def as_text(path, copy, errors="strict"):
     progress.close()
     return copy
 
-def whole_spans(paths):
-    """Files as spans (path, start, end), without the empty ones. Raises InputError where no text is left."""
+def whole_spans(paths, sources):
+    """Files made of `sources` as spans (path, start, end), without the empty ones. Raises InputError where no text is
+    left."""
     spans = [(path, start, end) for path, start, end in map(bpe.as_span, paths) if end > start]
     if not spans:
-        raise InputError(f"{', '.join(map(str, paths[:3]))}: no text in it; expected some")
+        raise InputError(f"{', '.join(map(str, sources[:3]))}: no text in it; expected some")
     return spans
 
 def split_spans(spans, val_fraction):
@@ -293,13 +297,13 @@ def prepare(given):
     if output.exists() and not is_data(output) and (
             not output.is_dir() or any(path.name not in own for path in output.iterdir())):
         raise InputError(f"{output} is there and was not written by this command; choose another --output")
-    if source and not settings.output and output.name in VOCAB_SIZES:
+    if source and not settings.output and output.name in CORPORA:
         raise InputError(f"--input={source} would replace data/{output.name}, a corpus of this project; add --output")
     sources = [text_files(path, output) for path in (source, val_input) if path]
-    num_bytes = sum(end - start for paths in sources for _, start, end in whole_spans(paths))
+    num_bytes = sum(end - start for paths in sources for _, start, end in whole_spans(paths, paths))
     if any(len(paths) > 1 for paths in sources):
         cli.say(f"{sum(map(len, sources)):,} files with {num_bytes:,} bytes")
-    default = VOCAB_SIZES.get(dataset) or default_vocab_size(num_bytes)
+    default = CORPORA.get(dataset) or default_vocab_size(num_bytes)
     vocab_size = tokenizer.vocab_size if tokenizer else settings.vocab_size or default
 
     asked = cli.kept(settings) | {"dataset": dataset, "workers": None, "output": None}
@@ -334,12 +338,12 @@ def write_beside(partial, sources, settings, dataset, tokenizer, begin, end, voc
         sources = [[download(url, kept / f"{dataset}-{url.split('/')[-1]}", size)] for url, size in DOWNLOADS[dataset]]
     stamps = {path: stamp(path) for paths in sources for path in paths}
     copy = lambda: partial / f"{len(list(partial.iterdir()))}-copy.txt"
-    spans = [whole_spans([as_text(path, copy(), settings.errors) for path in paths]) for paths in sources]
+    spans = [whole_spans([as_text(path, copy(), settings.errors) for path in paths], paths) for paths in sources]
     val_fraction = settings.val_fraction or 0.1
     train, val = spans if len(spans) == 2 else split_spans(spans[0], val_fraction)
     if not train or not val:
         raise InputError(f"{settings.input or dataset}: too little text to keep {val_fraction} of it for validation; "
-                         "use more text or another --val_fraction")
+                         "use more text, or data/prepare.py with another --val_fraction")
     # Ids of 2 or 4 bytes: one for a byte of text or, where bytes are merged, for two or more.
     ids = sum(end - start for _, start, end in train + val) / (1 if vocab_size < 512 else 2)
     files.check_room(partial, ids * (2 if vocab_size <= 1 << 16 else 4), "the data may need", "choose another --output")
@@ -369,27 +373,26 @@ def find_data(name, model=None):
     A known corpus or text that was not prepared yet is, with the tokenizer of the `model` that training goes on from,
     if there is one. A text has a folder for each of its versions and tokenizers, so that no run loses its data.
     """
-    fits = lambda folder: is_data(folder) and not (model and name in VOCAB_SIZES and not bpe.are_same(
+    fits = lambda folder: is_data(folder) and not (model and name in CORPORA and not bpe.are_same(
         bpe.load(model), bpe.load(folder)))
-    is_text = Path(name).is_file() and name not in VOCAB_SIZES
-    folder = None if is_text else next(filter(fits, (Path(name), DATA / name)), None)
-    if folder is None and (is_text or name in VOCAB_SIZES):
-        folder, flags = made_of(name, model), {"input": str(name)} if is_text else {"dataset": name}
+    folder = None if is_text(name) else next(filter(fits, (Path(name), DATA / name)), None)
+    if folder is None and (is_text(name) or name in CORPORA):
+        folder, flags = made_of(name, model), {"input": str(name)} if is_text(name) else {"dataset": name}
         if not is_data(folder):
             prepare(**flags | ({"tokenizer": str(model)} if model else {}), output=str(folder))
-    begun = [folder for folder in (Path(name), DATA / name) if (folder / ".lock").exists()]
-    if folder is None and begun:
-        raise InputError(f"--data={name}: data/prepare.py has not ended in {begun[0]}; wait for it, or if it was cut "
-                         "short give the same command again")
-    if folder is None:
-        text = name if Path(name).is_dir() else "YOUR_TEXT"
-        raise InputError(f"--data={name}: no such data folder or text file; make one with data/prepare.py "
-                         f"--input={text}, or use one of {', '.join(VOCAB_SIZES)}")
-    return folder
+    if folder:
+        return folder
+    for begun in (Path(name), DATA / name):
+        if (begun / ".lock").exists():
+            raise InputError(f"--data={name}: data/prepare.py has not ended in {begun}; wait for it, or if it was cut "
+                             "short give the same command again")
+    text = name if Path(name).is_dir() else "YOUR_TEXT"
+    raise InputError(f"--data={name}: no such data folder or text file; make one with data/prepare.py --input={text}, "
+                     f"or use one of {', '.join(CORPORA)}")
 
 def made_of(name, model=None):
     """The data folder of a known corpus, or of this version of a text, with its own tokenizer or that of a model."""
-    told_apart = [str(Path(name).resolve()), *stamp(name)] if Path(name).is_file() else []
+    told_apart = [str(Path(name).resolve()), *stamp(name)] if is_text(name) else []
     if model:
         tokenizer, begin, end = load_tokenizer(model)
         told_apart += [tokenizer.split, [token.hex() for token in tokenizer.tokens], tokenizer.merges.tolist()]
@@ -406,7 +409,7 @@ def load_tokenizer(path):
     path = Path(path)
     tokenizer = bpe.load(path)
     begin, ends, _ = bpe.special_ids(path, tokenizer)
-    end = tokenizer.special_tokens.get(bpe.END_OF_TEXT, *ends[:1] or [None])  # or a family's token of another name
+    end = tokenizer.special_tokens.get(bpe.END_OF_TEXT, next(iter(ends), None))  # or a family's of another name
     if end is None:
         raise InputError(f"{path} has no special token {bpe.END_OF_TEXT} to end documents with, and no config.json "
                          "beside it names another; use a tokenizer that has")
@@ -445,7 +448,7 @@ def open_data(folder):
     the one the ids were made with.
     """
     folder = Path(folder)
-    again = "run data/prepare.py again"
+    again = f"remove {folder}, and prepare the data again"
     try:
         meta = files.read_json(folder / "meta.json")
         begin, vocab_size = meta["begin_ids"], meta["vocab_size"]
@@ -497,7 +500,7 @@ def ids_of(name, folder, split):
     Raises InputError where there is no text, or it was prepared with another tokenizer than the model's.
     """
     tokenizer, begin, end = load_tokenizer(folder)
-    if Path(name).is_file():
+    if is_text(name):
         with tempfile.TemporaryDirectory() as scratch:
             text = as_text(Path(name), Path(scratch) / "text")
             pieces = [ids for _, ids in bpe.encode_pieces(with_end(tokenizer, end), [text])]

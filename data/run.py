@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import shlex
 import socket
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, fields, replace
@@ -44,11 +43,6 @@ class Run:
     lock: Any = None  # the open file by which it holds its folder
     tokenizer_json: dict | None = None  # of the data, which may be prepared anew meanwhile
     others: dict | None = None  # what other tools read of a model that it came from: {name of a file: bytes}
-
-    @property
-    def begin_ids(self):
-        """The ids that begin a text."""
-        return self.meta["begin_ids"]
 
 # Of a run, what the first rank finds out and tells the others.
 SHARED = ("folder", "data", "source", "step", "seconds", "lowest", "best_step", "wandb_id", "meta")
@@ -98,11 +92,11 @@ def find_checkpoint(name, flag="checkpoint"):
             given = f"--{flag}={name}" if flag else name
             raise InputError(f"{given} is not there; expected a run of train.py or a Llama folder")
         return best(folder) or folder
-    written = sorted(Path("runs").glob("*/step-*/config.json"), key=lambda path: path.stat().st_mtime)
+    written = max(Path("runs").glob("*/step-*/config.json"), key=lambda path: path.stat().st_mtime, default=None)
     if not written:
         raise InputError("there is no checkpoint below runs/ yet; train a model with python train.py, or give "
-                         "--checkpoint")
-    return best(written[-1].parents[1]) or written[-1].parent
+                         f"{f'--{flag}' if flag else 'MODEL'}")
+    return best(written.parents[1]) or written.parent
 
 def update_link(folder, name, target):
     """Let a link in a run's folder point at a checkpoint, for other tools. Where there are no links nothing is lost."""
@@ -156,12 +150,13 @@ def tell_ranks(run, mistake, table, device, rank, num_ranks):
     news = machine.from_rank(news, device)
     if "mistake" in news:
         raise mistake or (Finished if news["is_finished"] else InputError)(news["mistake"])
-    settings = table.complete(news.pop("settings") | {"device": device} | ({"use_wandb": False} if rank else {}))
+    given = news.pop("settings") | {"device": device} | ({"use_wandb": False} if rank else {})
     sizes = {name: tuple(value) if isinstance(value, list) else value for name, value in news["config"].items()}
     news |= {"folder": Path(news["folder"]), "data": Path(news["data"]), "config": tinylm.Config(**sizes)}
-    run, mistake = run or Run(settings, **news), None
-    run.settings, run.rank, run.num_ranks = settings, rank, num_ranks
+    run, mistake = run or Run(None, **news), None
+    run.rank, run.num_ranks = rank, num_ranks
     try:
+        run.settings = table.complete(given)
         if rank:
             await_state(run)
     except InputError as error:
@@ -187,7 +182,7 @@ def find_run(resume, init_from, given, table, check, claims):
 def folder_named(settings):
     """The folder that the flags name: runs/NAME, NAME that of the data unless given."""
     data = Path(settings.data)
-    name = settings.run_name or (data.stem if data.is_file() else data.name)
+    name = settings.run_name or (data.stem if prepare.is_text(settings.data) else data.name)
     return Path(settings.output_dir or Path("runs") / name)
 
 def new_folder(settings):
@@ -216,40 +211,35 @@ def check_new(folder):
     left = {"lock", "lock.held", "metrics.jsonl", "wandb"}
     if folder.exists() and (not folder.is_dir() or any(path.name not in left and path.suffix != ".partial"
                                                        for path in folder.iterdir())):
-        advice = f"go on with --resume={folder}, or choose another" if newest(folder) else "choose another"
+        advice = f"go on with --resume={cli.quoted(folder)}, or choose another" if newest(folder) else "choose another"
         raise InputError(f"--output_dir={folder} is not empty; {advice}")
 
 def start_run(given, init_from, folder, table, check, claims):
     """A new run: settings chosen, data and room checked, the folder claimed."""
-    sizes = {}
-    known = {"is_pretrained": bool(init_from)}
+    sizes, known, has_tokenizer = {}, {"is_pretrained": bool(init_from)}, False
     if init_from:
-        init_from = str(find_checkpoint(init_from, "init_from"))
-        config = checkpoint.load_config(init_from)
+        init_from = find_checkpoint(init_from, "init_from")
+        config, has_tokenizer = checkpoint.load_config(init_from), (init_from / "tokenizer.json").is_file()
         known["weights_dtype"] = checkpoint.weights_dtype(init_from)
         sizes = {name: value for name, value in vars(config).items() if name in cli.flags_of(table)}
         for flag, value in sizes.items():
             if given.get(flag, value) != value and not (flag == "context_length" and given[flag] < value):
                 raise InputError(f"--{flag}={given[flag]}: the model of --init_from={init_from} has {flag} {value}; "
                                  "leave the flag out" + ", or give a smaller one" * (flag == "context_length"))
-    if init_from and (Path(init_from) / "tokenizer.json").is_file():
-        num_tokens = bpe.load(init_from).vocab_size
-        if num_tokens > config.vocab_size:
-            raise InputError(f"{init_from}: its tokenizer has {num_tokens} tokens, its model {config.vocab_size}; "
-                             "remove those that were added, or let resize_token_embeddings of transformers make room")
+    if has_tokenizer:
+        checkpoint.check_vocabulary(init_from, bpe.load(init_from), config)
     settings = table.complete(sizes | given, **known)
     config = model_config(settings, 1, init_from)  # raises where sizes don't fit, before any work
     checkpoint.check_can_be_saved(config)
     check_new(folder or new_folder(settings))
-    has_tokenizer = bool(init_from) and (Path(init_from) / "tokenizer.json").is_file()
-    if init_from and not has_tokenizer and (settings.data in prepare.VOCAB_SIZES or Path(settings.data).is_file()):
+    if init_from and not has_tokenizer and (settings.data in prepare.CORPORA or prepare.is_text(settings.data)):
         raise InputError(f"--init_from={init_from} has no tokenizer.json to read {settings.data} by; put the model's "
                          "there, or give --data=FOLDER of data that was prepared with it")
     data = prepare.find_data(settings.data, init_from if has_tokenizer else None)
     meta, ids = prepare.open_data(data)
     settings = table.complete(sizes | given, **known, train_tokens=meta["train"]["tokens"])
-    if init_from and has_tokenizer:
-        prepare.check_tokenizer(data, Path(init_from))
+    if has_tokenizer:
+        prepare.check_tokenizer(data, init_from)
     elif init_from:
         cli.say(f"{init_from} has no tokenizer.json to compare with that of {data}; they must be the same")
     config = model_config(settings, meta["vocab_size"], init_from)
@@ -262,8 +252,9 @@ def start_run(given, init_from, folder, table, check, claims):
     lock = claims.enter_context(hold(folder))
     if newest(folder):  # while the data was prepared
         raise InputError(f"{folder} has got a checkpoint of another run meanwhile; start again, with "
-                         f"--resume={folder} or --resume=auto, to go on from it")
-    return Run(settings, folder, data.absolute(), source=init_from, meta=meta, ids=ids, claims=claims, lock=lock)
+                         f"--resume={cli.quoted(folder)} or --resume=auto, to go on from it")
+    source = str(init_from) if init_from else None
+    return Run(settings, folder, data.absolute(), source=source, meta=meta, ids=ids, claims=claims, lock=lock)
 
 def resume_run(folder, given, table, check, claims, error_if_done=InputError):
     """A run as its latest checkpoint has it. Raises InputError for flags that would make it another run, and
@@ -271,14 +262,14 @@ def resume_run(folder, given, table, check, claims, error_if_done=InputError):
     latest = newest(folder)
     if not latest:
         is_one = (folder / "training/train_state.json").is_file()
-        advice = f"give the run's folder, --resume={folder.parent}" if is_one else (
+        advice = f"give the run's folder, --resume={cli.quoted(folder.parent)}" if is_one else (
             "expected a folder that train.py wrote")
         raise InputError(f"--resume={folder}: no checkpoint there; {advice}")
     lock = claims.enter_context(hold(folder))
     latest = newest(folder)  # another run may have ended since
     with state_of(latest) as state:
         kept, step, seconds = (state[name] for name in ("settings", "step", "seconds"))
-        if not (type(step) is int and step >= 0 and isinstance(seconds, (int, float))
+        if not (step >= 0 and isinstance(seconds, (int, float))
                 and isinstance(state["best"], (int, float, type(None)))):
             raise TypeError(f"step {step!r}, seconds {seconds!r}, best {state['best']!r}")
         names = {"output_dir": given.get("output_dir"), "run_name": "run_name" in given and f"runs/{given['run_name']}"}
@@ -302,8 +293,8 @@ def resume_run(folder, given, table, check, claims, error_if_done=InputError):
         lowest, best_step = math.inf if state["best"] is None else state["best"], step_and_best(latest)[1]
         is_moved = given.get("data", kept["data"]) != kept["data"]
         data = prepare.find_data(given["data"], latest) if is_moved else data_of(state, latest)
-        text = Path(given.get("data", ""))
-        if text.is_file() and not is_moved and data.name not in [
+        text = given.get("data", "")
+        if prepare.is_text(text) and not is_moved and data.name not in [
                 prepare.made_of(text, model).name for model in (None, latest)]:
             cli.say(f"{text} has changed since the run began, which goes on with what it was, in {data}; for the new "
                     "text begin a new run")
@@ -346,7 +337,7 @@ def data_of(state, latest):
 def check_same_data(run, before, latest):
     """Raise InputError where a run's data is not what it was in its `latest` checkpoint, in which `before` says it."""
     prepare.check_tokenizer(run.data, latest)
-    advice = f"give that data with --data, or begin a new run from the model with --init_from={latest}"
+    advice = f"give that data with --data, or begin a new run from the model with --init_from={cli.quoted(latest)}"
     for split in before:
         then, now = before[split], run.meta[split]
         if then != now:
@@ -472,7 +463,7 @@ def save(run, step, seconds, val_loss):
     state = {"step": step, "settings": cli.kept(run.settings), "seconds": seconds, "wandb_id": run.wandb_id,
              "best": lowest if lowest < math.inf else None, "best_step": best_step,
              "data_folder": str(run.data.resolve()), "data": {split: run.meta[split] for split in run.ids}}
-    *begin, end = ((run.tokenizer.tokens[i].decode(), i) for i in (*run.begin_ids, run.meta["end_of_text_id"]))
+    *begin, end = ((run.tokenizer.tokens[i].decode(), i) for i in (*run.meta["begin_ids"], run.meta["end_of_text_id"]))
     checkpoint.save_checkpoint(target, run.params, run.config, run.tokenizer_json, end, run.optimizer, state,
                                run.others, machine.DTYPES_OF_FILES[run.settings.save_dtype], begin)
     run.lowest, run.best_step = lowest, best_step
@@ -499,14 +490,14 @@ def conclude(run, step, problem):
     """Say how to go on. Raises InputError where there was a problem with saving the last checkpoint."""
     if problem:
         good = newest(run.folder)
-        then = f"go on from {good.name} with --resume={run.folder}" if good else "run it again"
+        then = f"go on from {good.name} with --resume={cli.quoted(run.folder)}" if good else "run it again"
         raise InputError(f"{run.folder}: the run ended without its last checkpoint ({problem}); see to that, and "
                          f"{then}")
     if step < run.settings.num_steps:
         command = "python" if run.num_ranks == 1 else f"torchrun --standalone --nproc_per_node={run.num_ranks}"
-        cli.say(f"stopped after step {step}; go on with: {command} train.py --resume={shlex.quote(str(run.folder))}")
+        cli.say(f"stopped after step {step}; go on with: {command} train.py --resume={cli.quoted(run.folder)}")
     else:
-        cli.say(f"done; write with: python sample.py --checkpoint={shlex.quote(str(run.folder))}")
+        cli.say(f"done; write with: python sample.py --checkpoint={cli.quoted(run.folder)}")
         if run.best_step not in (None, step):
             cli.say(f"  that takes step {run.best_step}, whose validation loss, {run.lowest:.4f}, is the lowest; "
-                    f"--checkpoint={run.folder}/latest is the last one")
+                    f"--checkpoint={cli.quoted(run.folder / 'latest')} is the last one")

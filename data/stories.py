@@ -535,24 +535,23 @@ LISTS = {
     "worker": WORKERS, "drink": DRINKS, "instrument": INSTRUMENTS, "water": WATERS, "petname": PETNAMES,
     "material": MATERIALS, "boatname": BOATNAMES, "noise": NOISES, "family": FAMILIES,
 }
-LISTS = {slot: [word.replace("~", " ") for word in words] for slot, words in LISTS.items()}
 
 def compile_template(template):
     """Parse a template into a list of texts, slots (as 1-tuples) and choices (as lists of such lists)."""
     tokens = iter(re.findall(r"\{[^}]+\}|[\[\]|]|[^\[\]|{]+", template))
 
-    def sequence(inside):
+    def sequence():
         options = [[]]
         for token in tokens:
-            if token == "|" and inside:
+            if token == "|":
                 options.append([])
             elif token == "]":
                 break
             else:
-                options[-1].append(sequence(True) if token == "[" else (token[1:-1],) if token[0] == "{" else token)
+                options[-1].append(sequence() if token == "[" else (token[1:-1],) if token[0] == "{" else token)
         return options
 
-    return sequence(False)[0]
+    return sequence()[0]
 
 def expand(parts, cast, rng, out):
     """Append the text of a compiled template to `out`, drawing choices and filling slots from the cast."""
@@ -570,14 +569,14 @@ def mentions(parts, slot):
 
 OPENINGS, CLOSINGS = [list(map(compile_template, templates)) for templates in (OPENINGS, CLOSINGS)]
 PLOTS = [tuple(map(compile_template, plot)) for plot in PLOTS]
-SLOTS_WITH_ARTICLE = ("size", "trait", "color", "color2", "toy", "treasure", "tool", "fruit", "critter", "material",
+SLOTS_WITH_ARTICLE = ("size", "trait", "color", "color2", "treasure", "tool", "fruit", "critter", "material",
                       "friendkind")
 PRONOUNS = {"he": ("he", "his", "him"), "she": ("she", "her", "her")}
 
 def draw_cast(rng):
     """Who and what a story is about: the text of every slot."""
     # A few words are frequent and most are rare, as in natural text: the first of n is drawn with probability n^(-1/3).
-    pick = lambda words: words[int(rng.random() ** 3 * len(words))]
+    pick = lambda words: words[int(rng.random() ** 3 * len(words))].replace("~", " ")
     pick_name = lambda names: names[int(rng.random() ** 5 * len(names))]  # more so: half the children are Lily or Tom
     cast = {slot: pick(words) for slot, words in LISTS.items()}
     while cast["color2"] == cast["color"]:
@@ -585,7 +584,7 @@ def draw_cast(rng):
     while cast["number2"] == cast["number"]:
         cast["number2"] = pick(NUMBERS)
     while cast["home"] == cast["place"]:
-        cast["home"] = pick(PLACES).replace("~", " ")
+        cast["home"] = pick(PLACES)
     for role, kind, prefix in (("hero", "kind", ""), ("friend", "friendkind", "f")):
         gender = rng.choice(("he", "she"))
         cast[role] = pick_name(NAMES[gender])
@@ -595,7 +594,7 @@ def draw_cast(rng):
     while cast["friend"] == cast["hero"]:
         cast["friend"] = pick_name(NAMES[cast["fhe"]])
     cast["ehe"] = rng.choice(("he", "she"))
-    cast["elder"] = pick(KIN[cast["ehe"]]).replace("~", " ")
+    cast["elder"] = pick(KIN[cast["ehe"]])
     fruit = cast["fruit"]
     stem, ending = (fruit[:-1], "ies") if fruit.endswith("y") else (fruit, "es" if fruit.endswith("ch") else "s")
     cast["fruits"] = stem + ending
