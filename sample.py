@@ -69,6 +69,7 @@ class Writer:
 @machine.within_memory("give a smaller --num_samples or --max_new_tokens, --dtype=bfloat16 or --device=cpu")
 def sample(given):
     """Continue a prompt, and print it as it is written; it ends where the model ends it, or after max_new_tokens.
+    To Python it returns the texts.
 
     `python sample.py export --help` is about writing a model as one file for llama.cpp.
     """
@@ -114,6 +115,8 @@ def sample(given):
         writer.end()
     count = sum(map(len, texts))
     cli.put(f"{count} tokens, {count / seconds:,.1f} tokens/s, by {folder}\n", sys.stderr)
+    known = [[token for token in text if token not in ends and token < tokenizer.vocab_size] for text in texts]
+    return [prompt + bpe.decode(tokenizer, text) for text in known]
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["export"]:

@@ -5,6 +5,7 @@ Run as a script it measures, beside the ready-made libraries: python test_tinylm
 
 import concurrent.futures
 import contextlib
+import copy
 import ctypes
 import errno
 import functools
@@ -1645,7 +1646,9 @@ def test_stories():
     assert len({word for text in texts for word in re.findall("[a-z]+", text.lower())}) >= 1500
     for text in texts[:2000]:
         assert not set(text) & set("{}[]|~") and text.count("\n\n") == 2 and text.isascii()
-        assert not re.search(r"\ba [aeiou]|\ban [^aeiou\W]|  | [.,]", text), text
+        assert not re.search(r"\ba ([aeiou]|hon|hour)|\ban (?!hon|hour)[^aeiou\W]|  | [.,]|[.!?] [a-z]", text), text
+    nouns = "fox mouse pony monkey walrus ostrich deer peach fig".split()
+    assert list(map(stories.plural, nouns)) == "foxes mice ponies monkeys walruses ostriches deer peaches figs".split()
 
 def prepared(tmp_path, text="", **flags):
     """A data folder of some stories, or of `text`."""
@@ -2490,6 +2493,7 @@ def test_a_run_that_ends_while_the_next_prepares(tmp_path, monkeypatch):
         train.train(**flags | dict(num_steps=3))
         return find_data(*args)
 
+    monkeypatch.setattr(machine, "alone", contextlib.nullcontext)  # as in two processes
     monkeypatch.setattr(prepare, "find_data", train_meanwhile)
     with pytest.raises(cli.InputError, match="has got a checkpoint of another run meanwhile; start again, with --resu"):
         train.train(**flags)
@@ -3176,6 +3180,7 @@ def test_a_folder_that_is_renamed_or_removed_under_its_run(tmp_path, monkeypatch
     """A run of the same name may begin there; both keep what is theirs. The run of a removed folder makes it again."""
     flags = dict(data=prepared(tmp_path), output_dir=tmp_path / "run") | TINY | dict(checkpoint_interval=2)
     other = lambda: train.train(**flags | dict(seed=1, checkpoint_interval=6))
+    monkeypatch.setattr(machine, "alone", contextlib.nullcontext)  # as in two processes
 
     def rename():
         os.rename(tmp_path / "run", tmp_path / "renamed")
@@ -4085,7 +4090,7 @@ def test_a_form_that_does_not_follow_its_definition(tmp_path, monkeypatch, name,
     monkeypatch.setattr(tinylm.OPERATIONS[name], "forms", [(tinylm.always, form)])
     swiglu = tinylm.swiglu
     monkeypatch.setattr(tinylm, "swiglu", lambda x, **weights: F.dropout(swiglu(x, **weights), 0.5))
-    with pytest.raises(cli.InputError, match=f"^{name} does not compute by its faster form what it"):
+    with pytest.raises(cli.InputError, match=f"^{name}: by faster forms not what it is by the def"):
         train.train(**flags)
     assert not (tmp_path / "run").exists()
     if name in ("rope", "adamw_update"):  # which is the same each time
@@ -4112,8 +4117,96 @@ def test_forms_that_fail_or_differ_only_somewhere(monkeypatch, name, form):
     config = run.model_config(settings, 300)
     train.check_forms(config, settings)
     monkeypatch.setattr(tinylm.OPERATIONS[name], "forms", [(tinylm.always, form)])
-    with pytest.raises(cli.InputError, match=f"^{name} does not compute by its faster form what it does by its def"):
+    with pytest.raises(cli.InputError, match=f"^{name}: by faster forms not what it is by the def"):
         train.check_forms(config, settings)
+
+def test_forms_that_differ_beyond_the_small_model(monkeypatch):
+    """In a window of attention that is longer than what is learned from, by whichever operations it takes."""
+    settings = train.Settings.complete(dict(device="cpu", context_length=700))
+    plain = tinylm.attention.definition
+    monkeypatch.setattr(tinylm.attention, "forms", [(tinylm.always, lambda q, k, v: plain(
+        q, k[..., -400:, :], v[..., -400:, :]))])
+    with pytest.raises(cli.InputError, match=r"^attention: .* by attention.forms.clear\(\)$"):
+        train.check_forms(run.model_config(settings, 300), settings)
+    both = tinylm.attention, tinylm.linear
+    compute = lambda: {"x": {"y": torch.ones(()) * bool(both[0].forms or both[1].forms)}}
+    assert tinylm.forms_that_differ(compute) == ["linear", "attention"]
+
+def test_what_backward_passes_by_hand_refuse():
+    """Second derivatives, which would be wrong; by the definitions they are those of finite differences."""
+    config = small_config(num_layers=1)
+    params = tinylm.tree_map(torch.Tensor.double, random_params(config))
+    inputs, targets = random_tokens(config, 2, 2, 9)
+    direction = tinylm.tree_map(lambda p: randn(*p.shape, seed=5), params)
+
+    def slope(params):
+        params = tinylm.tree_map(lambda p: p.detach().requires_grad_(), params)
+        loss, leaves = tinylm.loss_fn(params, inputs, targets, config, torch.float64), tinylm.tree_leaves(params)
+        grads = torch.autograd.grad(loss, [leaf for _, leaf in leaves], create_graph=True)
+        along = sum((g * d).sum() for g, (_, d) in zip(grads, tinylm.tree_leaves(direction)))
+        return along, torch.autograd.grad(along, [leaf for _, leaf in leaves])
+
+    for name in ("rmsnorm", "gated_silu", "attention", "token_losses"):
+        with tinylm.definitions_alone([other for other in tinylm.OPERATIONS if other != name]):
+            with pytest.raises(NotImplementedError, match=r"within tinylm.definitions_alone\(\)"):
+                slope(params)
+    with tinylm.definitions_alone():
+        _, product = slope(params)
+        shifted = [slope(tinylm.tree_map(lambda p, d: p + h * d, params, direction))[0] for h in (1e-5, -1e-5)]
+    curvature = sum((h * d).sum() for h, (_, d) in zip(product, tinylm.tree_leaves(direction)))
+    assert curvature.item() == pytest.approx((shifted[0] - shifted[1]).item() / 2e-5, rel=1e-5)
+
+def test_parameters_that_a_loss_does_not_use():
+    """Have a gradient of 0; ranks, whose messages have to match, need one that is computed."""
+    params = {"used": torch.ones(2), "other": torch.ones(3)}
+    _, grads = tinylm.value_and_grad(lambda params: params["used"].sum(), params)
+    same(grads, {"used": torch.ones(2), "other": torch.zeros(3)}, 0)
+    with pytest.raises(ValueError, match="the loss does not use other.*; add 0 times its sum"):
+        averager = tinylm.GradientAverager()
+        averager.add("used", grads["used"])
+        averager.averages(grads)
+
+@pytest.mark.parametrize("state, said", [
+    (lambda p: torch.zeros_like(p, dtype=torch.bfloat16), r"makes state.m.* of float32 of state.m.* of bfloat16"),
+    (lambda p: 0, "has state.m.*0, which a checkpoint can't hold; expected a tensor"),
+    (None, "writes into what it is given; let it return")])
+def test_an_optimizer_that_a_run_could_not_go_on_with(tmp_path, monkeypatch, state, said):
+    """Is refused before the work: a state that changes its dtype, that is no tensor, an update in place."""
+    def update(params, grads, state, lr):
+        moved = tinylm.tree_map(lambda p, g: p.sub_(g * lr) if in_place else p - g * lr, params, grads)
+        return moved, {"m": tinylm.tree_map(lambda m, g: m + g, state["m"], grads)}
+
+    in_place = state is None
+    init = lambda params: {"m": tinylm.tree_map(state or torch.zeros_like, params)}
+    monkeypatch.setitem(tinylm.OPTIMIZERS, "own", (init, update))
+    with pytest.raises(cli.InputError, match=said):
+        train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", optimizer="own", **TINY)
+    assert not (tmp_path / "run").exists()
+
+def test_runs_from_python(tmp_path, monkeypatch, capsys):
+    """One at a time in a process, to which it leaves no file open; ids of others and a text for a notebook."""
+    data, before = prepared(tmp_path), len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    monkeypatch.setitem(tinylm.SCHEDULES, "cosine", lambda step, lr_max: np.float32(lr_max))
+    done = train.train(data=data, output_dir=tmp_path / "run", **TINY)
+    assert not before or len(os.listdir("/proc/self/fd")) == before
+    same(copy.deepcopy(done).params, done.params, 0)  # as a process pool sends it
+    with machine.alone():
+        with pytest.raises(cli.InputError, match="another run is at work in this process; start this one in a process"):
+            train.train(data=data, **TINY)
+    ids = prepare.open_data(data)[1]["val"]
+    for others in (ids[:99], np.memmap(data / "val.bin", "<u2", "r"), np.array(ids)):
+        prepare.check_unchanged(others)
+    capsys.readouterr()
+    texts = sample.sample(checkpoint=tmp_path / "run", prompt="Tom", max_new_tokens=9, num_samples=2, device="cpu")
+    assert capsys.readouterr().out == "\n---\n".join(texts) + "\n" and len(texts) == 2
+    assert repr(done) == f"Run('{tmp_path}/run', step=6, lowest={done.lowest:.4f})"
+    for wrong in (np.arange(9), done):
+        with pytest.raises(cli.InputError, match="--data=a (ndarray|Run): expected a text or a path$"):
+            train.train(data=wrong)
+    os.remove(data / "meta.json"), os.remove(data / ".lock")  # a folder as nanoGPT's
+    with pytest.raises(cli.InputError, match="has no meta.json, so data/prepare.py did not write it; prepare the text"):
+        train.train(data=data)
+    assert not cli.Progress("x", stream=types.SimpleNamespace(write=None)).terminal
 
 def test_small_models_that_forms_are_compared_by(monkeypatch, capsys):
     """Of one or two positions too; ranks, which compute block by block; and models that can't be small."""
@@ -4132,7 +4225,7 @@ def test_small_models_that_forms_are_compared_by(monkeypatch, capsys):
     fork(lambda blocks, x, *rest, **options: x + plain(blocks, x, *rest, **options))
     train.check_forms(run.model_config(settings, 300), settings)
     settings.shard = True
-    with pytest.raises(cli.InputError, match="^transformer_blocks does not compute by its faster form what it does"):
+    with pytest.raises(cli.InputError, match="^transformer_blocks: by faster forms not what it is"):
         train.check_forms(run.model_config(settings, 300), settings)
     assert not capsys.readouterr().out
 

@@ -291,11 +291,11 @@ def loss_fn(params, inputs, targets, config, dtype=torch.float32, remat=False):
     return cross_entropy(forward(params, inputs, config, dtype, remat), targets)
 
 def value_and_grad(function, params, *args):
-    """The value of function(params, *args), a scalar, and its gradient as a tree like `params`."""
+    """The value of function(params, *args), a scalar, and its gradient, a tree like `params`, 0 where it uses none."""
     params = tree_map(lambda p: p.detach().requires_grad_(), params)
     paths, leaves = zip(*tree_leaves(params))
     value = function(params, *args)
-    return value.detach(), tree_build(zip(paths, torch.autograd.grad(value, leaves)))
+    return value.detach(), tree_build(zip(paths, torch.autograd.grad(value, leaves, materialize_grads=True)))
 
 @operation
 def global_norm(tree):
@@ -554,7 +554,11 @@ def forms_that_differ(compute, tolerance=1e-4):
     usual, names = attempt(), [name for name, target in OPERATIONS.items() if target.forms]
     if differs() or not differs_without(names):
         return []
-    return [name for name in names if differs_without([name])] or names
+    alone = [name for name in names if differs_without([name])]
+    for name in [] if alone else names[:]:  # those that only differ together
+        if differs_without([other for other in names if other != name]):
+            names.remove(name)
+    return alone or names
 
 def always(*_, **__):
     return True
@@ -583,6 +587,14 @@ def if_finite(number, new, old):
 
 # ---- Eager code, on any device: hand-written backward passes, and fewer passes over memory ----
 
+def only_first(backward):
+    """A backward pass by hand, which takes as constant what is not. Second derivatives by it would be wrong."""
+    def call(ctx, *d_out):
+        if torch.is_grad_enabled() and is_eager():
+            raise NotImplementedError("second derivatives: compute all of it within tinylm.definitions_alone()")
+        return backward(ctx, *d_out)
+    return call
+
 def normalized(x, gain, eps):
     """`rmsnorm` of x, and 1 / √(mean(x²) + eps)."""
     x32 = at_least_float32(x)
@@ -606,6 +618,7 @@ class RMSNorm(torch.autograd.Function):
         return out
 
     @staticmethod
+    @only_first
     def backward(ctx, d_out):
         x, gain, inverse_rms = ctx.saved_tensors
         x32, d_out = at_least_float32(x), at_least_float32(d_out)
@@ -655,6 +668,7 @@ class GatedSiLU(torch.autograd.Function):
         return gated_silu_in_place(gate, up)
 
     @staticmethod
+    @only_first
     def backward(ctx, d_out):
         gate, up = ctx.saved_tensors
         sigma = torch.sigmoid(gate)
@@ -685,7 +699,7 @@ class TokenLosses(torch.autograd.Function):
         return (total.log() + highest - chosen).squeeze(-1)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @only_first
     def backward(ctx, d_losses):
         exps, total, targets = ctx.saved_tensors
         d_losses = d_losses.unsqueeze(-1)
@@ -790,7 +804,7 @@ class LossInPieces(torch.autograd.Function):
         return loss / len(x)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @only_first
     def backward(ctx, d_loss):
         dx, dw = ctx.saved_tensors
         return dx * d_loss.to(dx.dtype), dw * d_loss, None
@@ -873,6 +887,7 @@ class LargeLinear(torch.autograd.Function):
         return LargeLinear.product(x, w)
 
     @staticmethod
+    @only_first
     def backward(ctx, d_out):
         x, w = ctx.saved_tensors
         dx = LargeLinear.product(d_out, w.T)
@@ -1065,6 +1080,7 @@ class TiledAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @only_first
     def backward(ctx, d_out):
         q, k, v, out, log_sum, *kept = ctx.saved_tensors
         backward = attention_backward if is_compiled() else attention_parts(q)[1]
@@ -1551,6 +1567,7 @@ class EmbeddingInOrder(torch.autograd.Function):
         return embedding.definition(tokens, w)
 
     @staticmethod
+    @only_first
     def backward(ctx, d_out):
         gradient = embedding_gradient if is_eager() else opaque_embedding_gradient
         return None, gradient(d_out, *ctx.saved_tensors, ctx.vocab_size)
@@ -1863,8 +1880,11 @@ class GradientAverager:
         self.sent.append((self.waiting, bucket, torch.distributed.all_reduce(bucket, async_op=True)))
         self.waiting, self.size = [], 0
 
-    def averages(self):
-        """Wait for all buckets → {path: mean over the ranks}."""
+    def averages(self, grads):
+        """Wait for all buckets → a tree like `grads`, of means over the ranks. Raises ValueError where one lacks."""
+        taken = {path for gradients in (self.waiting, *(bucket[0] for bucket in self.sent)) for path, _ in gradients}
+        for path in [path for path, _ in tree_leaves(grads) if path not in taken]:
+            raise ValueError(f"the loss does not use {path}, of which ranks need a gradient; add 0 times its sum")
         if self.waiting:
             self.send()
         result = {}
@@ -1873,7 +1893,7 @@ class GradientAverager:
             bucket.div_(torch.distributed.get_world_size())
             parts = bucket.split([gradient.numel() for _, gradient in gradients])
             result |= {path: part.view_as(gradient) for (path, gradient), part in zip(gradients, parts)}
-        return result
+        return tree_build((path, result[path]) for path, _ in tree_leaves(grads))
 
 def watched(function, on_gradient):
     """`function`, which also calls on_gradient(path, gradient) for each leaf as soon as its gradient is there."""

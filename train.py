@@ -76,7 +76,7 @@ def hyperparameters(optimizer):
     """{name: default} of an optimiser's own hyperparameters."""
     _, update = tinylm.OPTIMIZERS[optimizer]
     own = list(inspect.signature(update).parameters.values())[4:]  # behind params, grads, state, lr
-    return {parameter.name: parameter.default for parameter in own}
+    return {p.name: None if p.default is p.empty else p.default for p in own}
 
 def own_flag(name, meaning, within):
     """A hyperparameter, whose default is the optimiser's own."""
@@ -229,7 +229,7 @@ def train(given):
         if run.source and not run.step:  # what the model that it begins from does before
             log.evaluation(0, evaluate(losses, run.params, val_ids, settings, *ranks), sample_text(run))
         for step in range(run.step + 1, settings.num_steps + 1):
-            lr = learning_rate(step - 1)
+            lr = float(learning_rate(step - 1))
             val_loss, problem = math.inf, None  # where nothing is evaluated, nothing saved
             loss, grads = accumulate_gradients(gradients, run.params, train_ids, settings, step - 1, *ranks)
             loss, num_asked = machine.agree(loss, interrupt.asked)
@@ -331,17 +331,19 @@ def step_functions(config, settings):
 def check_forms(config, settings):
     """Raise InputError where faster forms give other numbers than the definitions, as where one was changed.
 
-    A small model, of at most two blocks and 256 positions, is compared: on the device its loss, gradients and hidden
-    states, read in pieces as to write, in float64, which no mode of products rounds, and roughly in the dtype of
-    training; on the CPU clipping and two updates. Where a model can't be small, that is said.
+    A small model, of at most two blocks, is compared: on the device its loss, gradients and hidden states, read in
+    pieces as to write, in float64, which no mode of products rounds, and roughly in the dtype of training; on the CPU
+    clipping and two updates. Where a model can't be small, that is said.
     """
-    most = {"num_layers": 2, "d_model": 64, "d_ff": 128, "vocab_size": 256, "context_length": 256, "num_kv_heads": 2}
+    most = {"num_layers": 2, "d_model": 64, "d_ff": 128, "vocab_size": 256, "num_kv_heads": 2}
     small = {name: min(size, getattr(config, name)) for name, size in most.items()}
     small["num_heads"] = min(2, config.num_heads // config.num_kv_heads) * small["num_kv_heads"]
     try:
         read, step, update = small_run(replace(config, **small), settings)
         with tinylm.definitions_alone():
             step(torch.float64), update()
+    except InputError:
+        raise
     except Exception as error:
         return cli.say("whether faster forms follow their definitions is not known, as a small model fails: "
                        f"{type(error).__name__}: {error}")
@@ -354,28 +356,34 @@ def check_forms(config, settings):
             differing = tinylm.forms_that_differ(partial(step, DTYPES[settings.dtype]), 0.1)
     finally:
         del forms[:len(over_ranks)]
-    for name in differing:
-        raise InputError(f"{name} does not compute by its faster form what it does by its definition in tinylm.py; let "
-                         f"the form follow, or drop it there by {name}.forms.clear()")
+    if differing:
+        names, advice = ", ".join(differing), "; ".join(f"{name}.forms.clear()" for name in differing)
+        raise InputError(f"{names}: by faster forms not what it is by the definitions in tinylm.py; let these follow, "
+                         f"or drop them there by {advice}")
     whole, again, pieces = read(False), read(False, seed=1), read(True)
     if (pieces - whole).norm() > 1e-4 * whole.norm() and whole.equal(again):  # else it draws numbers
         cli.say("what the model writes is not what it learns: its numbers depend on how many positions are read at "
                 "once, as where cached_attention does not follow")
 
 def small_run(config, settings):
-    """What `check_forms` compares of a model: read(in_pieces), the final hidden states of positions read at once or in
-    pieces; step(dtype), the loss, its gradients and what is read in pieces; update(), clipping and two updates.
+    """What `check_forms` compares of a model: read(in_pieces), the final hidden states of some positions read at once
+    or in pieces; step(dtype), the loss and its gradients of these, and what is read in pieces and last of all;
+    update(), clipping and two updates.
     """
-    draw = torch.Generator().manual_seed(0)
+    draw, own = torch.Generator().manual_seed(0), own_hyperparameters(settings)
     init, optimizer_update = tinylm.OPTIMIZERS[settings.optimizer]
+    T, last = min(256, config.context_length), min(64, config.context_length)
     params = tinylm.tree_map(lambda p: p + 0.02 * torch.randn(p.shape, generator=draw),  # zeros and ones hide much
                              tinylm.init_params(config, draw))
     doubles = tinylm.tree_map(lambda p: p.to(settings.device, torch.float64), params)
-    tokens = torch.arange(2 * config.context_length + 2, device=settings.device).view(2, -1) % config.vocab_size
+    tokens = torch.arange(2 * T + 2, device=settings.device).view(2, -1) % config.vocab_size
+    cache = tinylm.init_cache(config, 1, config.context_length, torch.float32, "cpu")
+    past = torch.randn(cache["k"].shape, generator=draw)
+    update_once = lambda params, grads, state: optimizer_update(params, grads, state, torch.tensor(1e-2), **own)
+    checkpoint.check_goes_on(params, init(params), update_once)
 
     @torch.no_grad()
     def read(in_pieces, dtype=torch.float64, seed=0):
-        T = config.context_length
         borders, xs = sorted({0, T // 2, T - 1, T}) if in_pieces else (0, T), []  # the last piece is one token
         cache = tinylm.init_cache(config, 2, T, dtype, tokens.device)
         with torch.random.fork_rng(devices=[]):
@@ -385,18 +393,26 @@ def small_run(config, settings):
                 xs.append(x)
         return torch.cat(xs, 1)
 
+    @torch.no_grad()
+    def read_last(dtype):  # as far as queries ever look, behind keys and values that are drawn
+        cache = tinylm.init_cache(config, 1, config.context_length, dtype, tokens.device)
+        for name in ("k", "v"):
+            cache[name].copy_(past)
+        cache = cache | {"filled": config.context_length - last}
+        return tinylm.hidden_states(doubles, tokens[:1, :last], config, dtype, cache)[0]
+
     def step(dtype):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             loss, grads = tinylm.value_and_grad(tinylm.loss_fn, doubles, tokens[:, :-1], tokens[:, 1:], config, dtype)
-        return {"loss": loss, "gradients": grads, "read": read(True, dtype)}
+            return {"loss": loss, "gradients": grads, "read": read(True, dtype), "last": read_last(dtype)}
 
     def update():
-        norm, own = tinylm.global_norm(params), own_hyperparameters(settings)
+        norm = tinylm.global_norm(params)
         clipped = {str(share): tinylm.clip_gradients(params, norm, share * norm) for share in (0.5, 2)}
-        new, state = optimizer_update(params, params, init(params), torch.tensor(1e-2), **own)
+        new, state = update_once(params, params, init(params))
         others = tinylm.tree_map(lambda p: p.flip(-1) if p.ndim else -p, params)  # a first step has no past
-        new, _ = optimizer_update(new, others, state, torch.tensor(1e-2), **own)
+        new, _ = update_once(new, others, state)
         return {"clipped": clipped, "update": tinylm.tree_map(torch.sub, new, params)}
 
     return read, step, update
@@ -420,8 +436,7 @@ def accumulate_gradients(gradients, params, ids, settings, step, rank=0, num_ran
             so_far = dict(tinylm.tree_leaves(total)) if total else {}
             on_gradient = lambda path, g: averager.add(path, so_far[path] + g if so_far else g)
             loss, grads = gradients(params, *batch, on_gradient)
-            averages = averager.averages()
-            total = tinylm.tree_build((path, averages[path]) for path, _ in tinylm.tree_leaves(grads))
+            total = averager.averages(grads)
         else:
             loss, grads = gradients(params, *batch)
             total = tinylm.tree_map(torch.add, total, grads) if total else grads

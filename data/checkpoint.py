@@ -1,5 +1,6 @@
 """A model ↔ the folder that any Llama tool opens: safetensors and JSON, no pickle; and the optimiser beside it."""
 
+import itertools
 import json
 import math
 import os
@@ -202,6 +203,26 @@ def check_can_be_saved(config):
     config_to_hf(config, 0, 0)
     for path, _ in tree_leaves(tinylm.param_shapes(config)):
         hf_name(path)
+
+def check_goes_on(params, state, update):
+    """Raise InputError where an optimiser's update(params, grads, state) writes into what it is given, so that no bad
+    step could be dropped, or gives other kinds of tensors, with which no run could go on.
+    """
+    def kinds(tree):
+        leaves = tree_leaves(tree)
+        for path, leaf in leaves:
+            if not isinstance(leaf, torch.Tensor) or leaf.dtype not in SAFETENSORS_DTYPES.values():
+                raise InputError(f"the optimiser has {path} {leaf!r}, which a checkpoint can't hold; expected a tensor")
+        return [f"{path} {tuple(leaf.shape)} of {str(leaf.dtype)[6:]}" for path, leaf in leaves]
+
+    old = {"params": params, "state": state}
+    before, copies = kinds(old), [leaf.clone() for _, leaf in tree_leaves(old)]
+    after = kinds(dict(zip(old, update(params, params, state))))
+    for was, now in itertools.zip_longest(before, after, fillvalue="nothing"):
+        if was != now:
+            raise InputError(f"the optimiser's update makes {now} of {was}; let it keep what its init gives")
+    if not all(leaf.equal(copy) for (_, leaf), copy in zip(tree_leaves(old), copies)):
+        raise InputError("the optimiser's update writes into what it is given; let it return new tensors")
 
 def config_from_hf(hf, source):
     """The Config of a Llama config.json. Raises InputError that names an option which this model has not."""

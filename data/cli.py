@@ -42,11 +42,11 @@ def convert(name, kind, value):
 
     Raises InputError where it is none. None, and its name but for a text, means that nothing was given.
     """
-    if value is None or value == "None" and kind is not str:
+    if value is None or isinstance(value, str) and value == "None" and kind is not str:
         return None
     try:
         if kind is str:
-            return os.fspath(value) if isinstance(value, os.PathLike) else str(value)
+            return str(value) if isinstance(value, (int, float)) else os.fspath(value)
         if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[str(value).lower()]
         if isinstance(value, bool):
@@ -57,8 +57,10 @@ def convert(name, kind, value):
             raise ValueError
         return kind(number)
     except (ValueError, KeyError, OverflowError, TypeError):
-        expected = {int: "a whole number of at most 64 bits", float: "a number", bool: "True or False"}[kind]
-        raise InputError(f"--{name}={value}: expected {expected}") from None
+        expected = {int: "a whole number of at most 64 bits", float: "a number", bool: "True or False",
+                    str: "a text or a path"}[kind]
+        given = value if isinstance(value, (str, int, float)) else f"a {type(value).__name__}"  # all of it may be long
+        raise InputError(f"--{name}={given}: expected {expected}") from None
 
 # What nanoGPT and others call a flag.
 OTHER_NAMES = {"block_size": "context_length", "seq_len": "context_length", "n_embd": "d_model",
@@ -341,7 +343,7 @@ class Progress:
     def __init__(self, label, total=None, unit="MB", scale=1e6, stream=None):
         self.label, self.total, self.unit, self.scale = label, total, unit, scale
         self.stream = stream or sys.stderr
-        self.terminal = self.stream.isatty()
+        self.terminal = getattr(self.stream, "isatty", bool)()  # which a notebook's may lack
         self.interval = 0.2 if self.terminal else 10
         self.begin = time.monotonic()
         self.next = self.begin + 2

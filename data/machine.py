@@ -225,6 +225,18 @@ class Interrupt:
                 with suppress(OSError):  # of a terminal that is gone; print may be at work and is not for handlers
                     os.write(2, b"\nends after this step, and saves it; once more ends at once\n")
 
+AT_WORK = threading.Lock()
+
+@contextmanager
+def alone():
+    """Within it no other run is at work in this process, whose threads have torch's settings in common."""
+    if not AT_WORK.acquire(blocking=False):
+        raise InputError("another run is at work in this process; start this one in a process of its own")
+    try:
+        yield
+    finally:
+        AT_WORK.release()
+
 # ---- Ranks ----
 
 @contextmanager

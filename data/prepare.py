@@ -386,6 +386,9 @@ def find_data(name, model=None):
         if (begun / ".lock").exists():
             raise InputError(f"--data={name}: data/prepare.py has not ended in {begun}; wait for it, or if it was cut "
                              "short give the same command again")
+    if (Path(name) / "train.bin").is_file():
+        raise InputError(f"--data={name} has no meta.json, so data/prepare.py did not write it; prepare the text that "
+                         "its ids stand for")
     text = name if Path(name).is_dir() else "YOUR_TEXT"
     raise InputError(f"--data={name}: no such data folder or text file; make one with data/prepare.py --input={text}, "
                      f"or use one of {', '.join(CORPORA)}")
@@ -529,7 +532,7 @@ def stamp(file):
 
 def check_unchanged(ids):
     """Raise InputError where others have written into the file of these ids: reading on could crash."""
-    if not isinstance(ids, np.memmap) or stamp(ids.file.fileno()) == ids.stamp:
+    if not hasattr(ids, "stamp") or stamp(ids.file.fileno()) == ids.stamp:  # not from `open_data`, or as it was
         return
     if stamp(ids.file.fileno())[0] != ids.nbytes or summary(ids)[1] != ids.digest:
         raise InputError(f"{ids.filename} has changed while it was in use; prepare the data again and resume the run")

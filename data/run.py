@@ -16,7 +16,7 @@ from data import bpe, checkpoint, cli, files, machine, prepare
 from data.checkpoint import MASTER
 from data.cli import InputError
 
-@dataclass
+@dataclass(repr=False)
 class Run:
     """A run, as one rank has it."""
 
@@ -43,6 +43,9 @@ class Run:
     lock: Any = None  # the open file by which it holds its folder
     tokenizer_json: dict | None = None  # of the data, which may be prepared anew meanwhile
     others: dict | None = None  # what other tools read of a model that it came from: {name of a file: bytes}
+
+    def __repr__(self):
+        return f"Run({str(self.folder)!r}, step={self.step}, lowest={self.lowest:.4f})"
 
 # Of a run, what the first rank finds out and tells the others.
 SHARED = ("folder", "data", "source", "step", "seconds", "lowest", "best_step", "wandb_id", "meta")
@@ -120,9 +123,9 @@ def open_run(resume, init_from, given, table, check):
     """The run that the flags mean, on all ranks: the first one finds or starts it, the others hear of it.
 
     `table` is the class of its settings; check(config, settings) raises InputError where it should not begin. What a
-    run claims, its folder and the ranks, it gives back in the end.
+    run claims, the process, its folder and the ranks, it gives back in the end, and closes its files.
     """
-    with ExitStack() as claims:
+    with machine.alone(), ExitStack() as claims:
         device, rank, num_ranks = claims.enter_context(machine.ranks(machine.choose_device(given.get("device"))))
         run = mistake = None
         if rank == 0:
@@ -140,6 +143,9 @@ def open_run(resume, init_from, given, table, check):
         if rank == 0:
             keep_metrics(run.folder / "metrics.jsonl", run.step or -1)  # of a new one nothing that one before it left
         yield run
+    for ids in run.ids.values():
+        ids.file.close()
+    run.ids = run.claims = run.lock = None
 
 def tell_ranks(run, mistake, table, device, rank, num_ranks):
     """The run of the first rank, or its mistake raised, on every rank."""

@@ -388,7 +388,7 @@ PLOTS = [
      "{friend} was worried too. They put {food} outside so that nobody would be hungry for the moon. But still it "
      "got smaller, until it was gone.",
      "{hero} cried. {elder} took {a color} ball and a lamp. \"Look,\" said {elder}. \"The moon is still there. We "
-     "only see the part that the sun shines on.\" {hero} watched. {number} nights later there was a thin silver "
+     "only see the part that the sun shines on.\" {hero} watched. {Number} nights later there was a thin silver "
      "line in the sky. \"Welcome back, moon!\" called {hero} and {friend}."),
     # the wrong bag
     ("{hero} and {elder} went to the market near the {place}. {hero} carried {a color} bag with {fruits} in it.",
@@ -571,7 +571,15 @@ OPENINGS, CLOSINGS = [list(map(compile_template, templates)) for templates in (O
 PLOTS = [tuple(map(compile_template, plot)) for plot in PLOTS]
 SLOTS_WITH_ARTICLE = ("size", "trait", "color", "color2", "treasure", "tool", "fruit", "critter", "material",
                       "friendkind")
+OTHER_PLURALS = {"mouse": "mice", "goose": "geese", "wolf": "wolves", "calf": "calves"} | {
+    noun: noun for noun in ("deer", "moose", "bison")}
 PRONOUNS = {"he": ("he", "his", "him"), "she": ("she", "her", "her")}
+
+def plural(noun):
+    """More than one of an animal or a fruit."""
+    if noun.endswith("y") and noun[-2] not in "aeiou":
+        return noun[:-1] + "ies"
+    return OTHER_PLURALS.get(noun) or noun + ("es" if noun.endswith(("s", "x", "ch")) else "s")
 
 def draw_cast(rng):
     """Who and what a story is about: the text of every slot."""
@@ -595,14 +603,12 @@ def draw_cast(rng):
         cast["friend"] = pick_name(NAMES[cast["fhe"]])
     cast["ehe"] = rng.choice(("he", "she"))
     cast["elder"] = pick(KIN[cast["ehe"]])
-    fruit = cast["fruit"]
-    stem, ending = (fruit[:-1], "ies") if fruit.endswith("y") else (fruit, "es" if fruit.endswith("ch") else "s")
-    cast["fruits"] = stem + ending
-    cast["animals"] = pick(ANIMALS) + "s"
+    cast["Number"] = cast["number"].capitalize()
+    cast["fruits"], cast["animals"] = plural(cast["fruit"]), plural(pick(ANIMALS))
     cast["some food"] = f"some {cast['food']}"
     cast["hidden"] = pick(("under the bed", "behind the door", "inside a shoe", "below the stove", "behind the books"))
     for slot in SLOTS_WITH_ARTICLE:
-        cast[f"a {slot}"] = f"{'an' if cast[slot][0] in 'aeiou' else 'a'} {cast[slot]}"
+        cast[f"a {slot}"] = f"{'an' if re.match('[aeiou]|hon|hour', cast[slot]) else 'a'} {cast[slot]}"
     return cast
 
 def story(seed, number):
