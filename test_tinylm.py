@@ -24,6 +24,7 @@ import os
 import random
 import re
 import runpy
+import shlex
 import shutil
 import signal
 import socket
@@ -2455,14 +2456,86 @@ def test_a_signal_ends_the_step_and_saves(tmp_path, number):
     wait_for_step(tmp_path / "run", 5, process)
     os.kill(process.pid, number)
     process.join(180)
-    assert process.exitcode == 0
+    assert process.exitcode == 0  # from Python
     last = metrics(tmp_path / "run")[-1]["step"]
     assert (tmp_path / "run/latest").resolve().name == f"step-{last:07d}" and last < 100_000
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_command_that_is_stopped(tmp_path, number):
+    """Ends with the code of the signal, which schedulers tell from that of one that is done, though it comes twice."""
+    prepared(tmp_path)
+    process = command(tmp_path, "train.py", "--data=data", "--output_dir=run", *tiny_flags(num_steps=100_000))
+    path = tmp_path / "run/metrics.jsonl"
+    while process.poll() is None and not (path.exists() and '"step": 5' in path.read_text()):
+        time.sleep(0.01)
+    process.send_signal(number)
+    while process.poll() is None and not (tmp_path / "run/latest").is_symlink():
+        time.sleep(0.01)
+    if number == signal.SIGTERM:
+        process.send_signal(number)
+    out, error = process.communicate(timeout=180)
+    assert process.returncode == 128 + number and "stopped after step" in out and "Traceback" not in error, error
+
+def test_signals_that_end_what_is_no_training(tmp_path, monkeypatch, capsys):
+    """Leave nothing in part, as Ctrl-C does; and a rank whose torchrun has died is asked to end."""
+    data, genuine = prepared(tmp_path), bpe.train
+    monkeypatch.setattr(bpe, "train", lambda *args, **flags: [os.kill(os.getpid(), signal.SIGTERM), time.sleep(9)])
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    code, _ = call(monkeypatch, capsys, prepare.prepare, f"--input={tmp_path}/corpus.txt", f"--output={data}")
+    assert code == 143 and not (data / ".partial").exists() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    signal.signal(signal.SIGTERM, before)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    with machine.Interrupt() as interrupt:
+        assert not interrupt.asked
+        monkeypatch.setattr(os, "getppid", lambda: 1)
+        assert interrupt.asked
+
+def test_what_machines_lack_in_one_line(tmp_path, monkeypatch, capsys):
+    """A disk that is not there, a project that is read only, numbers that are none, a streams's place, docstrings."""
+    monkeypatch.chdir(tmp_path)
+    data = prepared(tmp_path)
+    os.mkdir("b")
+    for link, folder in (("runs", "runs"), ("out", "out/run"), ("b/run", "b/run")):
+        os.symlink("/not/mounted", link)
+        flags = {} if link == "runs" else {"output_dir": folder}
+        with pytest.raises(cli.InputError, match="is no folder, but a file, or a link to what is not there; see to"):
+            train.train(data=data, **TINY, **flags)
+    monkeypatch.setattr(prepare, "DATA", tmp_path / "out/data")
+    with pytest.raises(cli.InputError, match="can't be made .*; give data/prepare.py another --output, and that to"):
+        train.train(data=tmp_path / "corpus.txt", **TINY)
+    fail = unittest.mock.Mock(side_effect=ValueError("m"))
+    monkeypatch.setattr(log, "import_wandb", lambda: types.SimpleNamespace(setup=fail))
+    with pytest.raises(cli.InputError, match=r"W&B can't be used \(m\)"):
+        log.check_wandb()
+    for name in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR"):
+        monkeypatch.setenv(name, "1")
+    assert call(monkeypatch, capsys, sample.sample, "--checkpoint=none")[1].count("is not there") == 1
+    monkeypatch.setenv("RANK", "x")
+    with pytest.raises(cli.InputError, match="RANK, WORLD_SIZE or MASTER_PORT is no number .*; leave them to torchrun"):
+        machine.join_ranks("cpu")
+    program = "import os; from data import cli; cli.run(lambda: print(os.open('x', os.O_CREAT)))"
+    done = subprocess.run(f"exec {shlex.quote(sys.executable)} -c {shlex.quote(program)} <&- 2>&-", shell=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True)
+    assert int(done.stdout) > 2
+    done = subprocess.run([sys.executable, "-OO", ROOT / "data/prepare.py", "--help"], capture_output=True, text=True)
+    assert "--vocab_size" in done.stdout, done.stderr
+
+def test_locks_by_name_of_a_process_before(tmp_path):
+    """Which had the same number, as in containers; one that holds it has it still."""
+    path = tmp_path / "lock.held"
+    path.write_text(f"{os.getpid()} on {socket.gethostname()}")
+    with files.lock_by_name(path):
+        with pytest.raises(files.Held, match=f"process {os.getpid()} on"):
+            with files.lock_by_name(path):
+                pass
+    assert not path.exists()
 
 def test_a_signal_is_answered_at_once(capfd, monkeypatch):
     """By the first rank. What this process was started with, as by nohup, must not count."""
     given = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
     signal.signal(signal.SIGINT, signal.default_int_handler), signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "2")
     for rank, lines in (("0", 2), ("1", 0)):
         monkeypatch.setenv("LOCAL_RANK", rank)
         with machine.Interrupt() as interrupt:
@@ -4011,9 +4084,9 @@ def test_a_text_that_changed_is_not_resumed_on(tmp_path, monkeypatch, capsys):
     assert prepare.made_of("stories") == tmp_path / "data/stories"
     train.train(resume=tmp_path / "run", data=text, num_steps=8)
     text.write_text(text.read_text() + "More.")
-    assert "has changed" not in capsys.readouterr().out
+    assert "another size or time" not in capsys.readouterr().out
     train.train(resume=tmp_path / "run", data=text, num_steps=9)
-    assert f"{text} has changed since the run began, which goes on with what it was" in capsys.readouterr().out
+    assert f"{text} has another size or time than when the run began, which goes on with" in capsys.readouterr().out
     with pytest.raises(cli.InputError, match="has other data than the run began with"):
         train.train(resume=tmp_path / "run", data="./my.txt", num_steps=10)
 

@@ -219,7 +219,7 @@ def train(given):
     # Whatever the caller has switched on or off.
     with (torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False),
           torch.autocast("cuda", enabled=False), open_run(resume, init_from, given, Settings, check_forms) as run,
-          machine.numerics(run.settings.device), Log(run) as log, machine.Interrupt() as interrupt):
+          machine.Interrupt() as interrupt, machine.numerics(run.settings.device), Log(run) as log):
         settings = run.settings
         train_ids, val_ids, ranks = run.ids["train"], run.ids["val"], (run.rank, run.num_ranks)
         gradients, update, losses = step_functions(run.config, settings)
@@ -255,6 +255,8 @@ def train(given):
                 break
 
     run.step = step
+    if step < settings.num_steps and run.num_ranks == 1:  # torchrun has codes of its own
+        run.stopped_by = interrupt.number
     conclude(run, step, problem)
     return run
 

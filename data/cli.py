@@ -11,8 +11,10 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 import textwrap
+import threading
 import time
 from contextlib import contextmanager
 
@@ -151,7 +153,7 @@ def command(table):
         call.__name__, call.__qualname__ = function.__name__, function.__qualname__
         call.__module__ = function.__module__
         call.__signature__ = inspect.Signature(parameters)
-        call.__doc__ = "\n".join([inspect.getdoc(function), *described(table)])
+        call.__doc__ = "\n".join([inspect.getdoc(function) or "", *described(table)])
         return call
     return decorate
 
@@ -217,7 +219,7 @@ def help_text(function):
     parameters = inspect.signature(function).parameters
     width = min(100, shutil.get_terminal_size().columns)
     lines = []
-    for line in inspect.getdoc(function).splitlines():
+    for line in (inspect.getdoc(function) or "").splitlines():  # python -OO has none
         name, colon, meaning = line.strip().partition(": ")
         if colon and name in parameters:
             default = parameters[name].default
@@ -234,9 +236,12 @@ def run(function, arguments=None):
     names, where the function takes any.
 
     An error that has an `exit_code`, as a user's mistakes do, ends in one line and that code; what the file system
-    refuses in one line and code 2.
+    refuses in one line and code 2. A result may have one too.
     """
     program, arguments = os.path.basename(sys.argv[0]), sys.argv[1:] if arguments is None else arguments
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # so that none of the first three is that of a file
+        pass
+    os.close(descriptor)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed, as by >&-; else the next file would take its place
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
@@ -254,9 +259,12 @@ def run(function, arguments=None):
             parsers[name](text)
         import fire
         function = fire.decorators.SetParseFn(str)(function)  # a name such as 1e3 is no number
-        fire.Fire(fire.decorators.SetParseFns(**parsers)(function),
-                  command=names + [f"--{name}={text}" for name, text in flags.items()], name=program,
-                  serialize=lambda result: None)  # which is for callers from Python
+        with exits_by_signals():
+            result = fire.Fire(fire.decorators.SetParseFns(**parsers)(function),
+                               command=names + [f"--{name}={text}" for name, text in flags.items()], name=program,
+                               serialize=lambda result: None)  # which is for callers from Python
+        if code := getattr(result, "exit_code", 0):
+            sys.exit(code)
     except ReaderGone:
         sys.exit(0)
     except OSError as error:
@@ -269,12 +277,35 @@ def run(function, arguments=None):
     except Exception as error:
         if not hasattr(error, "exit_code"):
             raise
-        # Of the processes that torchrun starts on a machine one speaks, but of what only one has met.
-        if os.environ.get("LOCAL_RANK", "0") == "0" or getattr(error, "is_of_one_rank", False):
+        if speaks() or getattr(error, "is_of_one_rank", False):
             fail(f"{program}: {error}")
         sys.exit(error.exit_code)
 
+@contextmanager
+def exits_by_signals():
+    """Within it SIGTERM and SIGHUP raise SystemExit, so that what a command has begun to write is removed."""
+    def leave(number, _):
+        sys.exit(128 + number)
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():  # others can't have signals
+        numbers = []
+    old = {number: signal.signal(number, leave) for number in numbers if signal.getsignal(number) == signal.SIG_DFL}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
 # ---- What people read ----
+
+def has_ranks():
+    """Whether torchrun started this process."""
+    return {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+
+def speaks():
+    """Whether this process tells people something: of those that torchrun starts on a machine one does."""
+    return not has_ranks() or os.environ["LOCAL_RANK"] == "0"
 
 def put(text, stream=None):
     """Write a text for a person, with "?" for what a terminal can't show. Returns the error in its way, or None.

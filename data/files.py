@@ -113,10 +113,13 @@ def path_of(file):
         return None
     return path if path_is(path, file) else None
 
+HELD_BY_NAME = set()  # by this process, whose number another had before it, as in containers
+
 @contextmanager
 def lock_by_name(path):
     """`lock` where a system has no locks: by a file that names host and process. One that died on this host is over."""
     mine = f"{os.getpid()} on {socket.gethostname()}"
+    is_over = lambda process: not is_alive(process) or process == os.getpid() and path not in HELD_BY_NAME
     while True:
         try:
             with open(path, "x", encoding="utf-8") as file:
@@ -127,13 +130,15 @@ def lock_by_name(path):
                 process, _, host = path.read_text(encoding="utf-8").partition(" on ")
             except FileNotFoundError:  # its process has just left
                 continue
-            if host == socket.gethostname() and process.isdigit() and not is_alive(int(process)):
+            if host == socket.gethostname() and process.isdigit() and is_over(int(process)):
                 path.unlink(missing_ok=True)
                 continue
             raise Held(f"process {process} on {host}; if that has ended, remove {path}") from None
+    HELD_BY_NAME.add(path)
     try:
         yield
     finally:
+        HELD_BY_NAME.discard(path)
         path.unlink(missing_ok=True)
 
 def is_alive(process):

@@ -35,7 +35,7 @@ NORMAL, CONTROL, UNUSED = 1, 3, 5  # kinds of tokens
 # ---- Bytes ----
 
 def string(text):
-    data = text.encode()
+    data = text.encode(errors="replace")  # of a folder's name, which may be no text
     return struct.pack("<Q", len(data)) + data
 
 def value(data):

@@ -34,11 +34,11 @@ def import_wandb():
 def check_wandb():
     """Raise InputError where W&B can't be reached, or doesn't know the user, before any work goes into a run."""
     wandb = import_wandb()
-    if wandb.setup().settings.mode == "online":
-        try:
+    try:
+        if wandb.setup().settings.mode == "online":
             wandb.login()
-        except Exception as error:  # of W&B's many kinds
-            raise wandb_error(error) from None
+    except Exception as error:  # of W&B's many kinds
+        raise wandb_error(error) from None
 
 def wandb_error(error):
     return InputError(f"W&B can't be used ({' '.join(str(error).split())}); see to that, or set WANDB_MODE=offline to "

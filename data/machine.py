@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 import tinylm
-from data.cli import InputError
+from data.cli import InputError, has_ranks, speaks
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # to compute in
 DTYPES_OF_FILES = DTYPES | {"float16": torch.float16}
@@ -197,16 +197,24 @@ def peak_flops(device):
     return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
 
 class Interrupt:
-    """Within it the first Ctrl-C, SIGTERM or SIGHUP (of a terminal that closes) sets `asked`: a step ends and is saved.
-    One that comes more than two seconds later ends all. (torchrun passes on what its ranks have got too.)
+    """Within it the first Ctrl-C, or other signal of SIGNALS, sets `asked`: a step ends and is saved. One that comes
+    more than two seconds later ends all. (torchrun passes on what its ranks have got too. Its own death asks as well.)
     """
 
+    # Of a scheduler, a terminal that closes, one that warns, as Slurm may, and a limit of CPU time.
+    SIGNALS = "SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU"
+
     def __init__(self):
-        self.asked, self.since, self.old = False, 0.0, {}
+        self.number, self.since, self.old = 0, 0.0, {}
+        self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+    @property
+    def asked(self):
+        return bool(self.number) or self.parent not in (None, os.getppid())
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # others can't have signals
-            numbers = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
+            numbers = [getattr(signal, name, None) for name in self.SIGNALS]
             self.old = {number: signal.signal(number, self.note) for number in filter(None, numbers)
                         if number in numbers[:2] or signal.getsignal(number) != signal.SIG_IGN}  # as nohup has it
         return self
@@ -216,12 +224,12 @@ class Interrupt:
             signal.signal(number, handler)
 
     def note(self, number, _):
-        if self.asked and time.monotonic() > self.since + 2:
+        if self.number and time.monotonic() > self.since + 2:
             self.__exit__()
             os.kill(os.getpid(), number)
-        elif not self.asked:
-            self.asked, self.since = True, time.monotonic()
-            if os.environ.get("LOCAL_RANK", "0") == "0":
+        elif not self.number:
+            self.number, self.since = number, time.monotonic()
+            if speaks():
                 with suppress(OSError):  # of a terminal that is gone; print may be at work and is not for handlers
                     os.write(2, b"\nends after this step, and saves it; once more ends at once\n")
 
@@ -251,10 +259,6 @@ def ranks(device):
     if dist.is_initialized():
         dist.destroy_process_group()
 
-def has_ranks():
-    """Whether torchrun started this process."""
-    return {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
-
 def join_ranks(device):
     """Join the other ranks, where there are some. → (device of this rank, its number, how many)."""
     if not has_ranks():
@@ -274,6 +278,8 @@ def join_ranks(device):
     timeout = datetime.timedelta(hours=12)
     try:
         store, rank, num_ranks = next(dist.rendezvous("env://", timeout=datetime.timedelta(minutes=10)))
+    except ValueError as error:
+        raise InputError(f"RANK, WORLD_SIZE or MASTER_PORT is no number ({error}); leave them to torchrun") from None
     except dist.DistError:
         raise InputError(f"no connection to {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}, where "
                          "ranks meet; see that torchrun runs there and can be reached") from None

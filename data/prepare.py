@@ -308,7 +308,11 @@ def prepare(given):
 
     asked = cli.kept(settings) | {"dataset": dataset, "workers": None, "output": None}
     is_new = not output.exists()
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{output} can't be made ({error.strerror}); give data/prepare.py another --output, and that "
+                         "to train.py as --data") from None
     wait = lambda holder: cli.say(f"{output} is being prepared by {holder}; waiting for it")
     with files.wait_for_lock(output / ".lock", wait) as waited:
         if not is_data(output) and is_data(output / ".partial"):  # one was killed while it moved that into place
@@ -401,7 +405,7 @@ def made_of(name, model=None):
         told_apart += [tokenizer.split, [token.hex() for token in tokenizer.tokens], tokenizer.merges.tolist()]
         told_apart += [begin, end]
     digest = hashlib.sha256(json.dumps(told_apart).encode()).hexdigest()
-    return DATA / (f"{Path(name).stem}-{digest[:8]}" if told_apart else name)
+    return DATA / (f"{Path(name).stem[:50]}-{digest[:8]}" if told_apart else name)  # names of files are bounded
 
 def load_tokenizer(path):
     """The tokenizer in a file or a model's folder, the ids that begin a document, if it is not enough that the one

@@ -29,6 +29,7 @@ class Run:
     lowest: float = math.inf  # validation loss
     best_step: int | None = None  # and when it was
     wandb_id: str | None = None
+    stopped_by: int = 0  # the signal that ended it before its time
     meta: dict | None = None  # meta.json of the data
     # What each rank has of its own.
     rank: int = 0
@@ -43,6 +44,8 @@ class Run:
     lock: Any = None  # the open file by which it holds its folder
     tokenizer_json: dict | None = None  # of the data, which may be prepared anew meanwhile
     others: dict | None = None  # what other tools read of a model that it came from: {name of a file: bytes}
+
+    exit_code = property(lambda self: 128 + self.stopped_by if self.stopped_by else 0)  # as shells say it
 
     def __repr__(self):
         return f"Run({str(self.folder)!r}, step={self.step}, lowest={self.lowest:.4f})"
@@ -132,7 +135,7 @@ def open_run(resume, init_from, given, table, check):
             try:
                 run = find_run(resume, init_from, given, table, check, claims)
                 load_state(run)
-            except InputError as error:  # told to the other ranks first, so that all end alike
+            except (InputError, OSError) as error:  # told to the other ranks first, so that all end alike
                 run, mistake = None, error
         if num_ranks > 1:
             run = tell_ranks(run, mistake, table, device, rank, num_ranks)
@@ -165,7 +168,7 @@ def tell_ranks(run, mistake, table, device, rank, num_ranks):
         run.settings = table.complete(given)
         if rank:
             await_state(run)
-    except InputError as error:
+    except (InputError, OSError) as error:
         mistake = f"rank {rank}, on {socket.gethostname()}: {error}"
     mistake = machine.first_of_ranks(mistake, device)
     if mistake:
@@ -195,7 +198,7 @@ def new_folder(settings):
     """The folder of a new run: the one named, or runs/NAME with a number behind it where NAME is taken."""
     folder = first = folder_named(settings)
     number = 1
-    while not settings.output_dir and folder.exists():
+    while not settings.output_dir and os.path.lexists(folder):
         number += 1
         folder = first.with_name(f"{first.name}-{number}")
     return folder
@@ -208,9 +211,10 @@ def make_folder(settings, folder):
         try:
             path.mkdir(parents=True, exist_ok=is_named)
             return path
-        except FileExistsError:
-            if is_named:
-                raise
+        except FileExistsError as error:
+            if is_named or not os.path.lexists(path):
+                raise InputError(f"{error.filename} is no folder, but a file, or a link to what is not there; see to "
+                                 "that, or give another --output_dir") from None
 
 def check_new(folder):
     """Raise InputError where a folder has what is not left by a run that ended before its first checkpoint."""
@@ -302,8 +306,8 @@ def resume_run(folder, given, table, check, claims, error_if_done=InputError):
         text = given.get("data", "")
         if prepare.is_text(text) and not is_moved and data.name not in [
                 prepare.made_of(text, model).name for model in (None, latest)]:
-            cli.say(f"{text} has changed since the run began, which goes on with what it was, in {data}; for the new "
-                    "text begin a new run")
+            cli.say(f"{text} has another size or time than when the run began, which goes on with what it was, in "
+                    f"{data}; for a new text begin a new run")
         if given.get("eval_tokens", kept["eval_tokens"]) != kept["eval_tokens"]:
             lowest, best_step = math.inf, None  # what was measured so far is of another part of the text
         run = Run(settings, folder, data.absolute(), str(latest), step, seconds, lowest, best_step, state["wandb_id"],
