@@ -2524,9 +2524,10 @@ def test_locks_by_name_of_a_process_before(tmp_path):
     """Which had the same number, as in containers; one that holds it has it still."""
     path = tmp_path / "lock.held"
     path.write_text(f"{os.getpid()} on {socket.gethostname()}")
+    (tmp_path / "link").symlink_to(tmp_path)
     with files.lock_by_name(path):
-        with pytest.raises(files.Held, match=f"process {os.getpid()} on"):
-            with files.lock_by_name(path):
+        for again in (path, tmp_path / "link/lock.held"):
+            with pytest.raises(files.Held, match=f"process {os.getpid()} on"), files.lock_by_name(again):
                 pass
     assert not path.exists()
 
@@ -4273,9 +4274,16 @@ def test_runs_from_python(tmp_path, monkeypatch, capsys):
     texts = sample.sample(checkpoint=tmp_path / "run", prompt="Tom", max_new_tokens=9, num_samples=2, device="cpu")
     assert capsys.readouterr().out == "\n---\n".join(texts) + "\n" and len(texts) == 2
     assert repr(done) == f"Run('{tmp_path}/run', step=6, lowest={done.lowest:.4f})"
-    for wrong in (np.arange(9), done):
-        with pytest.raises(cli.InputError, match="--data=a (ndarray|Run): expected a text or a path$"):
+    for wrong, said in ((np.arange(9), "a ndarray: expected a text or a path$"), (b"x", "a bytes: expected a text"),
+                        (done, "Run.*: no such data folder")):
+        with pytest.raises(cli.InputError, match=f"--data={said}"):
             train.train(data=wrong)
+    assert cli.convert("device", str, torch.device("cpu")) == "cpu" and cli.convert("x", str, np.int64(3)) == "3"
+    monkeypatch.setitem(tinylm.OPTIMIZERS, "own", (None, lambda params, grads, state, lr, beta1, weight_decay: None))
+    given = dict(optimizer="own", device="cpu", weight_decay=0.1)
+    assert train.Settings.complete(given | dict(beta1=0.5)).beta1 == 0.5
+    with pytest.raises(cli.InputError, match="--optimizer=own needs beta1; give --beta1"):
+        train.Settings.complete(given)
     os.remove(data / "meta.json"), os.remove(data / ".lock")  # a folder as nanoGPT's
     with pytest.raises(cli.InputError, match="has no meta.json, so data/prepare.py did not write it; prepare the text"):
         train.train(data=data)

@@ -72,11 +72,14 @@ def default_dtype_on_cuda(settings):
     """bfloat16, where the GPU computes in it."""
     return "bfloat16" if machine.has_bfloat16(settings.device) else "float32"
 
-def hyperparameters(optimizer):
-    """{name: default} of an optimiser's own hyperparameters."""
+def own_parameters(optimizer):
+    """The parameters of an optimiser's update behind params, grads, state and lr."""
     _, update = tinylm.OPTIMIZERS[optimizer]
-    own = list(inspect.signature(update).parameters.values())[4:]  # behind params, grads, state, lr
-    return {p.name: None if p.default is p.empty else p.default for p in own}
+    return list(inspect.signature(update).parameters.values())[4:]
+
+def hyperparameters(optimizer):
+    """{name: default} of an optimiser's own hyperparameters, None where it has no default."""
+    return {p.name: None if p.default is p.empty else p.default for p in own_parameters(optimizer)}
 
 def own_flag(name, meaning, within):
     """A hyperparameter, whose default is the optimiser's own."""
@@ -170,10 +173,15 @@ class Settings:
         """All settings: those given, and defaults that suit the device, what is known, and each other for the rest."""
         device = machine.choose_device(given.get("device"))
         settings = cli.complete(cls, given | {"device": device}, device, **known)
+        own = own_parameters(settings.optimizer)
         for name, value in given.items():
             default = cli.flags_of(cls)[name].metadata["default"]
-            if callable(default) and default(settings) is None:  # a hyperparameter that other optimisers have
+            if callable(default) and default(settings) is None and name not in {p.name for p in own}:  # but others have
                 raise InputError(f"--{name}={value}: {settings.optimizer} has no {name}; leave the flag out")
+        for p in own:
+            if p.default is p.empty and getattr(settings, p.name, None) is None:
+                raise InputError(f"--optimizer={settings.optimizer} needs {p.name}; give --{p.name}, or that a line in "
+                                 "Settings of train.py")
         if settings.lr_min > settings.lr_max:
             raise InputError(f"--lr_min={settings.lr_min}: expected a number from 0 up to lr_max, {settings.lr_max:g}")
         if settings.run_name and (Path(settings.run_name).name != settings.run_name or settings.run_name == ".."):
@@ -255,7 +263,7 @@ def train(given):
                 break
 
     run.step = step
-    if step < settings.num_steps and run.num_ranks == 1:  # torchrun has codes of its own
+    if step < settings.num_steps and not cli.has_ranks():  # torchrun would take it for a failure
         run.stopped_by = interrupt.number
     conclude(run, step, problem)
     return run
@@ -374,12 +382,12 @@ def small_run(config, settings):
     """
     draw, own = torch.Generator().manual_seed(0), own_hyperparameters(settings)
     init, optimizer_update = tinylm.OPTIMIZERS[settings.optimizer]
-    T, last = min(256, config.context_length), min(64, config.context_length)
+    T, last, far = (min(size, config.context_length) for size in (256, 64, 8192))
     params = tinylm.tree_map(lambda p: p + 0.02 * torch.randn(p.shape, generator=draw),  # zeros and ones hide much
                              tinylm.init_params(config, draw))
     doubles = tinylm.tree_map(lambda p: p.to(settings.device, torch.float64), params)
     tokens = torch.arange(2 * T + 2, device=settings.device).view(2, -1) % config.vocab_size
-    cache = tinylm.init_cache(config, 1, config.context_length, torch.float32, "cpu")
+    cache = tinylm.init_cache(config, 1, far, torch.float32, "cpu")
     past = torch.randn(cache["k"].shape, generator=draw)
     update_once = lambda params, grads, state: optimizer_update(params, grads, state, torch.tensor(1e-2), **own)
     checkpoint.check_goes_on(params, init(params), update_once)
@@ -396,11 +404,11 @@ def small_run(config, settings):
         return torch.cat(xs, 1)
 
     @torch.no_grad()
-    def read_last(dtype):  # as far as queries ever look, behind keys and values that are drawn
-        cache = tinylm.init_cache(config, 1, config.context_length, dtype, tokens.device)
+    def read_last(dtype):  # of positions that look back far, on keys and values that are drawn
+        cache = tinylm.init_cache(config, 1, far, dtype, tokens.device)
         for name in ("k", "v"):
             cache[name].copy_(past)
-        cache = cache | {"filled": config.context_length - last}
+        cache = cache | {"filled": far - last}
         return tinylm.hidden_states(doubles, tokens[:1, :last], config, dtype, cache)[0]
 
     def step(dtype):

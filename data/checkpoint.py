@@ -212,7 +212,8 @@ def check_goes_on(params, state, update):
         leaves = tree_leaves(tree)
         for path, leaf in leaves:
             if not isinstance(leaf, torch.Tensor) or leaf.dtype not in SAFETENSORS_DTYPES.values():
-                raise InputError(f"the optimiser has {path} {leaf!r}, which a checkpoint can't hold; expected a tensor")
+                raise InputError(f"the optimiser has {path} {leaf!r}, which a checkpoint can't hold; expected a tensor "
+                                 "of numbers")
         return [f"{path} {tuple(leaf.shape)} of {str(leaf.dtype)[6:]}" for path, leaf in leaves]
 
     old = {"params": params, "state": state}

@@ -48,7 +48,9 @@ def convert(name, kind, value):
         return None
     try:
         if kind is str:
-            return str(value) if isinstance(value, (int, float)) else os.fspath(value)
+            if hasattr(value, "__iter__") and not isinstance(value, str):
+                raise TypeError
+            return os.fspath(value) if isinstance(value, os.PathLike) else str(value)
         if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[str(value).lower()]
         if isinstance(value, bool):
@@ -288,7 +290,8 @@ def exits_by_signals():
         sys.exit(128 + number)
 
     numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    if threading.current_thread() is not threading.main_thread():  # others can't have signals
+    waits = has_ranks() and os.environ["RANK"] != "0"  # for the first rank, where no handler runs; and writes nothing
+    if waits or threading.current_thread() is not threading.main_thread():  # others can't have signals
         numbers = []
     old = {number: signal.signal(number, leave) for number in numbers if signal.getsignal(number) == signal.SIG_DFL}
     try:

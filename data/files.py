@@ -118,7 +118,7 @@ HELD_BY_NAME = set()  # by this process, whose number another had before it, as 
 @contextmanager
 def lock_by_name(path):
     """`lock` where a system has no locks: by a file that names host and process. One that died on this host is over."""
-    mine = f"{os.getpid()} on {socket.gethostname()}"
+    path, mine = path.resolve(), f"{os.getpid()} on {socket.gethostname()}"
     is_over = lambda process: not is_alive(process) or process == os.getpid() and path not in HELD_BY_NAME
     while True:
         try:
