@@ -266,6 +266,8 @@ def run(function, arguments=None):
                                command=names + [f"--{name}={text}" for name, text in flags.items()], name=program,
                                serialize=lambda result: None)  # which is for callers from Python
         if code := getattr(result, "exit_code", 0):
+            for number in STOP_SIGNALS:
+                signal.signal(number, signal.SIG_IGN)  # as one may come twice, while Python ends
             sys.exit(code)
     except ReaderGone:
         sys.exit(0)
@@ -283,17 +285,22 @@ def run(function, arguments=None):
             fail(f"{program}: {error}")
         sys.exit(error.exit_code)
 
+# Of Ctrl-C, a scheduler, a terminal that closes, one that warns, as Slurm may, and a limit of CPU time.
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU")
+                if hasattr(signal, name)]
+
 @contextmanager
 def exits_by_signals():
-    """Within it SIGTERM and SIGHUP raise SystemExit, so that what a command has begun to write is removed."""
+    """Within it these, but Ctrl-C, raise SystemExit, so that what a command has begun to write is removed."""
     def leave(number, _):
         sys.exit(128 + number)
 
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
     waits = has_ranks() and os.environ["RANK"] != "0"  # for the first rank, where no handler runs; and writes nothing
     if waits or threading.current_thread() is not threading.main_thread():  # others can't have signals
-        numbers = []
-    old = {number: signal.signal(number, leave) for number in numbers if signal.getsignal(number) == signal.SIG_DFL}
+        yield
+        return
+    old = {number: signal.signal(number, leave) for number in STOP_SIGNALS
+           if signal.getsignal(number) == signal.SIG_DFL}
     try:
         yield
     finally:

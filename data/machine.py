@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 import tinylm
-from data.cli import InputError, has_ranks, speaks
+from data.cli import STOP_SIGNALS, InputError, has_ranks, speaks
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # to compute in
 DTYPES_OF_FILES = DTYPES | {"float16": torch.float16}
@@ -197,12 +197,9 @@ def peak_flops(device):
     return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
 
 class Interrupt:
-    """Within it the first Ctrl-C, or other signal of SIGNALS, sets `asked`: a step ends and is saved. One that comes
-    more than two seconds later ends all. (torchrun passes on what its ranks have got too. Its own death asks as well.)
+    """Within it the first of STOP_SIGNALS sets `asked`: a step ends and is saved. One that comes more than two seconds
+    later ends all. (torchrun passes on what its ranks have got too. Its own death asks as well.)
     """
-
-    # Of a scheduler, a terminal that closes, one that warns, as Slurm may, and a limit of CPU time.
-    SIGNALS = "SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU"
 
     def __init__(self):
         self.number, self.since, self.old = 0, 0.0, {}
@@ -214,9 +211,8 @@ class Interrupt:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # others can't have signals
-            numbers = [getattr(signal, name, None) for name in self.SIGNALS]
-            self.old = {number: signal.signal(number, self.note) for number in filter(None, numbers)
-                        if number in numbers[:2] or signal.getsignal(number) != signal.SIG_IGN}  # as nohup has it
+            self.old = {number: signal.signal(number, self.note) for number in STOP_SIGNALS
+                        if number in STOP_SIGNALS[:2] or signal.getsignal(number) != signal.SIG_IGN}  # as nohup has it
         return self
 
     def __exit__(self, *_):

@@ -211,16 +211,18 @@ def make_folder(settings, folder):
         try:
             path.mkdir(parents=True, exist_ok=is_named)
             return path
-        except FileExistsError as error:
+        except FileExistsError:
             if is_named or not os.path.lexists(path):
-                raise InputError(f"{error.filename} is no folder, but a file, or a link to what is not there; see to "
-                                 "that, or give another --output_dir") from None
+                raise
 
 def check_new(folder):
-    """Raise InputError where a folder has what is not left by a run that ended before its first checkpoint."""
+    """Raise InputError where a folder can't be, or has other things than a run leaves before its first checkpoint."""
+    place = next(filter(os.path.lexists, (folder.absolute(), *folder.absolute().parents)))
+    if not place.is_dir():
+        raise InputError(f"{place} is no folder, but a file, or a link to what is not there; see to that, or give "
+                         "another --output_dir")
     left = {"lock", "lock.held", "metrics.jsonl", "wandb"}
-    if folder.exists() and (not folder.is_dir() or any(path.name not in left and path.suffix != ".partial"
-                                                       for path in folder.iterdir())):
+    if folder.exists() and any(path.name not in left and path.suffix != ".partial" for path in folder.iterdir()):
         advice = f"go on with --resume={cli.quoted(folder)}, or choose another" if newest(folder) else "choose another"
         raise InputError(f"--output_dir={folder} is not empty; {advice}")
 
