@@ -2490,7 +2490,7 @@ def test_signals_that_end_what_is_no_training(tmp_path, monkeypatch, capsys):
         assert interrupt.asked
 
 def test_what_machines_lack_in_one_line(tmp_path, monkeypatch, capsys):
-    """A disk that is not there, a project that is read only, numbers that are none, a streams's place, docstrings."""
+    """A disk that is not there, a project that is read only, numbers that are none, streams, docstrings."""
     monkeypatch.chdir(tmp_path)
     data = prepared(tmp_path)
     os.mkdir("b")

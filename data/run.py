@@ -287,7 +287,7 @@ def resume_run(folder, given, table, check, claims, error_if_done=InputError):
         names = {"output_dir": given.get("output_dir"), "run_name": "run_name" in given and f"runs/{given['run_name']}"}
         is_its_own = lambda path: path and Path(path).resolve() == folder.resolve()  # the run may have moved
         given = {flag: value for flag, value in given.items() if not is_its_own(names.get(flag))}
-        if kept.get("shard") and "shard" not in given and not machine.has_ranks():
+        if kept.get("shard") and "shard" not in given and not cli.has_ranks():
             cli.say("the run was split over ranks; here it goes on in one process, whole")
             kept = kept | {"shard": False}
         for flag, value in given.items():
