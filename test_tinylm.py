@@ -485,7 +485,7 @@ def test_muon_is_that_of_torch(monkeypatch):
             theirs[path].grad = g.clone()
         muon.step()
         adamw.step()
-        params, state = tinylm.muon_update(params, grads, state, 0.01, weight_decay=0.2)
+        params, state = tinylm.muon_update(params, grads, state, 0.01, 0.8, 0.95, weight_decay=0.2)
     for path, p in tinylm.tree_leaves(params):
         assert (p - theirs[path]).norm() < (0.01 if path.startswith("blocks.") else 1e-5) * (p - initial[path]).norm()
 
@@ -854,8 +854,8 @@ def test_gradients_of_ranks_arrive_block_by_block(flags, device, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: compiled.append(function.__name__) or compiler(
         function, fullgraph=True, backend="aot_eager"))
     monkeypatch.setattr(machine, "num_ranks", lambda: 2)
-    settings = train.Settings.complete(dict(device="cpu", d_model=16, num_layers=3, context_length=130, batch_size=2,
-                                            num_heads=2, **flags))
+    settings = train.Settings.complete(dict(device="cpu", dtype="float32", d_model=16, num_layers=3, context_length=130,
+                                            batch_size=2, num_heads=2, **flags))
     config, tokens = run.model_config(settings, 50), torch.randint(50, (2, 131), generator=generator())
     params, arrivals = random_params(config), {}
     if device == "cuda":
@@ -1762,7 +1762,7 @@ def test_known_corpora_download_and_prepare(server, tmp_path, monkeypatch, name)
 # ---- Training and sampling ----
 
 TINY = dict(d_model=32, num_layers=1, num_heads=2, context_length=32, batch_size=4, num_steps=6, log_interval=1,
-            eval_interval=3, device="cpu")
+            eval_interval=3, device="cpu", dtype="float32")
 
 def metrics(folder):
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
@@ -1821,8 +1821,8 @@ def stop_after(step, monkeypatch):
     monkeypatch.setattr(run, "save", save)
 
 @pytest.mark.parametrize("flags", [{}, {"grad_accum_steps": 3}, {"compile": True},
-                                   {"optimizer": "muon", "remat": True}],
-                         ids=["plain", "accumulating", "compiled", "muon"])
+                                   {"optimizer": "muon", "remat": True}, {"dtype": "bfloat16"}],
+                         ids=["plain", "accumulating", "compiled", "muon", "bfloat16"])
 def test_resuming_gives_the_uninterrupted_run(tmp_path, flags):
     data = prepared(tmp_path)
     flags = TINY | dict(checkpoint_interval=1, data=str(data)) | flags
@@ -2269,7 +2269,7 @@ def test_help_names_every_flag(function):
                                             (prepare.prepare, prepare.Settings)])
 def test_help_tells_the_real_defaults(command, table):
     """What --help states as a plain default is what a command run without the flag takes."""
-    settings, told = cli.complete(table, {}), 0
+    settings, told = cli.complete(table, {"device": "cpu"} if "device" in cli.flags_of(table) else {}), 0
     for name in cli.flags_of(table):
         stated = re.search(rf"^{name}: .*\[(.*)\]$", command.__doc__, re.M)
         stated = stated and re.sub(r"^CPU |, CUDA.*$|^adamw |, muon.*$", "", stated[1])
@@ -2608,7 +2608,8 @@ def kill_and_resume(folder, kills, start):
             and same_bytes("model.safetensors") and same_bytes("training/optimizer.safetensors"))
 
 KILLED = {  # how many steps to each time that a run is killed, on how many ranks, other flags
-    "plain": (60, 1, {}), "accumulating": (40, 1, {"grad_accum_steps": 3}), "compiled": (60, 1, {"compile": True}),
+    "plain": (60, 1, {}), "compiled": (60, 1, {"compile": True}),
+    "accumulating in bfloat16": (40, 1, {"grad_accum_steps": 3, "dtype": "bfloat16"}),
     "two ranks": (30, 2, {})}
 
 def killed(kind, data, folder, kills):
@@ -3689,6 +3690,13 @@ def test_gpus_without_bfloat16_get_float32(monkeypatch):
                 lambda: machine.dtype_to_write_in("bfloat16", "cuda")):
         with pytest.raises(cli.InputError, match="Tesla T4 has compute capability 7.5, .* give --dtype=float32"):
             ask()
+
+@pytest.mark.parametrize("capabilities, dtype", [({"avx512_bf16": True}, "bfloat16"), ({"avx2": True}, "float32")])
+def test_cpus_with_instructions_for_bfloat16_train_in_it(capabilities, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert train.Settings.complete({"device": "cpu"}).dtype == (dtype if tinylm.HAS_ONEDNN else "float32")
+    assert train.Settings.complete({"device": "cpu", "dtype": "bfloat16"}).dtype == "bfloat16"  # if slowly
+    assert machine.dtype_to_write_in(None, "cpu") is None
 
 def test_a_device_without_enough_memory(tmp_path, monkeypatch, capsys):
     """One line, and a run that goes on from what it had saved."""
@@ -5088,7 +5096,8 @@ def state_of_rank(config, shard, num_ranks, port, rank):
     os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks), MASTER_ADDR="127.0.0.1",
                        MASTER_PORT=str(port))
     machine.join_ranks("cpu")
-    settings = train.Settings.complete(dict(device="cpu", batch_size=num_ranks, context_length=64, shard=shard))
+    settings = train.Settings.complete(dict(device="cpu", dtype="float32", batch_size=num_ranks, context_length=64,
+                                            shard=shard))
     gradients, _, _ = train.step_functions(config, settings)
     params = tinylm.init_params(config, generator())
     moments = tinylm.adamw_init(params)

@@ -315,7 +315,7 @@ def adamw_init(params):
     return {"step": tree_leaves(params)[0][1].new_zeros((), dtype=torch.int64), "m": zeros(), "v": zeros()}
 
 @operation
-def adamw_update(params, grads, state, lr, beta1=0.8, beta2=0.95, eps=1e-8, weight_decay=0.1):
+def adamw_update(params, grads, state, lr, beta1=0.8, beta2=0.98, eps=1e-8, weight_decay=0.1):
     """One step of AdamW with bias correction (Loshchilov and Hutter 2019, alg. 2); returns (params, state), both new.
 
     Decay, times lr as in PyTorch, applies to matrices only, as a norm's gain has no reason to be near 0. lr is a number
@@ -362,7 +362,7 @@ def muon_init(params):
     matrices, rest = muon_split(params)
     return {"momentum": tree_map(partial(torch.zeros_like, dtype=torch.float32), matrices), "adamw": adamw_init(rest)}
 
-def muon_update(params, grads, state, lr, beta1=0.8, beta2=0.95, eps=1e-8, weight_decay=0.1, momentum=0.95):
+def muon_update(params, grads, state, lr, beta1=0.8, beta2=0.98, eps=1e-8, weight_decay=0.1, momentum=0.95):
     """One step of Muon (Jordan et al. 2024) for matrices of the blocks and of AdamW for the rest; → (params, state).
 
     A matrix moves along its orthogonalised Nesterov momentum. The factor 0.2·√max(m, n) makes its root mean square that
@@ -723,7 +723,7 @@ def computed(x: torch.Tensor) -> torch.Tensor:
 computed.register_fake(torch.empty_like)
 
 @faster(adamw_update, always)
-def adamw_update_in_few_passes(params, grads, state, lr, beta1=0.8, beta2=0.95, eps=1e-8, weight_decay=0.1):
+def adamw_update_in_few_passes(params, grads, state, lr, beta1=0.8, beta2=0.98, eps=1e-8, weight_decay=0.1):
     """lr · m̂ / (√v̂ + eps) with the corrections and lr moved to where they cost one pass over memory."""
     step = state["step"] + 1
     corrections = bias_corrections(step, lr, beta1, beta2, eps)
@@ -1804,7 +1804,7 @@ def clip_gradients_over_ranks(grads, norm, max_norm):
     return split_like(clip_gradients(own_parts(grads), norm, max_norm), grads)
 
 @faster(adamw_update, lambda params, *_, **__: is_split(first_leaf(params)))
-def adamw_update_over_ranks(params, grads, state, lr, beta1=0.8, beta2=0.95, eps=1e-8, weight_decay=0.1):
+def adamw_update_over_ranks(params, grads, state, lr, beta1=0.8, beta2=0.98, eps=1e-8, weight_decay=0.1):
     new = adamw_update(*map(own_parts, (params, grads, state)), lr, beta1, beta2, eps, weight_decay)
     return tuple(map(split_like, new, (params, state)))
 

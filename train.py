@@ -68,8 +68,8 @@ def default_weight_decay(settings):
     share = min(1, settings.epochs / 10) / max(25, steps_per_epoch)  # of a weight that a step takes, at the top rate
     return max(own, float(f"{share / settings.lr_max:.2g}"))
 
-def default_dtype_on_cuda(settings):
-    """bfloat16, where the GPU computes in it."""
+def default_dtype(settings):
+    """bfloat16, where the device has instructions for it."""
     return "bfloat16" if machine.has_bfloat16(settings.device) else "float32"
 
 def own_parameters(optimizer):
@@ -130,9 +130,9 @@ class Settings:
     seed: int = flag(0, "chooses the first parameters and the batches", "[-9223372036854775808, 9223372036854775807]")
     # Machine
     device: str = flag(None, "cpu, cuda or cuda:NUMBER", stated="cuda where there is one", may_change=True)
-    dtype: str = flag({"cpu": "float32", "cuda": default_dtype_on_cuda}, "what to compute in, float32 or bfloat16; "
-                      "parameters stay float32", choices=DTYPES,
-                      stated="CPU float32, CUDA bfloat16, or float32 before compute capability 8.0")
+    dtype: str = flag(default_dtype, "what to compute in, float32 or bfloat16; parameters stay float32",
+                      choices=DTYPES, stated="bfloat16 where a CPU has AVX512_BF16, or CUDA compute capability 8.0, "
+                      "else float32")
     compile: bool = flag({"cpu": False, "cuda": True}, "compile the step with torch.compile", may_change=True)
     shard: bool = flag(False, "under torchrun, split the model and the optimiser over the ranks; then nothing is "
                        "compiled", may_change=True)

@@ -94,14 +94,16 @@ def numerics(device):
 TO_GO_ON = "(to go on with a run in bfloat16, give that and --init_from=RUN/latest in place of --resume)"
 
 def has_bfloat16(device):
-    """Whether a device computes in bfloat16: CPUs do, and GPUs from Ampere on."""
-    return device == "cpu" or torch.cuda.get_device_capability(device) >= (8, 0)
+    """Whether a device has instructions for bfloat16: CPUs with AVX-512's, and GPUs from Ampere on."""
+    if device == "cpu":
+        return tinylm.HAS_ONEDNN and torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 def check_dtype(dtype, device):
-    """Raise InputError where a device can't compute in a dtype, given by its name."""
+    """Raise InputError where a device can't compute in a dtype, given by its name. (CPUs can, if slowly.)"""
     if dtype == "int8" and device != "cpu":
         raise InputError("--dtype=int8 is for CPUs; leave it out, or add --device=cpu")
-    if dtype == "bfloat16" and not has_bfloat16(device):
+    if dtype == "bfloat16" and device != "cpu" and not has_bfloat16(device):
         major, minor = torch.cuda.get_device_capability(device)
         raise InputError(f"--dtype=bfloat16: {torch.cuda.get_device_name(device)} has compute capability "
                          f"{major}.{minor}, and bfloat16 needs 8.0; give --dtype=float32 {TO_GO_ON}")
@@ -109,7 +111,7 @@ def check_dtype(dtype, device):
 def dtype_to_write_in(name, device):
     """The dtype that --dtype of sample.py names; None, for that of the weights, where it is not given."""
     check_dtype(name, device)
-    return DTYPES.get(name) or (None if has_bfloat16(device) else torch.float32)
+    return DTYPES.get(name) or (None if device == "cpu" or has_bfloat16(device) else torch.float32)
 
 def check_compiler(device, dtype, compiles=False):
     """Raise InputError where something is to be compiled, and a compiler, Python's headers or a newer GPU are missing.
