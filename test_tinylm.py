@@ -1486,22 +1486,58 @@ def test_encoding_is_the_definition(tmp_path_factory, three_tokenizers, text, mo
     for tokenizer in (mixed, small, backwards):
         assert bpe.encode(tokenizer, text).tolist() == bpe.plain_encode(tokenizer, text)
 
-def test_long_words_get_longer_keys(three_tokenizers):
-    """From the second of such texts on; with runs of NUL, which look like an empty slot, and special tokens."""
+def test_ids_of_many_long_words(three_tokenizers):
+    """With runs of NUL, which look like an empty slot, and special tokens."""
     tokenizer, _, theirs = three_tokenizers
     encoder, draw = bpe.Encoder(tokenizer), random.Random(0)
     words = ["".join(draw.choices(draw.choice(("абвгдежзик", "ab", "\0")), k=draw.randint(1, 40))) for _ in range(4000)]
-    for key_size in (16, 32, 32):
+    for _ in range(3):
         text = END.join(" ".join(draw.choices(words, k=2000)) for _ in range(3))
         assert encoder.encode(text.encode()).tolist() == theirs.encode(text, allowed_special="all")
-        assert encoder.table.key_size == key_size
+
+def tokenizer_of_merges(pairs, **options):
+    """A tokenizer of all bytes and what some merges make, each given by the bytes of what it joins."""
+    tokens = [bytes([b]) for b in range(256)]
+    tokens += dict.fromkeys(left + right for left, right in pairs if left + right not in tokens)
+    merges = [(tokens.index(left), tokens.index(right), tokens.index(left + right)) for left, right in pairs]
+    return bpe.Tokenizer(tokens, {}, np.array(merges, np.int64).reshape(-1, 3), **options)
+
+@st.composite
+def any_merges(draw):
+    """Merges of few letters, so that most can come before some other, in an order of training's or any; some make a
+    token that another makes too."""
+    made, pairs = [b"a", b"b", b"c", b"d"], {}
+    for left, right in draw(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), max_size=30)):
+        pair = made[left % len(made)], made[right % len(made)]
+        if len(b"".join(pair)) <= 12:
+            pairs[pair] = None
+            made += {b"".join(pair)} - {*made}
+    return draw(st.permutations(list(pairs))) if draw(st.booleans()) else list(pairs)
+
+@settings(max_examples=500)
+@example([(b"ab", b"c"), (b"c", b"d"), (b"a", b"b")], ["abcd"], 1)  # what the last merge makes comes before it
+@example([(b"d", b"e"), (b"de", b"a"), (b"a", b"b"), (b"ab", b"ab")], ["eababab"], 1)  # the first ab is made last
+@example([(b"a", b"b"), (b"a", b"ab"), (b"a", b"a")], ["a" * 40, "a" * 40 + "b", "b" + "a" * 41], 1)
+@given(any_merges(), st.lists(st.text("abcd", min_size=1, max_size=24).map(lambda text: text * (1 + 40 // len(text) ** 2)),
+                              min_size=1, max_size=6), st.sampled_from([1, 4, 1000]))
+def test_merges_that_are_made_at_once_are_those_of_the_definition(pairs, words, few):
+    """In words, and in the front of one of which no more is known."""
+    tokenizer = tokenizer_of_merges(pairs)
+    merger, expected = bpe.Merger(tokenizer), [bpe.plain_encode(tokenizer, word) for word in words]
+    merger.FEW, merger.BATCH = few, 40
+    ids, counts = merger.merge_words(bpe.with_fillers([word.encode() for word in words]))
+    assert ids.tolist() == sum(expected, []) and counts.tolist() == list(map(len, expected))
+    ids, done = merger.merge_front(words[0].encode())
+    assert b"".join(bpe.token_bytes(tokenizer, ids)).decode() == words[0][:done]
+    for behind in ("", "a", "ab", "b", "bca", "c", "cc", "d", words[-1]):
+        assert bpe.plain_encode(tokenizer, words[0] + behind)[:len(ids)] == ids.tolist()
 
 def test_ids_are_right_after_ctrl_c(three_tokenizers, monkeypatch):
     """In a notebook the tokenizer goes on after it, with what it remembers."""
     tokenizer, _, theirs = three_tokenizers
     encoder, text = bpe.Encoder(tokenizer), "".join(stories.story(3, i) for i in range(3))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(encoder, "merge_words", unittest.mock.Mock(side_effect=KeyboardInterrupt))
+        patch.setattr(encoder.merger, "merge_words", unittest.mock.Mock(side_effect=KeyboardInterrupt))
         encoder.encode(text[:300].encode())
     assert encoder.encode(text.encode()).tolist() == theirs.encode(text)
 
@@ -1563,7 +1599,7 @@ def test_ids_are_the_same_wherever_text_of_any_alphabet_is_cut(each_split, split
     """In the smallest pieces, words without end among them."""
     ours, theirs = each_split[split]
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in dict(CHUNK_BYTES=chunk, MOST_BYTES=chunk, PIECE_BYTES=chunk // 3, FRONT_BYTES=8).items():
+        for name, value in dict(CHUNK_BYTES=chunk, MOST_BYTES=chunk, PIECE_BYTES=chunk // 3, LONG_WORD=8).items():
             patch.setattr(bpe, name, value)
         assert bpe.encode(ours, text).tolist() == theirs.encode(text, add_special_tokens=False).ids
 
@@ -1578,17 +1614,17 @@ def test_text_of_every_alphabet_is_cut_into_short_pieces(alphabet):
 def test_a_word_without_end_is_encoded_a_block_at_a_time(each_split, tmp_path, monkeypatch, letters):
     """So that neither what is held nor the time for a byte grows with it."""
     word = "".join(random.Random(0).choices(letters, k=40_000 // len(letters.encode()[:3])))
-    for name, value in dict(CHUNK_BYTES=2000, MOST_BYTES=4000, PIECE_BYTES=1000, FRONT_BYTES=500).items():
+    for name, value in dict(CHUNK_BYTES=2000, MOST_BYTES=4000, PIECE_BYTES=1000, LONG_WORD=500).items():
         monkeypatch.setattr(bpe, name, value)
     (tmp_path / "text.txt").write_text(word)
-    longest, merge_heap = 0, bpe.Encoder.merge_heap
+    longest, merge_sure = 0, bpe.Merger.merge_sure
 
-    def watched(self, text):
+    def watched(self, text, last):
         nonlocal longest
         longest = max(longest, len(text))
-        return merge_heap(self, text)
+        return merge_sure(self, text, last)
 
-    monkeypatch.setattr(bpe.Encoder, "merge_heap", watched)
+    monkeypatch.setattr(bpe.Merger, "merge_sure", watched)
     for split, (ours, theirs) in each_split.items():
         pieces = [ids for _, ids in bpe.encode_pieces(ours, [tmp_path / "text.txt"], workers=1)]
         assert np.concatenate(pieces).tolist() == theirs.encode(word, add_special_tokens=False).ids
@@ -1607,12 +1643,19 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
     ([("x", "x")], [LETTERS[:20]], "gpt2", ".".join("x" * n + LETTERS[:20] for n in range(70, 90))),
 ], ids=["chain", "white space", "white space behind a sign", "parts", "ends"])
 def test_words_without_end_by_other_merges(monkeypatch, pairs, whole, split, text):
-    for name, value in dict(CHUNK_BYTES=60, MOST_BYTES=60, PIECE_BYTES=20, FRONT_BYTES=8).items():
+    for name, value in dict(CHUNK_BYTES=60, MOST_BYTES=60, PIECE_BYTES=20, LONG_WORD=8).items():
         monkeypatch.setattr(bpe, name, value)
-    tokens = [bytes([b]) for b in range(256)] + [(left + right).encode() for left, right in pairs]
-    merges = np.array([(ord(left), ord(right), 256 + i) for i, (left, right) in enumerate(pairs)])
-    tokenizer = bpe.Tokenizer(tokens + [token.encode() for token in whole], {}, merges, split, bool(whole))
+    tokenizer = tokenizer_of_merges([(left.encode(), right.encode()) for left, right in pairs], split=split)
+    tokenizer = replace(tokenizer, tokens=tokenizer.tokens + [token.encode() for token in whole], whole_words=bool(whole))
     assert bpe.encode(tokenizer, text).tolist() == bpe.plain_encode(tokenizer, text)
+
+def test_absurd_merges_are_refused():
+    longer = lambda letter: [(letter, letter * n) for n in range(1, 400)]
+    ends = [(many, one) for one, many in longer(b"a")]  # aaa … is made from the left, bbb … from the right
+    across = [(b"b" * n, b"a" * m) for n in range(380, 400) for m in range(380, 400)]
+    tokenizer = tokenizer_of_merges([*ends, *longer(b"b"), *across])
+    with pytest.raises(cli.InputError, match="pairs of parts; expected 16,777,216 at most"):
+        bpe.encode(tokenizer, "a")
 
 def test_a_word_without_end_of_long_tokens(tmp_path):
     tokenizer = train_on("=" * 40_000 + " a", tmp_path, 270)

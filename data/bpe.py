@@ -8,12 +8,13 @@ Then the fast way to the same merges and ids. Text is bytes throughout, in three
    neighbours, so a handful of comparisons over an array of bytes replaces the regular expression (`word_starts`).
 2. Look up. Words are few and repeat: each is found in a hash table that holds all words met before (`HashTable`).
    Training counts them there; encoding keeps their ids there.
-3. Merge. Only words never met before go through the merges, many at a time (`merge_words`).
+3. Merge. Only words never met before go through the merges. Each asks for one merge after another, but most of these
+   are sure long before their turn, by the two neighbours of a pair alone (`Merger.find_sure`). So all merges that are
+   sure are made at once, in whatever words and places: text of any kind takes about five to ten such rounds.
 
 Files are read in pieces cut between words (`borders`), so pieces are independent: they stream, and spread over
-processes, and the result is the same for any number of them. Words that are long and don't repeat, as in scripts
-without blanks, are looked up in parts that no token can stand across (`Joints`). A word longer than can be held is
-encoded a block at a time (`encode_endless`). Training holds each different word; it can't do with less.
+processes, and the result is the same for any number of them. A word longer than can be held is encoded a block at a
+time (`encode_endless`). Training holds each different word; it can't do with less.
 """
 
 import codecs
@@ -30,7 +31,7 @@ import unicodedata
 from array import array
 from collections import Counter
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import lru_cache, partial
 from multiprocessing import connection
 from multiprocessing.pool import ExceptionWithTraceback
 from pathlib import Path
@@ -113,8 +114,8 @@ CHUNK_BYTES = 1 << 20  # of a file, read and worked on at once
 MOST_RESULTS = 4  # that wait, for each process, while one that comes before them takes long
 MOST_WORDS = 1 << 18  # a process remembers; it begins anew beyond this, so that memory has a bound
 MOST_BYTES = 2 * CHUNK_BYTES  # a chunk is longer only if it ends with a word without end
-FRONT_BYTES = 1 << 14  # of a word without end, merged at once
-MOST_TOKEN_BYTES = 256  # with a longer token a word without end is held whole: to find its borders would take too long
+MOST_PAIRS = 1 << 24  # of parts of tokens that merges bring together; those of GPT-2's size have some 100,000
+LONG_WORD = 1 << 14  # bytes from which on a word is encoded before its end is known
 PIECE_BYTES = 1 << 18  # of a chunk, split at once: enough for arrays to pay, and few enough to stay in a core's cache
 
 # ---- Splitting text into words ----
@@ -274,24 +275,25 @@ WORD_STARTS = {"gpt2": word_starts, "digits": partial(word_starts, digits_alone=
 # ---- Words met before ----
 
 FILLER = 0xFF  # a byte that UTF-8 never has
+KEY_BYTES = 16
 # What to set in as many bytes that begin at a word, by the length of the word; a longer word's are all set.
-FILLS = {size: np.array([[0] * n + [FILLER] * (size - n) for n in range(size)] + [[FILLER] * size],
-                        np.uint8).view(np.uint64) for size in (16, 32)}
+FILLS = np.array([[0] * n + [FILLER] * (KEY_BYTES - n) for n in range(KEY_BYTES)] + [[FILLER] * KEY_BYTES],
+                 np.uint8).view(np.uint64)
 
-def word_keys(text, starts, lengths, size=16):
-    """The exact key of each word: its bytes, filled up to `size`, if they are fewer. → uint64 (words, size / 8)."""
-    windows = np.ndarray((len(text),), f"V{size}", text + bytes(size), 0, (1,))  # the bytes from each position on
-    keys = windows[starts].view(np.uint64).reshape(-1, size // 8)
-    return np.bitwise_or(keys, FILLS[size].take(lengths, 0, mode="clip"), out=keys)
+def word_keys(text, starts, lengths):
+    """The exact key of each word: its bytes, filled up to KEY_BYTES, if they are fewer. → uint64 (words, 2)."""
+    windows = np.ndarray((len(text),), f"V{KEY_BYTES}", text + bytes(KEY_BYTES), 0, (1,))  # bytes from each place on
+    keys = windows[starts].view(np.uint64).reshape(-1, 2)
+    return np.bitwise_or(keys, FILLS.take(lengths, 0, mode="clip"), out=keys)
 
 class HashTable:
     """A growing map from the keys of words, and one for all that are too long, to 0, 1, 2 … in the order of addition.
 
-    Open addressing with linear probing, for whole arrays of keys (n, key_size / 8) at once.
+    Open addressing with linear probing, for whole arrays of keys (n, 2) at once.
     """
 
-    def __init__(self, key_size=16):
-        self.key_size, self.keys = key_size, np.empty((0, key_size // 8), np.uint64)
+    def __init__(self):
+        self.keys = np.empty((0, 2), np.uint64)
         self.rehash(1 << 14)
 
     def __len__(self):
@@ -299,22 +301,21 @@ class HashTable:
 
     def rehash(self, size):
         """Make room: place the keys anew in `size` slots, a power of two."""
-        self.slot_keys = np.zeros((size, self.key_size // 8), np.uint64)  # zeros: empty
+        self.slot_keys = np.zeros((size, 2), np.uint64)  # zeros: empty
         self.slot_number = np.full(size, -1, np.int32)
         self.slot_number[self.place(self.keys)] = np.arange(len(self))
 
     def first_slot(self, keys):
-        mixed = keys[:, -1] * np.uint64(0x9E3779B97F4A7C15)
-        for column in keys.T[-2::-1]:
-            mixed ^= column
-            mixed *= np.uint64(0xD6E8FEB86659FD93)
+        mixed = keys[:, 1] * np.uint64(0x9E3779B97F4A7C15)
+        mixed ^= keys[:, 0]
+        mixed *= np.uint64(0xD6E8FEB86659FD93)
         mixed >>= np.uint64(64 - (len(self.slot_keys).bit_length() - 1))
         return mixed.view(np.int64)
 
     def differ(self, slots, keys):
         """Which slots hold another key than these, or none. → bool (keys)."""
-        unequal = self.slot_keys.take(slots, 0) != keys  # (keys, 2 or 4)
-        return unequal.view(f"u{unequal.shape[1]}").ravel() != 0  # a row of bools is read as one number
+        unequal = self.slot_keys.take(slots, 0) != keys  # (keys, 2)
+        return unequal.view(np.uint16).ravel() != 0  # a row of bools is read as one number
 
     def place(self, keys):
         """The slot of each key, which takes an empty one where it is new."""
@@ -363,12 +364,15 @@ class HashTable:
         return numbers
 
     def words(self, first=0):
-        """The keys from number `first` on as bytes, filled up, and lengths. → uint8 (keys, size - 1), int64 (keys).
+        """The words whose keys have the numbers from `first` on, as `with_fillers` joins them. → uint8 (text).
 
-        The key of words that are too long has length 0.
+        In place of those that are too long stands an empty one.
         """
         raw = self.keys[first:].view(np.uint8)
-        return raw[:, :-1], (raw != FILLER).sum(1)
+        is_word = raw != FILLER
+        is_word[:, 1:] |= is_word[:, :-1]  # and the first FILLER behind
+        is_word[:, 0] = True
+        return np.concatenate(([np.uint8(FILLER)], raw[is_word]))
 
 def split_words(text, special_spans, split="gpt2"):
     """Cut text into words. → int64: starts (words), lengths (words)."""
@@ -377,6 +381,14 @@ def split_words(text, special_spans, split="gpt2"):
 def with_lengths(text, starts):
     """Words that begin at `starts`, as `split_words` gives them."""
     return starts, np.append(starts[1:], len(text)) - starts
+
+def with_fillers(words):
+    """Words as one text, with FILLER before each and behind the last. list of bytes → uint8 (text)."""
+    return np.frombuffer(bytes([FILLER]).join([b"", *words, b""]), np.uint8)
+
+def without_fillers(text):
+    """The words of such a text. → list of bytes"""
+    return text.tobytes().split(bytes([FILLER]))[1:-1]
 
 def cut_words(text, starts, lengths, which=...):
     """The bytes of some words."""
@@ -426,122 +438,278 @@ def find_spans(special_pattern, text):
     """Where special tokens stand. → [(start, end)]"""
     return [match.span() for match in special_pattern.finditer(text)] if special_pattern else []
 
-class Joints:
-    """Where no token can stand across two bytes of a word, so that its merges on either side are independent.
+def sorted_set(numbers):
+    """`np.unique`, ten times as fast."""
+    numbers = np.sort(numbers)
+    return numbers[np.append(True, numbers[1:] != numbers[:-1])[:len(numbers)]]
 
-    A token that does has two bytes or more on both sides, or just one before, behind, or both: four cases, in each of
-    which the two to four bytes around the place are in a table. A table may say yes wrongly, by a hash, but never no.
+def matches(values, keys):
+    """All (i, j) with values[i] == keys[j], for sorted keys, in the order of i. → int64 (matches), int64 (matches)."""
+    begins, ends = np.searchsorted(keys, values), np.searchsorted(keys, values, "right")
+    counts = ends - begins
+    if counts.sum() > MOST_PAIRS:
+        raise InputError(f"the merges of this tokenizer have {counts.sum():,} pairs of parts; expected {MOST_PAIRS:,} at "
+                         "most, more than any has that was trained on text; use another tokenizer")
+    i = np.repeat(np.arange(len(values)), counts)
+    return i, np.arange(len(i)) + (ends - np.cumsum(counts))[i]
+
+def parts_of(made, part, vocab_size):
+    """What each token begins with, or ends with: itself, that part of it, that part of the part, and so on.
+
+    made, part: int64 (merges), the token that each makes and the part of it on that side
+    → token, part int64 (pairs), sorted by token
+    """
+    order = np.argsort(made)
+    made, part = made[order], part[order]
+    found = [np.arange(vocab_size) << 32 | np.arange(vocab_size)]  # a token and its part as one number
+    while len(found[-1]):
+        i, j = matches(found[-1] & 0xFFFFFFFF, made)
+        found.append(sorted_set(found[-1][i] >> 32 << 32 | part[j]))
+    found = sorted_set(np.concatenate(found))
+    return found >> 32, found & 0xFFFFFFFF
+
+class Pairs:
+    """What can become of two ids that stand side by side: pairs that a token can stand across have a number.
+
+    If a merge joins the two, that is its rank. Behind the ranks come pairs that only longer tokens can be joined
+    across: a merge joins X, which ends with the first id, and Y, which begins with the second (`parts_of`). The number
+    of all other pairs is `none`: what stands on their two sides is merged on its own. Of an id and one that is not
+    known yet it is `open`, and `gone` is what a place has whose id was joined to the one before.
+
+    By number, `from_left` is the lowest rank of all merges that could take the second id away to the left, (X, second),
+    and `from_right` of those that could take the first to the right, (first, Y).
+
+    Numbers are found in a hash table with linear probing, a quarter full at most.
     """
 
-    CASES = np.array([[0xFFFFFFFF, 0x00FFFFFF], [0xFFFFFF00, 0x00FFFF00]], np.uint32)  # [one byte before][… behind]
+    EMPTY = np.uint64(2**64 - 1)  # the key of ids -1 and -1, which nothing joins
 
-    def __init__(self, tokens):
-        lengths = np.array([len(token) for token in tokens])
-        size, ends = lengths.sum(), np.cumsum(lengths)
-        before = np.arange(size) - np.repeat(ends - lengths, lengths)  # how many bytes of the token are, at each place
-        inside = before > 0
-        behind = (np.repeat(lengths, lengths) - before)[inside]
-        self.is_inside = np.zeros((2, 2, 1 << 20), bool)
-        around = self.around(b"".join(tokens), np.flatnonzero(inside))
-        one_before, one_behind = (before[inside] == 1).astype(int), (behind == 1).astype(int)
-        self.is_inside[one_before, one_behind, self.hashed(around & self.CASES[one_before, one_behind])] = True
+    def __init__(self, merges, vocab_size):
+        first, second, made = merges.T
+        (ending, end), (beginning, begin) = parts_of(made, second, vocab_size), parts_of(made, first, vocab_size)
+        rank, j = matches(first, ending)
+        i, k = matches(second[rank], beginning)
+        rank, left, right = rank[i], end[j[i]], begin[k]
+        joined = self.keys_of(first, second)
+        across = sorted_set(self.keys_of(left, right))
+        keys = np.concatenate((joined, np.setdiff1d(across, joined, assume_unique=True)))
+        self.none, self.open, self.gone = len(keys) + np.arange(3, dtype=np.int32)
+        self.fill(keys)
 
-    @staticmethod
-    def around(text, places):
-        """The two bytes before and behind each place, as a number; 0 beyond the text. → uint32 (places)."""
-        padded = b"\0\0" + text + b"\0\0"
-        return np.ndarray((len(text) + 1,), "<u4", padded, 0, (1,))[places]
+        number = self.find(left, right)
+        self.from_left, self.from_right = np.full((2, len(keys) + 2), NO_MERGE, np.int32)
+        for lowest, is_whole in (self.from_left, right == second[rank]), (self.from_right, left == first[rank]):
+            np.minimum.at(lowest, number[is_whole], rank[is_whole])
+        last_made = np.full(vocab_size, -1)
+        np.maximum.at(last_made, made, np.arange(len(merges)))
+        if not (np.maximum(last_made[first], last_made[second]) < np.arange(len(merges))).all():
+            # Some merge comes before one that makes a part of it, as in no tokenizer that was trained: order is all.
+            self.from_left[:] = -1
+        self.from_left[self.open] = self.from_right[self.open] = -1
 
-    @staticmethod
-    def hashed(around):
-        return (around * np.uint32(0x9E3779B1)) >> np.uint32(12)
-
-    def find(self, text, places):
-        """Those of the places, with a byte before and behind, where no token can stand across."""
-        around = self.around(text, places)
-        spanned = np.zeros(len(places), bool)
-        for case, table in zip(self.CASES.ravel(), self.is_inside.reshape(4, -1)):
-            spanned |= table[self.hashed(around & case)]
-        return places[~spanned]
-
-class Ranks:
-    """Which merge joins a pair of ids: a hash table, a quarter full at most, with linear probing.
-
-    Its keys are single numbers, and none is added, so that new words are encoded in 0.85 to 0.98 of the time that a
-    HashTable takes.
-    """
-
-    EMPTY = np.uint64(2**64 - 1)  # the key of ids -1 and -1, which no merge joins
-
-    def __init__(self, left, right):
-        size = 1 << (4 * len(left) + 1).bit_length()
-        self.keys, self.ranks = np.full(size, self.EMPTY), np.full(size, NO_MERGE, np.int32)
-        keys, pending = self.keys_of(left, right), np.arange(len(left))
-        slots = self.first_slot(keys)
+    def fill(self, keys):
+        """Make the table, in which each key has its place among `keys` as its number."""
+        size = 1 << (4 * len(keys) + 1).bit_length()
+        self.keys, self.numbers = np.full(size, self.EMPTY), np.full(size, self.none, np.int32)
+        pending, slots = np.arange(len(keys)), self.first_slot(keys)
         while len(pending):
             at, key = slots[pending], keys[pending]
             is_free = self.keys[at] == self.EMPTY
             self.keys[at[is_free]] = key[is_free]  # where several want a slot one has it, and the others go on
             pending = pending[self.keys[at] != key]
-            slots[pending] = (slots[pending] + 1) % size
-        self.ranks[slots] = np.arange(len(left))
+            slots[pending] = slots[pending] + 1 & size - 1
+        self.numbers[slots] = np.arange(len(keys))
+        self.key_view, self.number_view = memoryview(self.keys), memoryview(self.numbers)  # read faster one by one
 
     @staticmethod
     def keys_of(left, right):
-        return left.astype(np.uint64) << np.uint64(32) | right.view(np.uint32)
+        return left.astype(np.uint64) << np.uint64(32) | right.astype(np.uint32)
 
     def first_slot(self, keys):
         return (keys * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(65 - len(self.keys).bit_length())).view(np.int64)
 
     def find(self, left, right):
-        """The rank of the merge of each pair; NO_MERGE where none. int32 (pairs) twice → int32 (pairs)."""
+        """The number of each pair. ids (pairs) twice → int32 (pairs)."""
         keys = self.keys_of(left, right)
         slots = self.first_slot(keys)
-        ranks, stored = self.ranks.take(slots), self.keys.take(slots)
+        numbers, stored = self.numbers.take(slots), self.keys.take(slots)
         pending = np.flatnonzero((stored != keys) & (stored != self.EMPTY))
         while len(pending):
-            slots[pending] = at = (slots[pending] + 1) % len(self.keys)
-            ranks[pending], stored = self.ranks[at], self.keys[at]
+            slots[pending] = at = slots[pending] + 1 & len(self.keys) - 1
+            numbers[pending], stored = self.numbers[at], self.keys[at]
             pending = pending[(stored != keys[pending]) & (stored != self.EMPTY)]
-        return ranks
+        return numbers
+
+    def find_one(self, left, right):
+        """`find` for one pair of ids."""
+        key = left << 32 | right & 0xFFFFFFFF
+        slot = (key * 0x9E3779B97F4A7C15 & 2**64 - 1) >> 65 - len(self.keys).bit_length()
+        while (stored := self.key_view[slot]) != key:
+            if stored == 2**64 - 1:
+                return self.none
+            slot = slot + 1 & len(self.keys) - 1
+        return self.number_view[slot]
+
+class Merger:
+    """A tokenizer's merges, applied to many words at once.
+
+    Words are joined to one text, with FILLER, whose id is -1, before each of them and behind the last.
+    """
+
+    BATCH = 1 << 17  # bytes of words merged at once
+    FEW = 64  # merges that are not worth a pass over all of a batch: they are made one by one
+
+    def __init__(self, tokenizer):
+        id_of = {token: i for i, token in enumerate(tokenizer.tokens) if len(token) == 1}
+        self.byte_ids = np.array([id_of.get(bytes([b]), -1) for b in range(256)], np.int32)  # -1: there is none
+        self.byte_ids[FILLER] = -1
+        self.made = tokenizer.merges[:, 2].astype(np.int32)
+        self.lengths = np.array([len(token) for token in tokenizer.tokens])
+        self.longest = self.lengths.max()
+        self.pairs = Pairs(tokenizer.merges, tokenizer.vocab_size)
+        self.byte_pairs = self.pairs.find(self.byte_ids.repeat(256), np.tile(self.byte_ids, 256))
+
+    def merge_words(self, text):
+        """Apply the merges to words. uint8 (text) → ids of all in a row, int64 (words) how many each has.
+
+        Raises InputError for a byte that has no token.
+        """
+        fillers = np.flatnonzero(text == FILLER)
+        cuts = np.append(fillers[:-1][np.diff(fillers[:-1] // self.BATCH, prepend=-1) > 0], fillers[-1])
+        ids = np.concatenate([self.merge_rest(*self.merge_sure(text[begin:end + 1], self.pairs.none))[:-1]
+                              for begin, end in itertools.pairwise(cuts)] + [[-1]])
+        return ids[ids >= 0], np.diff(np.flatnonzero(ids < 0)) - 1
+
+    def merge_front(self, word):
+        """The ids that a word begins with however it goes on, and the number of their bytes. word: its first bytes."""
+        ids, numbers = self.merge_sure(np.frombuffer(bytes([FILLER]) + word, np.uint8), self.pairs.open)
+        ids, numbers = ids[1:], numbers[1:]
+        ends = np.flatnonzero(numbers == self.pairs.none) + 1
+        places = np.cumsum(self.lengths[ids])[ends - 1]
+        is_between = np.frombuffer(word, np.uint8)[places] & 0xC0 != 0x80  # two characters
+        end, place = ends[is_between].max(initial=0), places[is_between].max(initial=0)
+        return self.merge_rest(ids[:end], numbers[:end]), int(place)
+
+    def merge_long(self, word):
+        """Apply the merges to one word of any length, with no more memory than for a part of it. bytes → ids."""
+        found, size = [], PIECE_BYTES
+        while len(word) > size:
+            ids, done = self.merge_front(word[:size])
+            size = PIECE_BYTES if done else 2 * size
+            found.append(ids)
+            word = word[done:]
+        return np.concatenate((*found, self.merge_words(with_fillers([word]))[0]))
+
+    def merge_sure(self, text, last):
+        """Make the merges that are sure in a text, in rounds of all that there are, until these are few.
+
+        text: uint8; last: what is known of the pair that its last byte begins, `none` or `open`
+        → ids int32 (ids), and of each the number of the pair that it begins, int32 (ids)
+        """
+        ids = self.byte_ids.take(text)
+        if len(missing := text[(ids < 0) & (text != FILLER)]):
+            raise InputError(f"the text has the byte {missing[0]:#04x}, for which this tokenizer has no token; remove "
+                             "it, or use another tokenizer")
+        numbers = np.append(self.byte_pairs.take(text[:-1].astype(np.intp) << 8 | text[1:]), last)
+        following, preceding = np.arange(1, len(ids) + 1), np.arange(-1, len(ids) - 1)
+        while True:
+            places = np.flatnonzero(numbers < len(self.made))
+            place = self.find_sure(places, numbers, following, preceding)
+            if 16 * len(place) < len(places):
+                place = max(place, self.find_lowest(places, numbers), key=len)
+            if len(place) < self.FEW:
+                is_left = numbers != self.pairs.gone
+                return ids[is_left], numbers[is_left]
+            made, second = self.made.take(numbers.take(place)), following.take(place)
+            after = following.take(second)
+            ids[place], numbers[second] = made, self.pairs.gone
+            following[place], preceding[after] = after, place
+            before = preceding.take(place)
+            numbers[before] = self.pairs.find(ids.take(before), made)
+            numbers[place] = self.pairs.find(made, ids.take(after))
+
+    def find_sure(self, places, numbers, following, preceding):
+        """Those of the places where pairs stand that are joined whatever else is, by what is next to them.
+
+        As long as a pair waits, only merges of lower ranks are made, or of the same rank further left. One of these may
+        take away one of its two ids: may join the first to an X, which ends with the id that now stands before it, or
+        the second to a Y, which begins with the one behind. If all that do so have higher ranks, the pair can as well
+        be joined now, as what needs the token that it makes has a higher rank too.
+        """
+        rank, before = numbers.take(places), numbers.take(preceding.take(places))
+        from_left = rank < self.pairs.from_left.take(before)
+        from_right = rank <= self.pairs.from_right.take(numbers.take(following.take(places)))
+        starts = before != rank
+        if not starts.all():  # in x x x x every other pair is joined, and what is behind reaches no further than a token
+            begins, order = np.flatnonzero(starts), np.arange(len(places))
+            counts = np.diff(begins, append=len(places))
+            first = np.repeat(begins, counts)
+            from_left = from_left.take(first) & (order - first & 1 == 0)
+            from_right |= np.repeat(begins + counts, counts) - order > self.longest
+        return places.compress(from_left & from_right)
+
+    def find_lowest(self, places, numbers):
+        """The place of the pair to join first, in each row of ids that is merged on its own and whose end is known."""
+        ends = np.flatnonzero(numbers == self.pairs.none)
+        places = places[places < ends[-1]]
+        begins = np.flatnonzero(np.diff(np.searchsorted(ends, places), prepend=-1))
+        ranked = numbers.take(places).astype(np.int64) * len(numbers) + places
+        return np.minimum.reduceat(ranked, begins) % len(numbers) if len(begins) else begins
+
+    def merge_rest(self, ids, numbers):
+        """Make the merges that `merge_sure` left, in each row of ids that has some. → ids"""
+        ends = np.flatnonzero(numbers == self.pairs.none) + 1
+        which = np.unique(np.searchsorted(ends, np.flatnonzero(numbers < len(self.made)), "right"))
+        for begin, end in zip(np.append(0, ends)[which].tolist(), ends[which].tolist()):
+            merged = self.merge_one_by_one(ids[begin:end].tolist())
+            ids[begin:end] = merged + [-2] * (end - begin - len(merged))
+        return ids[ids > -2]
+
+    def merge_one_by_one(self, ids):
+        """Apply the merges to a row of ids, in O(n log n): a heap of merges over a linked list of ids. list → list."""
+        ids, find, num_merges = ids + [-1], self.pairs.find_one, len(self.made)
+        following, preceding = list(range(1, len(ids) + 1)), list(range(-1, len(ids) - 1))
+        heap = [(rank, i) for i in range(len(ids) - 1) if (rank := find(ids[i], ids[i + 1])) < num_merges]
+        heapq.heapify(heap)
+        while heap:
+            rank, i = heapq.heappop(heap)
+            if ids[i] < 0 or find(ids[i], ids[following[i]]) != rank:
+                continue  # one of the two has been merged otherwise since
+            second = following[i]
+            ids[i], ids[second] = int(self.made[rank]), -2
+            following[i] = after = following[second]
+            preceding[after] = i
+            for k in (preceding[i], i):
+                if k >= 0 and (rank := find(ids[k], ids[following[k]])) < num_merges:
+                    heapq.heappush(heap, (rank, k))
+        return [i for i in ids if i >= 0]
 
 class Encoder:
     """A tokenizer at work: the ids of every word it has met, and how to make those of one it has not.
 
     `first` and `count` say where in `ids` the tokens of each word of `table` stand, `long_words` the same of words too
-    long for its keys; `only_id` is the id of a word of one token, and -1 for others. Keys of 16 bytes do for English;
-    where letters take two bytes or three and many words have more, longer keys are twice as fast.
+    long for its keys; `only_id` is the id of a word of one token, and -1 for others.
     """
 
-    BATCH = 1 << 17  # bytes of words merged at once
     MOST_IDS = 1 << 19  # what is remembered is dropped beyond this, so that memory has a bound
 
     def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
+        self.tokenizer, self.merger = tokenizer, Merger(tokenizer)
         self.special_pattern = compile_special_pattern(tokenizer.special_tokens)
-        id_of = {token: i for i, token in enumerate(tokenizer.tokens) if len(token) == 1}
-        self.byte_ids = np.array([id_of.get(bytes([b]), -1) for b in range(256)], np.int32)  # -1: there is none
         self.id_of_word = {token: i for i, token in enumerate(tokenizer.tokens)} if tokenizer.whole_words else {}
-        left, right, self.made = tokenizer.merges.T.astype(np.int32, order="C")
-        self.ranks = Ranks(left, right)
-        self.byte_ranks = self.ranks.find(self.byte_ids.repeat(256), np.tile(self.byte_ids, 256)).reshape(256, 256)
-        self.joints = Joints(tokenizer.tokens)
-        self.lengths = np.array([len(token) for token in tokenizer.tokens])
         self.margin = max(map(len, map(str.encode, tokenizer.special_tokens)), default=0) + 8
-        self.merge_front = lru_cache(maxsize=4)(self.merge_front)  # a word without end may be one thing again and again
-        self.key_size = 16
         self.forget()
 
     def forget(self):
         """Start with no words but the special tokens."""
-        self.table, self.long_words = HashTable(self.key_size), {}
-        self.table.add(FILLS[self.key_size][-1:])
+        self.table, self.long_words = HashTable(), {}
+        self.table.add(FILLS[-1:])
         self.ids, self.first, self.count = np.empty(0, np.int32), np.zeros(1, np.int64), np.zeros(1, np.int64)
         self.only_id = np.full(1, -1, np.int32)
         for text, token_id in self.tokenizer.special_tokens.items():
             word = text.encode()
-            if len(word) < self.key_size:
-                self.table.add(word_keys(word, np.zeros(1, np.int64), np.array([len(word)]), self.key_size))
+            if len(word) < KEY_BYTES:
+                self.table.add(word_keys(word, np.zeros(1, np.int64), np.array([len(word)])))
                 self.remember(np.array([token_id]), np.ones(1, np.int64))
             else:
                 self.long_words[word] = self.keep(np.array([token_id]))
@@ -558,209 +726,56 @@ class Encoder:
         self.count = np.concatenate((self.count, counts))
         self.only_id = np.where(self.count == 1, self.ids.take(self.first, mode="clip"), -1)
 
-    def merge_words(self, words, lengths):
-        """Apply the merges to many words. words uint8 (W, L), lengths (W) → ids of all in a row, counts (W)."""
-        size = max(1, self.BATCH // words.shape[1])
-        batches = [slice(first, first + size) for first in range(0, len(words), size)]
-        ids, counts = zip(*(self.merge_batch(words[batch, :lengths[batch].max()], lengths[batch]) for batch in batches))
-        return np.concatenate(ids), np.concatenate(counts)
-
-    def merge_batch(self, words, lengths):
-        """`merge_words`, for few enough words to stay in a core's cache.
-
-        In each round, each word makes its next merge: the pair of the lowest rank, of equals the leftmost. A word has a
-        row of places, the last of which stays empty, id -1; so does the place of a token that was joined to the one
-        before it, and `following` and `preceding` pass it by. A rank is that of the pair that begins at a place.
-        """
-        is_byte = np.arange(words.shape[1]) < lengths[:, None]
-        ids = np.full((len(words), words.shape[1] + 1), -1, np.int32)
-        ids[:, :-1] = np.where(is_byte, self.byte_ids[words], -1)
-        self.check_bytes(words[is_byte & (ids[:, :-1] < 0)])
-        ranks = np.full(ids.shape, NO_MERGE, np.int32)
-        ranks[:, :-2] = np.where(is_byte[:, 1:], self.byte_ranks[words[:, :-1], words[:, 1:]], NO_MERGE)
-        begins = np.arange(len(ids)) * ids.shape[1]  # of the rows in the arrays that now are flat
-        ids = ids.ravel()
-        following, preceding = np.arange(1, len(ids) + 1), np.arange(-1, len(ids) - 1)
-        while len(begins):
-            best = ranks.argmin(1)
-            rank = ranks[np.arange(len(ranks)), best]
-            rows = np.flatnonzero(rank < NO_MERGE)
-            if 4 * len(rows) < 3 * len(begins):  # drop words that have no merge left
-                begins, ranks, best, rank = begins[rows], ranks[rows], best[rows], rank[rows]
-                rows = np.arange(len(rows))
-            begin, made = begins[rows], self.made[rank[rows]]
-            place = begin + best[rows]
-            before, second = preceding[place], following[place]
-            after = following[second]
-            ids[place], ids[second] = made, -1
-            following[place], preceding[after] = after, place
-            found = self.ranks.find(np.concatenate((ids[before], made)), np.concatenate((made, ids[after])))
-            ranks[rows, second - begin] = NO_MERGE
-            ranks[rows, place - begin] = found[len(rows):]
-            ranks[rows, before - begin] = found[:len(rows)]  # before the first place, -1, is the last, of no pair
-        ids = ids.reshape(len(words), -1)
-        return ids[ids >= 0], (ids >= 0).sum(1)
-
-    def check_bytes(self, missing):
-        """Raise InputError where some bytes have no token."""
-        if len(missing):
-            raise InputError(f"the text has the byte {missing[0]:#04x}, for which this tokenizer has no token; remove "
-                             "it, or use another tokenizer")
-
-    def ids_of_words(self, words, lengths):
-        """`merge_words`, but where the tokenizer says so a word that is a token stays whole."""
-        ids, counts = self.merge_words(words, lengths)
+    def ids_of_words(self, text):
+        """`Merger.merge_words`, but where the tokenizer says so a word that is a token stays whole."""
+        ids, counts = self.merger.merge_words(text)
         if not self.id_of_word:
             return ids, counts
-        whole = np.array([self.id_of_word.get(bytes(word[:length]), -1) for word, length in zip(words, lengths)])
+        whole = np.array([self.id_of_word.get(word, -1) for word in without_fillers(text)])
         first = np.cumsum(counts) - counts
         keep = np.repeat(whole < 0, counts)
         keep[first[whole >= 0]] = True
         ids[first[whole >= 0]] = whole[whole >= 0]
         return ids[keep], np.where(whole >= 0, 1, counts)
 
-    @cached_property
-    def merge_of_pair(self):
-        """{(left id, right id): (rank, made id)} for the words that are merged one by one."""
-        return {(left, right): (rank, made) for rank, (left, right, made) in enumerate(self.tokenizer.merges.tolist())}
-
-    def merge_long(self, word, goes_on=False):
-        """Apply the merges to one word of any length, in O(n log n) → ids, and the number of bytes they stand for.
-
-        If the word `goes_on`, there is more of it behind, and its last ids stay open.
-        """
-        found, done, size = [np.empty(0, np.int64)], 0, FRONT_BYTES
-        while len(word) - done > size and self.lengths.max() <= MOST_TOKEN_BYTES:
-            ids, length = self.merge_front(word[done:done + size])
-            size = FRONT_BYTES if length else 2 * size
-            found.append(ids)
-            done += length
-        if not goes_on:
-            found.append(self.merge_heap(word[done:]))
-            done = len(word)
-        return np.concatenate(found), done
-
-    def merge_front(self, text):
-        """The ids that a word begins with however it goes on behind this text, and the number of their bytes.
-
-        Where a token of a word ends, what is before and behind it are merged on their own. And what is merged on its
-        own is merged so side by side, if this is true of the two tokens that meet. The word has a token that ends among
-        the last bytes of the text, as many as the longest token has. So a border is sure if it is right for all texts
-        that end there.
-        """
-        longest, ids = self.lengths.max(), self.merge_heap(text)
-        ends = np.cumsum(self.lengths[ids])
-        data = np.frombuffer(text, np.uint8)
-        for last in np.flatnonzero((ends < len(text) - 2 * longest) & (data[ends - len(text)] & 0xC0 != 0x80))[:-9:-1]:
-            tail = data[ends[last]:]
-            tails, counts = self.merge_words(np.tile(tail, (longest, 1)), len(tail) - np.arange(longest))
-            pairs = [(ids[last], follower) for follower in np.unique(tails[np.cumsum(counts) - counts])]
-            if all(np.array_equal(self.merge_heap(b"".join(map(self.tokenizer.tokens.__getitem__, pair))), pair)
-                   for pair in pairs):
-                return ids[:last + 1], int(ends[last])
-        return ids[:0], 0
-
-    def merge_heap(self, word):
-        """`merge_long` for what can be held: a heap of merges over a linked list of ids."""
-        ids = self.byte_ids[np.frombuffer(word, np.uint8)].tolist() + [-1]
-        self.check_bytes([byte for byte, i in zip(word, ids) if i < 0])
-        following, preceding = list(range(1, len(ids) + 1)), list(range(-1, len(ids) - 1))
-        merge_of_pair = self.merge_of_pair
-        heap = [(merge_of_pair[pair][0], i) for i, pair in enumerate(zip(ids, ids[1:])) if pair in merge_of_pair]
-        heapq.heapify(heap)
-        while heap:
-            rank, i = heapq.heappop(heap)
-            if ids[i] < 0:
-                continue
-            j = following[i]
-            merge = merge_of_pair.get((ids[i], ids[j]))
-            if merge is None or merge[0] != rank:
-                continue  # one of the two has been merged otherwise since
-            ids[i], ids[j] = merge[1], -2
-            following[i] = after = following[j]
-            preceding[after] = i
-            for k in (preceding[i], i):
-                merge = merge_of_pair.get((ids[k], ids[following[k]])) if k >= 0 else None
-                if merge:
-                    heapq.heappush(heap, (merge[0], k))
-        return np.array([i for i in ids if i >= 0], np.int64)
-
     def learn_long(self, words):
         """Make and keep the ids of long words not met before."""
-        of_width = {}
-        for word in words:
-            of_width.setdefault(1 << (len(word) - 1).bit_length(), []).append(word)
-        for width, batch in of_width.items():
-            if width <= 512 and len(batch) > 8:  # longer ones, or fewer, go faster one by one
-                matrix = np.frombuffer(b"".join(word.ljust(width, b"\0") for word in batch), np.uint8)
-                ids, counts = self.ids_of_words(matrix.reshape(-1, width), np.array(list(map(len, batch))))
-            else:
-                found = [np.array([self.id_of_word[word]]) if word in self.id_of_word else self.merge_long(word)[0]
-                         for word in batch]
-                ids, counts = np.concatenate(found), np.array(list(map(len, found)))
-            self.remember_long(batch, ids, counts)
+        for word in (word for word in words if len(word) > PIECE_BYTES):
+            ids = np.array([self.id_of_word[word]]) if word in self.id_of_word else self.merger.merge_long(word)
+            self.remember_long([word], ids, np.array([len(ids)]))
+        words = [word for word in words if len(word) <= PIECE_BYTES]
+        if words:
+            self.remember_long(words, *self.ids_of_words(with_fillers(words)))
 
     def remember_long(self, words, ids, counts):
         """Store the ids of long words, `counts` of them each."""
         first, _ = self.keep(ids)
         self.long_words.update(zip(words, zip((first + np.cumsum(counts) - counts).tolist(), counts.tolist())))
 
-    @cached_property
-    def whole(self):
-        """The tokens that their own merges don't make, though a word like them stays whole."""
-        return {token for token, i in self.id_of_word.items()
-                if -1 not in self.byte_ids[list(token)] and self.merge_heap(token).tolist() != [i]}
-
-    def cut_parts(self, text, starts, which):
-        """Cut some of the words that begin at `starts` into parts that no token can stand across. → starts of all."""
-        inside = (np.append(starts[1:], len(text)) - starts)[which] - 1
-        first = starts[which] + 1 - (np.cumsum(inside) - inside)
-        joints = self.joints.find(text, np.arange(inside.sum()) + np.repeat(first, inside))
-        parts = np.sort(np.concatenate((starts, joints)))
-        if not self.whole:
-            return parts
-        # What stays whole as a word must not be a part: it is left with what is before it, or else behind it.
-        stays = np.array([part in self.whole for part in cut_words(text, parts, np.diff(parts, append=len(text)))])
-        is_joint = np.isin(parts, joints)
-        is_left = stays & is_joint
-        is_left[1:] |= (stays & ~is_joint)[:-1] & is_joint[1:]
-        return parts[~is_left]
-
-    def split_words(self, piece):
-        """`split_words`, with the parts of long ones as words of their own, if these are many or very long."""
-        special_spans = find_spans(self.special_pattern, piece)
-        starts, lengths = split_words(piece, special_spans, self.tokenizer.split)
-        which_long = np.flatnonzero(lengths >= self.table.key_size)
-        long = lengths[which_long]
-        if long.max(initial=0) <= 64 and 16 * long.sum() < len(piece):
-            return starts, lengths  # few enough to be remembered whole
-        if self.key_size < 32 and 16 * long[long < 32].sum() > len(piece):
-            words = cut_words(piece, starts, lengths, which_long[long < 32])
-            if len(set(words)) < 0.8 * len(words):  # else they would not be met again
-                self.key_size = 32
-        to_cut = which_long[~np.isin(starts[which_long], [start for start, _ in special_spans])]
-        return with_lengths(piece, self.cut_parts(piece, starts, to_cut) if len(to_cut) else starts)
-
     def encode(self, text):
         """The ids of a text. bytes of UTF-8 → tokenizer.dtype (tokens)."""
         pieces = cut_text(text, PIECE_BYTES, self.tokenizer.special_tokens, self.tokenizer.split)
         ids = [np.empty(0, self.tokenizer.dtype)]
-        while some := list(itertools.islice(pieces, 8)):  # so that the length of keys suits all but the first of them
+        while some := list(itertools.islice(pieces, 8)):
             ids.append(self.encode_words((piece, self.split_words(piece)) for piece in some))
         return np.concatenate(ids)
 
+    def split_words(self, piece):
+        """`split_words`, with this tokenizer's special tokens and pattern."""
+        return split_words(piece, find_spans(self.special_pattern, piece), self.tokenizer.split)
+
     def encode_words(self, pieces):
         """The ids of pieces of text, each with its words as `split_words` gives them. → tokenizer.dtype (tokens)."""
-        if len(self.ids) > self.MOST_IDS or self.table.key_size < self.key_size:
+        if len(self.ids) > self.MOST_IDS:
             self.forget()
         known, found = len(self.table), []
         try:
             for piece, (starts, lengths) in pieces:
-                numbers = self.table.find_or_add(word_keys(piece, starts, lengths, self.table.key_size))
-                which_long = np.flatnonzero(lengths >= self.table.key_size)
+                numbers = self.table.find_or_add(word_keys(piece, starts, lengths))
+                which_long = np.flatnonzero(lengths >= KEY_BYTES)
                 found.append((numbers, cut_words(piece, starts, lengths, which_long)))
             if len(self.table) > known:
-                self.remember(*self.ids_of_words(*self.table.words(known)))
+                self.remember(*self.ids_of_words(self.table.words(known)))
             self.learn_long({word: None for _, words in found for word in words if word not in self.long_words})
         except BaseException:  # Ctrl-C too
             self.forget()  # the table may have words by now whose ids it will not get
@@ -774,10 +789,10 @@ class Encoder:
             rest += block
             if len(rest) < enough:
                 continue
-            starts, lengths = split_words(rest, find_spans(self.special_pattern, rest), self.tokenizer.split)
+            starts, lengths = self.split_words(rest)
             # What follows may still change the last two words, unless one goes on for long; white space behind always.
             is_space = rest[-4:].decode(errors="ignore")[-1:].isspace()  # its last character
-            goes_on = lengths[-1] > FRONT_BYTES + self.margin and not is_space
+            goes_on = lengths[-1] > LONG_WORD + self.margin and not is_space
             cut, before = starts[-1], len(rest)
             if not goes_on:
                 cut = starts[:-1][starts[:-1] <= len(rest) - self.margin].max(initial=0)
@@ -785,32 +800,20 @@ class Encoder:
                 yield self.encode_rest(rest, starts, cut, is_inside)
                 rest, is_inside = rest[cut:], False
             if goes_on:
-                ids, done = self.encode_front(rest[:-self.margin])
-                yield ids
+                # Two characters or more stay, so that what is left of the word is split as all of it would be.
+                ids, done = self.merger.merge_front(rest[:-self.margin])
+                yield ids.astype(self.tokenizer.dtype)
                 rest, is_inside = rest[done:], is_inside or done > 0
             enough = 2 * len(rest) if len(rest) == before else 0
-        starts, _ = split_words(rest, find_spans(self.special_pattern, rest), self.tokenizer.split)
+        starts, _ = self.split_words(rest)
         yield self.encode_rest(rest, starts, len(rest), is_inside)
-
-    def encode_front(self, text):
-        """The ids that a word begins with however it goes on behind this text, and the number of their bytes."""
-        parts = self.cut_parts(text, np.zeros(1, np.int64), np.zeros(1, np.int64))
-        # Two characters or more stay, so that what is left of the word is split as the whole word would be.
-        is_end = (np.frombuffer(text, np.uint8)[parts] & 0xC0 != 0x80) & (parts < len(text) - 8)
-        last = np.flatnonzero(is_end)[-1]
-        if not last:
-            ids, done = self.merge_long(text, goes_on=True)
-            return ids.astype(self.tokenizer.dtype), done
-        done = text[:parts[last]]
-        return self.encode_words([(done, with_lengths(done, parts[:last]))]), parts[last]
 
     def encode_rest(self, text, starts, cut, is_inside):
         """The ids of the words that begin at `starts` before `cut`; the first may have begun before the text."""
         begin = np.append(starts, len(text))[int(is_inside)]
-        parts, _ = self.split_words(text)
-        first = self.merge_long(text[:begin])[0].astype(self.tokenizer.dtype)
-        here, parts = text[begin:cut], parts[(parts >= begin) & (parts < cut)] - begin
-        return np.concatenate((first, self.encode_words([(here, with_lengths(here, parts))])))
+        first = self.merger.merge_long(text[:begin]).astype(self.tokenizer.dtype)
+        here, starts = text[begin:cut], starts[(starts >= begin) & (starts < cut)] - begin
+        return np.concatenate((first, self.encode_words([(here, with_lengths(here, starts))])))
 
     def spell(self, numbers, long_words):
         """The ids of words: their numbers in the table, and those too long for it, in order. → dtype (tokens)."""
@@ -1070,7 +1073,7 @@ def word_counter(special_tokens, errors):
         for piece in cut_text(read_span(span, errors), PIECE_BYTES, special_tokens, "gpt2"):
             starts, lengths = split_words(piece, find_spans(special_pattern, piece))
             numbers.append(table.find_or_add(word_keys(piece, starts, lengths)))
-            long_words.update(cut_words(piece, starts, lengths, lengths >= table.key_size))
+            long_words.update(cut_words(piece, starts, lengths, lengths >= KEY_BYTES))
         counts = np.bincount(np.concatenate(numbers))
         met = np.flatnonzero(counts)
         return table.keys[met], counts[met], long_words
@@ -1108,8 +1111,7 @@ def count_corpus(paths, special_tokens, workers, errors):
         counts = np.pad(counts, (0, len(table) - len(counts)))
         counts[numbers] += key_counts
         long_words.update(long_word_counts)
-    matrix, lengths = table.words()
-    words = [row[:length] for row, length in zip(map(bytes, matrix), lengths.tolist())] + list(long_words)
+    words = without_fillers(table.words()) + list(long_words)
     counts = np.concatenate((counts, np.fromiter(long_words.values(), np.int64, len(long_words))))
     not_words = {token.encode() for token in special_tokens} | {b""}  # what the key of long words spells
     keep = np.array([len(word) > 1 and word not in not_words for word in words], bool)
