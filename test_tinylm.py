@@ -1486,14 +1486,15 @@ def test_encoding_is_the_definition(tmp_path_factory, three_tokenizers, text, mo
     for tokenizer in (mixed, small, backwards):
         assert bpe.encode(tokenizer, text).tolist() == bpe.plain_encode(tokenizer, text)
 
-def test_ids_of_many_long_words(three_tokenizers):
-    """With runs of NUL, which look like an empty slot, and special tokens."""
+def test_long_words_get_longer_keys(three_tokenizers):
+    """From the second of such texts on; with runs of NUL, which look like an empty slot, and special tokens."""
     tokenizer, _, theirs = three_tokenizers
     encoder, draw = bpe.Encoder(tokenizer), random.Random(0)
     words = ["".join(draw.choices(draw.choice(("абвгдежзик", "ab", "\0")), k=draw.randint(1, 40))) for _ in range(4000)]
-    for _ in range(3):
+    for key_size in (16, 32, 32):
         text = END.join(" ".join(draw.choices(words, k=2000)) for _ in range(3))
         assert encoder.encode(text.encode()).tolist() == theirs.encode(text, allowed_special="all")
+        assert encoder.table.key_size == key_size
 
 def tokenizer_of_merges(pairs, **options):
     """A tokenizer of all bytes and what some merges make, each given by the bytes of what it joins."""

@@ -275,25 +275,24 @@ WORD_STARTS = {"gpt2": word_starts, "digits": partial(word_starts, digits_alone=
 # ---- Words met before ----
 
 FILLER = 0xFF  # a byte that UTF-8 never has
-KEY_BYTES = 16
 # What to set in as many bytes that begin at a word, by the length of the word; a longer word's are all set.
-FILLS = np.array([[0] * n + [FILLER] * (KEY_BYTES - n) for n in range(KEY_BYTES)] + [[FILLER] * KEY_BYTES],
-                 np.uint8).view(np.uint64)
+FILLS = {size: np.array([[0] * n + [FILLER] * (size - n) for n in range(size)] + [[FILLER] * size],
+                        np.uint8).view(np.uint64) for size in (16, 32)}
 
-def word_keys(text, starts, lengths):
-    """The exact key of each word: its bytes, filled up to KEY_BYTES, if they are fewer. → uint64 (words, 2)."""
-    windows = np.ndarray((len(text),), f"V{KEY_BYTES}", text + bytes(KEY_BYTES), 0, (1,))  # bytes from each place on
-    keys = windows[starts].view(np.uint64).reshape(-1, 2)
-    return np.bitwise_or(keys, FILLS.take(lengths, 0, mode="clip"), out=keys)
+def word_keys(text, starts, lengths, size=16):
+    """The exact key of each word: its bytes, filled up to `size`, if they are fewer. → uint64 (words, size / 8)."""
+    windows = np.ndarray((len(text),), f"V{size}", text + bytes(size), 0, (1,))  # the bytes from each position on
+    keys = windows[starts].view(np.uint64).reshape(-1, size // 8)
+    return np.bitwise_or(keys, FILLS[size].take(lengths, 0, mode="clip"), out=keys)
 
 class HashTable:
     """A growing map from the keys of words, and one for all that are too long, to 0, 1, 2 … in the order of addition.
 
-    Open addressing with linear probing, for whole arrays of keys (n, 2) at once.
+    Open addressing with linear probing, for whole arrays of keys (n, key_size / 8) at once.
     """
 
-    def __init__(self):
-        self.keys = np.empty((0, 2), np.uint64)
+    def __init__(self, key_size=16):
+        self.key_size, self.keys = key_size, np.empty((0, key_size // 8), np.uint64)
         self.rehash(1 << 14)
 
     def __len__(self):
@@ -301,21 +300,22 @@ class HashTable:
 
     def rehash(self, size):
         """Make room: place the keys anew in `size` slots, a power of two."""
-        self.slot_keys = np.zeros((size, 2), np.uint64)  # zeros: empty
+        self.slot_keys = np.zeros((size, self.key_size // 8), np.uint64)  # zeros: empty
         self.slot_number = np.full(size, -1, np.int32)
         self.slot_number[self.place(self.keys)] = np.arange(len(self))
 
     def first_slot(self, keys):
-        mixed = keys[:, 1] * np.uint64(0x9E3779B97F4A7C15)
-        mixed ^= keys[:, 0]
-        mixed *= np.uint64(0xD6E8FEB86659FD93)
+        mixed = keys[:, -1] * np.uint64(0x9E3779B97F4A7C15)
+        for column in keys.T[-2::-1]:
+            mixed ^= column
+            mixed *= np.uint64(0xD6E8FEB86659FD93)
         mixed >>= np.uint64(64 - (len(self.slot_keys).bit_length() - 1))
         return mixed.view(np.int64)
 
     def differ(self, slots, keys):
         """Which slots hold another key than these, or none. → bool (keys)."""
-        unequal = self.slot_keys.take(slots, 0) != keys  # (keys, 2)
-        return unequal.view(np.uint16).ravel() != 0  # a row of bools is read as one number
+        unequal = self.slot_keys.take(slots, 0) != keys  # (keys, 2 or 4)
+        return unequal.view(f"u{unequal.shape[1]}").ravel() != 0  # a row of bools is read as one number
 
     def place(self, keys):
         """The slot of each key, which takes an empty one where it is new."""
@@ -688,7 +688,8 @@ class Encoder:
     """A tokenizer at work: the ids of every word it has met, and how to make those of one it has not.
 
     `first` and `count` say where in `ids` the tokens of each word of `table` stand, `long_words` the same of words too
-    long for its keys; `only_id` is the id of a word of one token, and -1 for others.
+    long for its keys; `only_id` is the id of a word of one token, and -1 for others. Keys of 16 bytes do for English;
+    where letters take two bytes or three and many words have more, longer keys are up to twice as fast.
     """
 
     MOST_IDS = 1 << 19  # what is remembered is dropped beyond this, so that memory has a bound
@@ -698,18 +699,19 @@ class Encoder:
         self.special_pattern = compile_special_pattern(tokenizer.special_tokens)
         self.id_of_word = {token: i for i, token in enumerate(tokenizer.tokens)} if tokenizer.whole_words else {}
         self.margin = max(map(len, map(str.encode, tokenizer.special_tokens)), default=0) + 8
+        self.key_size = 16
         self.forget()
 
     def forget(self):
         """Start with no words but the special tokens."""
-        self.table, self.long_words = HashTable(), {}
-        self.table.add(FILLS[-1:])
+        self.table, self.long_words = HashTable(self.key_size), {}
+        self.table.add(FILLS[self.key_size][-1:])
         self.ids, self.first, self.count = np.empty(0, np.int32), np.zeros(1, np.int64), np.zeros(1, np.int64)
         self.only_id = np.full(1, -1, np.int32)
         for text, token_id in self.tokenizer.special_tokens.items():
             word = text.encode()
-            if len(word) < KEY_BYTES:
-                self.table.add(word_keys(word, np.zeros(1, np.int64), np.array([len(word)])))
+            if len(word) < self.key_size:
+                self.table.add(word_keys(word, np.zeros(1, np.int64), np.array([len(word)]), self.key_size))
                 self.remember(np.array([token_id]), np.ones(1, np.int64))
             else:
                 self.long_words[word] = self.keep(np.array([token_id]))
@@ -766,13 +768,15 @@ class Encoder:
 
     def encode_words(self, pieces):
         """The ids of pieces of text, each with its words as `split_words` gives them. → tokenizer.dtype (tokens)."""
-        if len(self.ids) > self.MOST_IDS:
+        if len(self.ids) > self.MOST_IDS or self.table.key_size < self.key_size:
             self.forget()
         known, found = len(self.table), []
         try:
             for piece, (starts, lengths) in pieces:
-                numbers = self.table.find_or_add(word_keys(piece, starts, lengths))
-                which_long = np.flatnonzero(lengths >= KEY_BYTES)
+                numbers = self.table.find_or_add(word_keys(piece, starts, lengths, self.table.key_size))
+                which_long = np.flatnonzero(lengths >= self.table.key_size)
+                if 16 * lengths[which_long].sum(where=lengths[which_long] < 32) > len(piece):
+                    self.key_size = 32  # from the next call on
                 found.append((numbers, cut_words(piece, starts, lengths, which_long)))
             if len(self.table) > known:
                 self.remember(*self.ids_of_words(self.table.words(known)))
@@ -1073,7 +1077,7 @@ def word_counter(special_tokens, errors):
         for piece in cut_text(read_span(span, errors), PIECE_BYTES, special_tokens, "gpt2"):
             starts, lengths = split_words(piece, find_spans(special_pattern, piece))
             numbers.append(table.find_or_add(word_keys(piece, starts, lengths)))
-            long_words.update(cut_words(piece, starts, lengths, lengths >= KEY_BYTES))
+            long_words.update(cut_words(piece, starts, lengths, lengths >= table.key_size))
         counts = np.bincount(np.concatenate(numbers))
         met = np.flatnonzero(counts)
         return table.keys[met], counts[met], long_words
