@@ -439,7 +439,7 @@ def find_spans(special_pattern, text):
     return [match.span() for match in special_pattern.finditer(text)] if special_pattern else []
 
 def sorted_set(numbers):
-    """`np.unique`, ten times as fast."""
+    """`np.unique`, 4 to 12 times as fast for 10,000 to a million numbers."""
     numbers = np.sort(numbers)
     return numbers[np.append(True, numbers[1:] != numbers[:-1])[:len(numbers)]]
 
