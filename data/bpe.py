@@ -10,7 +10,7 @@ Then the fast way to the same merges and ids. Text is bytes throughout, in three
    Training counts them there; encoding keeps their ids there.
 3. Merge. Only words never met before go through the merges. Each asks for one merge after another, but most of these
    are sure long before their turn, by the two neighbours of a pair alone (`Merger.find_sure`). So all merges that are
-   sure are made at once, in whatever words and places: text of any kind takes about five to ten such rounds.
+   sure are made at once, in whatever words and places: most text takes five to ten such rounds.
 
 Files are read in pieces cut between words (`borders`), so pieces are independent: they stream, and spread over
 processes, and the result is the same for any number of them. A word longer than can be held is encoded a block at a
