@@ -1519,8 +1519,8 @@ def any_merges(draw):
 @example([(b"ab", b"c"), (b"c", b"d"), (b"a", b"b")], ["abcd"], 1)  # what the last merge makes comes before it
 @example([(b"d", b"e"), (b"de", b"a"), (b"a", b"b"), (b"ab", b"ab")], ["eababab"], 1)  # the first ab is made last
 @example([(b"a", b"b"), (b"a", b"ab"), (b"a", b"a")], ["a" * 40, "a" * 40 + "b", "b" + "a" * 41], 1)
-@given(any_merges(), st.lists(st.text("abcd", min_size=1, max_size=24).map(lambda text: text * (1 + 40 // len(text) ** 2)),
-                              min_size=1, max_size=6), st.sampled_from([1, 4, 1000]))
+@given(any_merges(), st.lists(st.text("abcd", min_size=1, max_size=24).map(
+    lambda text: text * (1 + 40 // len(text) ** 2)), min_size=1, max_size=6), st.sampled_from([1, 4, 1000]))
 def test_merges_that_are_made_at_once_are_those_of_the_definition(pairs, words, few):
     """In words, and in the front of one of which no more is known."""
     tokenizer = tokenizer_of_merges(pairs)
@@ -1647,7 +1647,8 @@ def test_words_without_end_by_other_merges(monkeypatch, pairs, whole, split, tex
     for name, value in dict(CHUNK_BYTES=60, MOST_BYTES=60, PIECE_BYTES=20, LONG_WORD=8).items():
         monkeypatch.setattr(bpe, name, value)
     tokenizer = tokenizer_of_merges([(left.encode(), right.encode()) for left, right in pairs], split=split)
-    tokenizer = replace(tokenizer, tokens=tokenizer.tokens + [token.encode() for token in whole], whole_words=bool(whole))
+    tokens = tokenizer.tokens + [token.encode() for token in whole]
+    tokenizer = replace(tokenizer, tokens=tokens, whole_words=bool(whole))
     assert bpe.encode(tokenizer, text).tolist() == bpe.plain_encode(tokenizer, text)
 
 def test_absurd_merges_are_refused():

@@ -448,8 +448,8 @@ def matches(values, keys):
     begins, ends = np.searchsorted(keys, values), np.searchsorted(keys, values, "right")
     counts = ends - begins
     if counts.sum() > MOST_PAIRS:
-        raise InputError(f"the merges of this tokenizer have {counts.sum():,} pairs of parts; expected {MOST_PAIRS:,} at "
-                         "most, more than any has that was trained on text; use another tokenizer")
+        raise InputError(f"the merges of this tokenizer have {counts.sum():,} pairs of parts; expected {MOST_PAIRS:,} "
+                         "at most, more than any has that was trained on text; use another tokenizer")
     i = np.repeat(np.arange(len(values)), counts)
     return i, np.arange(len(i)) + (ends - np.cumsum(counts))[i]
 
@@ -586,7 +586,7 @@ class Merger:
         ids, numbers = ids[1:], numbers[1:]
         ends = np.flatnonzero(numbers == self.pairs.none) + 1
         places = np.cumsum(self.lengths[ids])[ends - 1]
-        is_between = np.frombuffer(word, np.uint8)[places] & 0xC0 != 0x80  # two characters
+        is_between = np.frombuffer(word, np.uint8)[places] & 0xC0 != 0x80  # and not inside a character
         end, place = ends[is_between].max(initial=0), places[is_between].max(initial=0)
         return self.merge_rest(ids[:end], numbers[:end]), int(place)
 
@@ -640,7 +640,7 @@ class Merger:
         from_left = rank < self.pairs.from_left.take(before)
         from_right = rank <= self.pairs.from_right.take(numbers.take(following.take(places)))
         starts = before != rank
-        if not starts.all():  # in x x x x every other pair is joined, and what is behind reaches no further than a token
+        if not starts.all():  # in x x x x every other pair is joined; what is behind changes a token's length at most
             begins, order = np.flatnonzero(starts), np.arange(len(places))
             counts = np.diff(begins, append=len(places))
             first = np.repeat(begins, counts)
