@@ -314,9 +314,9 @@ def step_functions(config, settings):
 
     if settings.is_compiled:
         torch.compiler.reset()  # of the runs before in this process: sizes that differ would be taken to vary
-        # On a CPU the calls of small kernels take so long that they too are compiled. On CUDA kernels that don't wait
-        # for each other become one.
-        option = "cpp_wrapper" if settings.device == "cpu" else "combo_kernels"
+        # Else the first step on a CPU would try for six seconds whether the C++ compiler knows its instructions: one that
+        # builds PyTorch's headers does. On CUDA kernels that don't wait for each other become one.
+        option = "cpp.vec_isa_ok" if settings.device == "cpu" else "combo_kernels"
         compiled = partial(torch.compile, fullgraph=True, options={option: True})
         if machine.num_ranks() > 1:  # gradients travel while others are computed
             gradients = tinylm.layer_by_layer(gradients, compiled)
