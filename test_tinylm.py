@@ -3095,24 +3095,45 @@ def test_a_mistake_of_a_later_rank_ends_all(tmp_path):
 
 @pytest.mark.parametrize("alone_from", [0, 1 << 20])
 @pytest.mark.parametrize("remat", [False, True])
-def test_blocks_of_ranks_are_freed_between_the_passes(alone_from, remat, monkeypatch, mesh_of_one):
-    """And gathered once more, whether their tensors travel together or alone; gradients are those of whole ones."""
+def test_blocks_of_ranks_are_gathered_ahead_and_freed(alone_from, remat, monkeypatch, mesh_of_one):
+    """And gathered once more to go backward, whether their tensors travel together or alone: each block's are sent just
+    before the block in front of it is computed, or its gradients. These are those of whole tensors.
+    """
     monkeypatch.setattr(tinylm, "ALONE_FROM", {"cpu": alone_from})
-    config, gathered = small_config(num_layers=3, d_ff=96), []
+    config, events, layers, before = small_config(num_layers=4, d_ff=96), [], {}, 0
     params, (inputs, targets) = random_params(config), random_tokens(config, 2, 3, 9)
-    function = tinylm.gather_together
-    monkeypatch.setattr(tinylm, "gather_together", lambda ws, dtypes: [
-        gathered.extend([1] * (len(ws) > 1)), function(ws, dtypes)][1])  # of a block
-    here = lambda: [x for x in gc.get_objects() if type(x) is torch.Tensor and x.shape == (96, config.d_model)]
+    here = lambda: sum(type(x) is torch.Tensor and x.shape == (96, config.d_model) for x in gc.get_objects())
+
+    def watch(owner, name, event, layer_of):
+        function = getattr(owner, name)
+        def call(*args, **options):
+            events.extend(f"{event} {layer}" for layer in layer_of(*args))
+            if event == "compute":
+                averaged = sum("average" in event for event in events)  # whose gradients are there
+                assert here() - before == 2 * (1 + averaged), "gate and up of this block alone"
+            return function(*args, **options)
+        monkeypatch.setattr(owner, name, call)
+
+    of_block = lambda ws: {layers[id(w)] for w in ws if id(w) in layers}
+    watch(tinylm, "begin_gather", "send", lambda ws, dtypes: of_block(ws))
+    watch(tinylm, "scatter_together", "average", lambda wholes, ws: of_block(ws))
+    watch(tinylm.transformer_blocks, "definition", "compute", lambda blocks, *_: blocks)
 
     def loss_fn(params):
-        before = len(here())
+        nonlocal before
+        layers.update((id(w), layer) for layer, block in params["blocks"].items() for _, w in tinylm.tree_leaves(block))
+        before = here()
         loss = tinylm.loss_fn(params, inputs, targets, config, torch.float32, remat)
-        assert len(here()) <= before and len(gathered) == 3
+        assert here() <= before
+        events.append("loss")
         return loss
 
     _, grads = tinylm.value_and_grad(loss_fn, tinylm.shard(params, mesh_of_one))
-    assert len(gathered) == 6
+    again = ["compute 3", "compute 2", "compute 1", "compute 0"] if remat else [""] * 4
+    assert events == [event for event in (
+        "send 0", "send 1", "compute 0", "send 2", "compute 1", "send 3", "compute 2", "compute 3", "loss",
+        "send 3", "send 2", again[0], "average 3", "send 1", again[1], "average 2", "send 0", again[2], "average 1",
+        again[3], "average 0") if event]
     _, expected = tinylm.value_and_grad(tinylm.loss_fn, params, inputs, targets, config)
     same(dict(tinylm.tree_leaves(tinylm.own_parts(grads))), dict(tinylm.tree_leaves(expected)), 1e-6)
 

@@ -1717,20 +1717,31 @@ def joined(tensors, dim=0):
     """Several tensors behind each other; one as it is."""
     return torch.cat(tensors, dim) if len(tensors) > 1 else tensors[0]
 
-def gather_together(ws, dtypes):
-    """`all_gather` of several tensors, in their `dtypes`. Those of one message stand in one storage."""
-    ranks, whole = torch.distributed.get_world_size(), [None] * len(ws)
+def begin_gather(ws, dtypes):
+    """Send what `gather_together` gathers → a function that waits until it has arrived, and returns it."""
+    ranks, sent = torch.distributed.get_world_size(), []
     for group in messages(ws, dtypes):
         own = [padded(ws[i].to_local().to(dtypes[i]), math.ceil(len(ws[i]) / ranks)) for i in group]
         message = joined([rows.flatten() for rows in own])
         arrived = message.new_empty(ranks, len(message))
-        torch.distributed.all_gather_single(arrived.view(-1), message)
-        if len(group) > 1:  # from the ranks behind each other to the tensors behind each other
-            arrived = joined([part.flatten() for part in arrived.split([rows.numel() for rows in own], 1)])
-        parts = arrived.view(-1).split([ranks * rows.numel() for rows in own])
-        for i, part in zip(group, parts):
-            whole[i] = part.view(-1, *ws[i].shape[1:])[:len(ws[i])]
-    return tuple(whole)
+        work = torch.distributed.all_gather_single(arrived.view(-1), message, async_op=True)
+        sent.append((group, [rows.numel() for rows in own], arrived, work))
+
+    def gathered_tensors():
+        whole = [None] * len(ws)
+        for group, sizes, arrived, work in sent:
+            work.wait()
+            if len(group) > 1:  # from the ranks behind each other to the tensors behind each other
+                arrived = joined([part.flatten() for part in arrived.split(sizes, 1)])
+            for i, part in zip(group, arrived.view(-1).split([ranks * size for size in sizes])):
+                whole[i] = part.view(-1, *ws[i].shape[1:])[:len(ws[i])]
+        return tuple(whole)
+
+    return gathered_tensors
+
+def gather_together(ws, dtypes):
+    """`all_gather` of several tensors, in their `dtypes`. Those of one message stand in one storage."""
+    return begin_gather(ws, dtypes)()
 
 def scatter_together(wholes, likes):
     """The means of what the ranks have each of whole tensors, split like others and in their dtypes."""
@@ -1746,15 +1757,15 @@ def scatter_together(wholes, likes):
     return scattered
 
 class GatherTogether(torch.autograd.Function):
-    """`gather_together`, whose gradients are averaged over the ranks and split again, in as many messages.
+    """What take() returns, the whole of ws, whose gradients are averaged over the ranks and split again.
 
     `again` is emptied then: a list of what was gathered once more for the backward pass.
     """
 
     @staticmethod
-    def forward(ctx, again, dtypes, *ws):
-        ctx.again, ctx.ws, ctx.dtypes = again, ws, dtypes
-        return gather_together(ws, dtypes)
+    def forward(ctx, take, again, *ws):
+        ctx.again, ctx.ws = again, ws
+        return take()
 
     @staticmethod
     def backward(ctx, *d_wholes):
@@ -1763,7 +1774,7 @@ class GatherTogether(torch.autograd.Function):
 
 def gathered(w):
     """`all_gather` of a parameter, with its gradient. Use at once what is gathered."""
-    return GatherTogether.apply([], [w.dtype], w)[0]
+    return GatherTogether.apply(begin_gather([w], [w.dtype]), [], w)[0]
 
 class ShardedLinear(torch.autograd.Function):
     """`linear` with rows of w on every rank: they are gathered before use, freed, and gathered again to go backward."""
@@ -1818,14 +1829,35 @@ def orthogonalize_all_over_ranks(matrices):
     blocks = {layer: tree_map(own_rows, whole(block)) for layer, block in matrices["blocks"].items()}
     return split_like({"blocks": blocks}, matrices)
 
+class SplitBlocks:
+    """The split tensors of blocks. While a block is computed, those of the one that comes after it are gathered."""
+
+    def __init__(self, blocks, dtype):
+        split = [[(path, w) for path, w in tree_leaves(block) if is_split(w)] for block in blocks.values()]
+        self.blocks = [tuple(zip(*leaves)) for leaves in split]  # (paths, tensors) of each
+        self.dtypes = [[dtype if w.ndim > 1 else w.dtype for w in ws] for _, ws in self.blocks]
+        self.begun, self.step = {}, 1  # -1 on the way back
+
+    def begin(self, number):
+        return begin_gather(self.blocks[number][1], self.dtypes[number])
+
+    def whole(self, number):
+        """The whole tensors of a block, by its number. Asked for in another order they come too, only later."""
+        finish = self.begun.pop(number, None) or self.begin(number)
+        coming = number + self.step
+        if 0 <= coming < len(self.blocks) and coming not in self.begun:
+            self.begun[coming] = self.begin(coming)
+        return finish()
+
 @faster(transformer_blocks, lambda blocks, *_, **__: is_split(first_leaf(blocks)))
 def transformer_blocks_over_ranks(blocks, x, cos, sin, cache, config, remat=False):
     """A block's tensors are gathered together before it is computed, freed, and gathered again to go backward."""
-    def compute(layer, block, x):
-        leaves = dict(tree_leaves(block))
-        paths, ws = zip(*((path, w) for path, w in leaves.items() if is_split(w)))
-        dtypes, again = [x.dtype if w.ndim > 1 else w.dtype for w in ws], []
-        whole = GatherTogether.apply(again, dtypes, *ws)
+    split = SplitBlocks(blocks, x.dtype)
+
+    def compute(number, layer, x):
+        paths, ws = split.blocks[number]
+        again = []
+        whole = GatherTogether.apply(partial(split.whole, number), again, *ws)
         rooms = {w.untyped_storage()._cdata: i for i, w in enumerate(whole)}
 
         def pack(tensor):  # what the backward pass would keep: of a gathered tensor only where in which storage it is
@@ -1838,11 +1870,11 @@ def transformer_blocks_over_ranks(blocks, x, cos, sin, cache, config, remat=Fals
             if isinstance(kept, torch.Tensor):
                 return kept
             if not again:
-                again.extend(gather_together(ws, dtypes))
+                again.extend(split.whole(number))
             return again[kept[0]].as_strided(*kept[1:])
 
         def computed():
-            whole_block = tree_build((leaves | dict(zip(paths, whole))).items())
+            whole_block = tree_build((dict(tree_leaves(blocks[layer])) | dict(zip(paths, whole))).items())
             return transformer_blocks.definition({layer: whole_block}, x, cos, sin, cache, config)
 
         if remat:  # which keeps nothing of a block by itself
@@ -1850,8 +1882,9 @@ def transformer_blocks_over_ranks(blocks, x, cos, sin, cache, config, remat=Fals
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             return computed()
 
-    for layer, block in blocks.items():
-        x = checkpoint(compute, layer, block, x, use_reentrant=False) if remat else compute(layer, block, x)
+    for number, layer in enumerate(blocks):
+        x = checkpoint(compute, number, layer, x, use_reentrant=False) if remat else compute(number, layer, x)
+    split.step = -1
     return x
 
 def one_block_at_a_time(blocks, x, *args, **options):
