@@ -641,11 +641,12 @@ class Merger:
         from_right = rank <= self.pairs.from_right.take(numbers.take(following.take(places)))
         starts = before != rank
         if not starts.all():  # in x x x x every other pair is joined; what is behind changes a token's length at most
-            begins, order = np.flatnonzero(starts), np.arange(len(places))
-            counts = np.diff(begins, append=len(places))
+            rows = np.flatnonzero(~starts | ~np.append(starts[1:], True))
+            begins, order = np.flatnonzero(starts.take(rows)), np.arange(len(rows))
+            counts = np.diff(begins, append=len(rows))
             first = np.repeat(begins, counts)
-            from_left = from_left.take(first) & (order - first & 1 == 0)
-            from_right |= np.repeat(begins + counts, counts) - order > self.longest
+            from_left[rows] = from_left.take(rows.take(first)) & (order - first & 1 == 0)
+            from_right[rows] |= np.repeat(begins + counts, counts) - order > self.longest
         return places.compress(from_left & from_right)
 
     def find_lowest(self, places, numbers):
