@@ -1047,14 +1047,15 @@ def in_a_room(room, operation, arguments, differentiable, monkeypatch, mesh):
     with monkeypatch.context() as patch:
         if room == "compiled":
             patch.setattr(torch.compiler, "is_compiling", lambda: True)
-        if room == "ranks":
+        if "ranks" in room:
             all_tensors = lambda x: isinstance(x, dict) and all(torch.is_tensor(w) for _, w in tinylm.tree_leaves(x))
             is_weight = lambda i, x: all_tensors(x) or i == 1 and is_floating(x) and operation is not blocks
             blocks = tinylm.transformer_blocks
             asked = arguments = [tinylm.shard(x, mesh) if is_weight(i, x) else x for i, x in enumerate(arguments)]
-        if room == "GPU":  # what conditions ask, as a tensor there would answer
-            there = lambda x: types.SimpleNamespace(is_cuda=True, is_cpu=False, ndim=x.ndim, shape=x.shape)
-            asked = [there(x) if is_floating(x) else {"": there(torch.ones(2, 2))} | x if isinstance(x, dict) else x
+        if "GPU" in room:  # what conditions ask, as a tensor there would answer
+            split = lambda x: {"device_mesh": mesh} if tinylm.is_split(x) else {}
+            there = lambda x: types.SimpleNamespace(is_cuda=True, is_cpu=False, ndim=x.ndim, shape=x.shape, **split(x))
+            asked = [there(x) if is_floating(x) else {"": there(tinylm.first_leaf(x))} | x if isinstance(x, dict) else x
                      for x in arguments]
         with torch.set_grad_enabled(differentiable):
             return next((form for fits, form in operation.forms if fits(*asked)), None), arguments
@@ -1075,14 +1076,14 @@ def test_every_form_computes_its_definition(name, monkeypatch, mesh_of_one):
     monkeypatch.setattr(tinylm, "IS_INTEL", False)  # where x @ w.T serves
     is_learned_by = name in DIFFERENTIABLE
     rooms = [(dtype, "CPU", is_learned_by) for dtype in TOLERANCES]
-    rooms += [(torch.float32, room, is_learned_by) for room in ("compiled", "ranks", "GPU")]
+    rooms += [(torch.float32, room, is_learned_by) for room in ("compiled", "ranks", "GPU", "ranks of GPUs")]
     rooms += [(dtype, "CPU", False) for dtype in TOLERANCES if is_learned_by]
     rooms += [(torch.float32, "int8", False)] if name == "linear" else []
     for dtype, room, differentiable in rooms:
         for example in EXAMPLES[name](dtype):
             example = [example[0], tinylm.to_int8(example[1])] if room == "int8" else example
             form, arguments = in_a_room(room, operation, example, differentiable, monkeypatch, mesh_of_one)
-            if form is None or room == "ranks" and not form.__name__.endswith("over_ranks"):
+            if form is None or "ranks" in room and not form.__name__.endswith("over_ranks"):
                 continue
             reached.add(form)
             torch._dynamo.reset()
@@ -2800,9 +2801,10 @@ def train_and_write_on_device(data, folder, flags):
     log.Log.histograms = lambda self, step, params, grads: on_device({"params": params, "grads": grads})
     if "ranks" in flags:
         pretend_ranks(flags.pop("ranks"))
-    tokens = 8 * (not flags.get("compile", True))  # writing is never compiled
+    is_eager, is_split = not flags.get("compile", True), flags.get("shard", False)
+    tokens = 8 * (is_eager and not is_split)  # writing is never compiled, and after the run there are no ranks
     flags = dict(device="cuda", d_model=32, num_layers=1, num_heads=2, context_length=160, batch_size=4, num_steps=4,
-                 log_interval=1, eval_interval=2, eval_tokens=1280, sample_tokens=tokens // 4, data=data,
+                 log_interval=1, eval_interval=2, eval_tokens=1280, sample_tokens=2 * is_eager, data=data,
                  output_dir=folder) | flags
     with FakeTensorMode(allow_non_fake_inputs=True), Host() as host:
         torch.cuda.current_stream, torch.cuda.graph = host.current_stream, host.record
@@ -2814,12 +2816,11 @@ def train_and_write_on_device(data, folder, flags):
         for token in tinylm.generate(params, prompts, config, tokens, 0.8, 5, 0.9, (7, 9), None, dtype):  # it slides
             assert token.device.type == "cuda" and token.dtype == torch.int64
             launches.append(host.launches)
-        is_split = flags.get("shard", False)
-        assert is_split or min(np.diff(launches), default=0) <= 66, f"{np.diff(launches)} operations a token"
+        assert min(np.diff(launches), default=0) <= 66, f"{np.diff(launches)} operations a token"
         first = max(np.diff(launches)[:2], default=0)  # not recorded yet
-        assert is_split or first <= (112 if has_triton else 167), f"{np.diff(launches)} operations a token"
+        assert first <= (112 if has_triton else 167), f"{np.diff(launches)} operations a token"
     stops = {place: host.stops.count(place) for place in set(host.stops)}
-    most = dict.fromkeys(("train", "evaluate"), flags["num_steps"] // 2) | {"check_forms": 2, "sample_text": tokens,
+    most = dict.fromkeys(("train", "evaluate"), flags["num_steps"] // 2) | {"check_forms": 2, "sample_text": 8,
                                                                             "generate": tokens}
     assert all(count <= most[place] for place, count in stops.items()), f"stops: {stops}, at most {most}"
 
@@ -2827,10 +2828,11 @@ PATHS = {
     "eager": dict(compile=False),
     "float32, no Triton": dict(compile=False, dtype="float32", num_kv_heads=1, remat=True, triton=False),
     "ranks": dict(compile=False, ranks=2, grad_accum_steps=2, optimizer="muon", tie_embeddings=True),
-    "sharded": dict(shard=True, ranks=2, optimizer="muon", remat=True),
+    "sharded": dict(compile=False, shard=True, ranks=2, optimizer="muon", remat=True),
     "compiled": dict(num_layers=2),
     "compiled float32": dict(dtype="float32"),
     "compiled ranks": dict(ranks=2, grad_accum_steps=2),
+    "compiled, sharded": dict(shard=True, ranks=2, tie_embeddings=True),
     "compiled, Muon": dict(optimizer="muon", tie_embeddings=True, num_kv_heads=1, context_length=64, eval_tokens=512),
 }
 # Of each a flag with which it shows, the text that is changed, and a part of what then is said.
@@ -3000,7 +3002,10 @@ def start_ranks(count, program="train.train(**flags)", **flags):
     return processes
 
 def train_on_ranks(count, **flags):
-    processes = start_ranks(count, **flags)
+    """A whole run; what is to be compiled is traced, but not built, which would take long."""
+    program = ("compiler = torch.compile\n"
+               "torch.compile = lambda f, **_: compiler(f, fullgraph=True, backend='aot_eager'); train.train(**flags)")
+    processes = start_ranks(count, program, **flags)
     for process in processes:
         process.join(300)
         assert process.exitcode == 0
@@ -3017,14 +3022,16 @@ def same_run(a, b, tolerance=1e-5):
 @pytest.mark.parametrize("flags", [{}, {"optimizer": "muon", "grad_accum_steps": 2, "batch_size": 4, "num_steps": 20}],
                          ids=["adamw", "muon"])
 def test_ranks_do_what_one_process_does(tmp_path, flags):
-    """2 and 4 ranks, data parallel and sharded: losses, norms, parameters and moments of one process, over 50 steps
-    with AdamW. The vocabulary has a prime number of rows, so that they can't be split evenly."""
+    """2 and 4 ranks, data parallel and sharded, compiled too: losses, norms, parameters and moments of one process,
+    over 50 steps with AdamW. The vocabulary has a prime number of rows, so that they can't be split evenly."""
     is_muon = "optimizer" in flags
     flags = dict(data=str(prepared(tmp_path)), num_steps=50, eval_interval=25, log_interval=5, lr_max=1e-3) | flags
     train_on_ranks(1, output_dir=str(tmp_path / "one"), **flags)
-    for count, shard in ((2, False), (4, True)) if is_muon else itertools.product((2, 4), (False, True)):
-        train_on_ranks(count, output_dir=str(tmp_path / f"{count}{shard}"), shard=shard, **flags)
-        same_run(tmp_path / "one", tmp_path / f"{count}{shard}")
+    ways = ((2, False), (4, True)) if is_muon else itertools.product((2, 4), (False, True))
+    for count, shard, compiled in (*((*way, False) for way in ways), (2, True, True)):
+        folder = tmp_path / f"{count}{shard}{compiled}"
+        train_on_ranks(count, output_dir=str(folder), shard=shard, compile=compiled, **flags)
+        same_run(tmp_path / "one", folder)
 
 def test_a_run_resumes_on_other_ranks(tmp_path):
     """4 ranks sharded, then 2 data parallel, then 1 sharded, then no ranks at all: the run of one process."""
@@ -3094,14 +3101,20 @@ def test_a_mistake_of_a_later_rank_ends_all(tmp_path):
         assert re.fullmatch("rank 1, on .*: no such data here", (tmp_path / rank).read_text())
 
 @pytest.mark.parametrize("alone_from", [0, 1 << 20])
-@pytest.mark.parametrize("remat", [False, True])
-def test_blocks_of_ranks_are_gathered_ahead_and_freed(alone_from, remat, monkeypatch, mesh_of_one):
+@pytest.mark.parametrize("remat, compiled", [(False, False), (True, False), (False, True)])
+def test_blocks_of_ranks_are_gathered_ahead_and_freed(alone_from, remat, compiled, monkeypatch, mesh_of_one):
     """And gathered once more to go backward, whether their tensors travel together or alone: each block's are sent just
-    before the block in front of it is computed, or its gradients. These are those of whole tensors.
+    before the block in front of it is computed, or its gradients. These are those of whole tensors. What is compiled
+    has the loss of ranks on CUDA.
     """
     monkeypatch.setattr(tinylm, "ALONE_FROM", {"cpu": alone_from})
     config, events, layers, before = small_config(num_layers=4, d_ff=96), [], {}, 0
     params, (inputs, targets) = random_params(config), random_tokens(config, 2, 3, 9)
+    _, expected = tinylm.value_and_grad(tinylm.loss_fn, params, inputs, targets, config)
+    compiler = lambda function: function
+    if compiled:
+        compiler = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
+        monkeypatch.setattr(tinylm.loss_fn, "forms", [(tinylm.always, tinylm.loss_in_pieces_over_ranks)])
     here = lambda: sum(type(x) is torch.Tensor and x.shape == (96, config.d_model) for x in gc.get_objects())
 
     def watch(owner, name, event, layer_of):
@@ -3128,13 +3141,12 @@ def test_blocks_of_ranks_are_gathered_ahead_and_freed(alone_from, remat, monkeyp
         events.append("loss")
         return loss
 
-    _, grads = tinylm.value_and_grad(loss_fn, tinylm.shard(params, mesh_of_one))
+    _, grads = tinylm.layer_by_layer(tinylm.value_and_grad, compiler)(loss_fn, tinylm.shard(params, mesh_of_one))
     again = ["compute 3", "compute 2", "compute 1", "compute 0"] if remat else [""] * 4
     assert events == [event for event in (
         "send 0", "send 1", "compute 0", "send 2", "compute 1", "send 3", "compute 2", "compute 3", "loss",
         "send 3", "send 2", again[0], "average 3", "send 1", again[1], "average 2", "send 0", again[2], "average 1",
         again[3], "average 0") if event]
-    _, expected = tinylm.value_and_grad(tinylm.loss_fn, params, inputs, targets, config)
     same(dict(tinylm.tree_leaves(tinylm.own_parts(grads))), dict(tinylm.tree_leaves(expected)), 1e-6)
 
 def test_memory_of_ranks_does_not_grow(mesh_of_one):
@@ -3994,7 +4006,7 @@ def test_a_model_that_takes_long_windows(tmp_path, monkeypatch, capsys):
         train.train(eval_only=True, init_from=tmp_path / "run/latest", data=text, context_length=4096)
     capsys.readouterr()
     log.introduce(types.SimpleNamespace(
-        settings=types.SimpleNamespace(epochs=340, batch_size=4, shard=False, is_compiled=False, eval_tokens=9,
+        settings=types.SimpleNamespace(epochs=340, batch_size=4, shard=False, compile=False, eval_tokens=9,
                                        device="", dtype="", tokens_per_step=1, num_steps=1, lr_max=1, lr_min=1,
                                        weight_decay=None),
         config=config, ids={"train": ids, "val": ids}, source="it", data="", step=0, folder="", num_ranks=1))

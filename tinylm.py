@@ -1618,9 +1618,9 @@ def _(q, k, v):
 def _(d_out, q, k, v, out, log_sum):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
-def layer_by_layer(gradients, compiled):
-    """`gradients` of a model whose blocks and loss are compiled by themselves, not together: so those of one block are
-    there, and can travel, before those of the blocks below it are computed.
+def layer_by_layer(function, compiled):
+    """A function of a model whose blocks and loss are compiled by themselves, not together: so what belongs to one of
+    them, a gradient or a split parameter, can travel while others are computed.
     """
     forms = [(target, (always, compiled(target.definition))) for target in (transformer_block, mean_loss)]
 
@@ -1628,7 +1628,7 @@ def layer_by_layer(gradients, compiled):
         for target, form in forms:
             target.forms.append(form)
         try:
-            return gradients(*args)
+            return function(*args)
         finally:
             for target, form in forms:
                 target.forms.remove(form)
@@ -1802,6 +1802,12 @@ def embedding_over_ranks(tokens, w):
 def rmsnorm_over_ranks(x, gain, eps):
     return rmsnorm(x, gathered(gain), eps)
 
+@faster(loss_fn, lambda params, *_, **__: is_split(first_leaf(params)) and first_leaf(params).is_cuda)
+def loss_in_pieces_over_ranks(params, inputs, targets, config, dtype=torch.float32, remat=False):
+    """The output matrix is gathered once, and whole until its gradient is there."""
+    x, _ = hidden_states(params, inputs, config, dtype, remat=remat)
+    return mean_loss(x.flatten(0, 1), gathered(params.get("lm_head", params["embedding"])), targets.flatten())
+
 @faster(global_norm, lambda tree: is_split(first_leaf(tree)))
 def global_norm_over_ranks(tree):
     """One message adds up the squares of the norms of the rows that each rank has."""
@@ -1828,6 +1834,10 @@ def orthogonalize_all_over_ranks(matrices):
 
     blocks = {layer: tree_map(own_rows, whole(block)) for layer, block in matrices["blocks"].items()}
     return split_like({"blocks": blocks}, matrices)
+
+def on_own_parts(write):
+    """`write`, an update in place, of what this rank has: compiled code would look at split tensors anew each call."""
+    return lambda params, grads, state, *args: write(*map(own_parts, (params, grads, state)), *args)
 
 class SplitBlocks:
     """The split tensors of blocks. While a block is computed, those of the one that comes after it are gathered."""

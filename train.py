@@ -134,8 +134,7 @@ class Settings:
                       choices=DTYPES, stated="bfloat16 where a CPU has AVX512_BF16, or CUDA compute capability 8.0, "
                       "else float32")
     compile: bool = flag({"cpu": False, "cuda": True}, "compile the step with torch.compile", may_change=True)
-    shard: bool = flag(False, "under torchrun, split the model and the optimiser over the ranks; then nothing is "
-                       "compiled", may_change=True)
+    shard: bool = flag(False, "under torchrun, split the model and the optimiser over the ranks", may_change=True)
     remat: bool = flag(False, "compute each block again in the backward pass, which takes time and saves memory",
                        may_change=True)
     # Run
@@ -195,7 +194,7 @@ class Settings:
                              "expected a multiple of that")
         schedule(settings)  # raises where the schedule needs what is no setting
         machine.check_dtype(settings.dtype, device)
-        machine.check_compiler(device, DTYPES[settings.dtype], settings.is_compiled)
+        machine.check_compiler(device, DTYPES[settings.dtype], settings.compile)
         if settings.use_wandb:
             check_wandb()
         if settings.shard and not torch.distributed.is_initialized():
@@ -203,7 +202,6 @@ class Settings:
                              "torchrun --nproc_per_node=DEVICES train.py --shard …, or give --shard=False")
         return settings
 
-    is_compiled = property(lambda self: self.compile and not self.shard)
     tokens_per_step = property(lambda self: self.batch_size * self.grad_accum_steps * self.context_length)
     train_tokens, is_pretrained, weights_dtype = math.inf, False, "float32"  # defaults depend on them, once known
     epochs = property(lambda self: self.num_steps * self.tokens_per_step / self.train_tokens)
@@ -312,29 +310,34 @@ def step_functions(config, settings):
     def losses(params, inputs, targets):
         return tinylm.token_losses_in_pieces(params, inputs, targets, config, dtype)
 
-    if settings.is_compiled:
+    if settings.compile:
         torch.compiler.reset()  # of the runs before in this process: sizes that differ would be taken to vary
-        # Else the first step on a CPU would try for six seconds whether the C++ compiler knows its instructions: one that
-        # builds PyTorch's headers does. On CUDA kernels that don't wait for each other become one.
+        # Else the first step on a CPU would try for six seconds whether the C++ compiler knows its instructions: one
+        # that builds PyTorch's headers does. On CUDA kernels that don't wait for each other become one.
         option = "cpp.vec_isa_ok" if settings.device == "cpu" else "combo_kernels"
         compiled = partial(torch.compile, fullgraph=True, options={option: True})
-        if machine.num_ranks() > 1:  # gradients travel while others are computed
-            gradients = tinylm.layer_by_layer(gradients, compiled)
+        by_layer = partial(tinylm.layer_by_layer, compiled=compiled)
+        if settings.shard or machine.num_ranks() > 1:
+            gradients = by_layer(gradients)
         else:
             loss = compiled(loss)  # which `gradients` calls by this name
         if settings.device != "cpu":  # where this takes 8 seconds, which an evaluation doesn't
-            losses = compiled(losses)
-        write = compiled(tinylm.in_place(updated_if_finite))
-        if tinylm.is_separable(optimizer_update):
+            losses = (by_layer if settings.shard else compiled)(losses)
+        is_separable, write = tinylm.is_separable(optimizer_update), compiled(tinylm.in_place(updated_if_finite))
+        if is_separable:
             write = tinylm.block_by_block(write)
+        if settings.shard:
+            write = tinylm.on_own_parts(write)
 
-        def update(params, grads, optimizer, lr, loss):
+        def update_in_place(params, grads, optimizer, lr, loss):
             norm = tinylm.global_norm(grads)
             write(params, grads, optimizer, lr, norm, loss)
             return params, optimizer, norm.double()
 
+        if is_separable or not settings.shard:  # else ranks need more than their own parts
+            update = update_in_place
         # With accumulation the results of two calls are needed at once; with ranks messages leave in between.
-        if settings.device != "cpu" and settings.grad_accum_steps == machine.num_ranks() == 1:
+        if settings.device != "cpu" and not settings.shard and settings.grad_accum_steps == machine.num_ranks() == 1:
             gradients, update = tinylm.in_graph(gradients, 1), tinylm.in_graph(update, 3)
     return gradients, torch.no_grad()(update), torch.no_grad()(losses)
 

@@ -65,7 +65,7 @@ def flops_per_token(config):
 def introduce(run):
     """Say what is about to run."""
     settings, config, ids = run.settings, run.config, run.ids
-    compiled = ", compiled in the first step, which takes a while" if settings.is_compiled else ""
+    compiled = ", compiled in the first step, which takes a while" if settings.compile else ""
     sharded = ", sharded" if settings.shard else ""
     ranks = f", {run.num_ranks} ranks{sharded}" if torch.distributed.is_initialized() else ""
     held_out = min(len(ids["val"]) - 1, settings.eval_tokens)
