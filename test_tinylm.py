@@ -358,6 +358,16 @@ def test_compiled_attention_of_few_keys(T, dtype, device, is_one):
         torch.compile(tinylm.attention, backend=backend, fullgraph=True)(q, k, v)
     assert ("attention_forward" in graphs[0].code) == is_one
 
+@pytest.mark.parametrize("T", [1, 3])
+@pytest.mark.parametrize("dtypes", [*itertools.permutations((torch.float64, torch.float32, torch.bfloat16), 2)])
+def test_attention_to_keys_of_another_dtype(T, dtypes):
+    """As where a cache has keys and values of another dtype: by forms as by the definition, in that of the queries."""
+    q, k, v = attention_example(torch.float64, (2,), 2, 3, T, 7, 8)
+    q, k, v = q.to(dtypes[0]), k.to(dtypes[1]), v.to(dtypes[1])
+    actual, expected = tinylm.attention(q, k, v), tinylm.attention.definition(q, k, v)
+    assert actual.dtype == dtypes[0]
+    same(actual, expected, TOLERANCES[dtypes[0]])
+
 def test_attention_gradcheck():
     inputs = leaf(2, 4, 3, 2), leaf(2, 2, 5, 2, seed=1), leaf(2, 2, 5, 2, seed=2)
     assert torch.autograd.gradcheck(tinylm.attention, inputs)
@@ -3149,6 +3159,18 @@ def test_blocks_of_ranks_are_gathered_ahead_and_freed(alone_from, remat, compile
         again[3], "average 0") if event]
     same(dict(tinylm.tree_leaves(tinylm.own_parts(grads))), dict(tinylm.tree_leaves(expected)), 1e-6)
 
+def test_blocks_of_ranks_are_computed_in_the_dtype_that_they_get(monkeypatch, mesh_of_one):
+    """As those of a stream that becomes float32: nothing is rounded on the way that one process does not round."""
+    block = tinylm.transformer_block
+    monkeypatch.setattr(tinylm, "transformer_block", lambda *args, **options: block(*args, **options).float())
+    config, batch = small_config(num_layers=3), random_tokens(small_config(), 2, 2, 9)
+    whole = random_params(config)
+    results = [tinylm.value_and_grad(tinylm.loss_fn, params, *batch, config, torch.bfloat16)
+               for params in (whole, tinylm.shard(whole, mesh_of_one))]
+    (expected, grads), (loss, split_grads) = results
+    assert loss.equal(expected)
+    same(dict(tinylm.tree_leaves(tinylm.own_parts(split_grads))), dict(tinylm.tree_leaves(grads)), 1e-6)
+
 def test_memory_of_ranks_does_not_grow(mesh_of_one):
     """From step to step of a split model, be it with the backward pass or without."""
     config = small_config(d_model=256, vocab_size=512)
@@ -4393,6 +4415,14 @@ def test_small_models_that_forms_are_compared_by(monkeypatch, capsys):
     settings.shard = True
     with pytest.raises(cli.InputError, match="^transformer_blocks: by faster forms not what it is"):
         train.check_forms(run.model_config(settings, 300), settings)
+    def shared(blocks, *rest, **options):  # the third block is the first again
+        return plain(blocks | {"2": blocks["0"]} if "2" in blocks and "0" in blocks else blocks, *rest, **options)
+
+    fork(shared)
+    with pytest.raises(cli.InputError, match="^transformer_blocks: by faster forms not what it is"):
+        train.check_forms(run.model_config(settings, 300), settings)
+    settings.shard = False
+    train.check_forms(run.model_config(settings, 300), settings)
     assert not capsys.readouterr().out
 
     def of_three(blocks, *rest, **options):
@@ -4400,6 +4430,47 @@ def test_small_models_that_forms_are_compared_by(monkeypatch, capsys):
     fork(of_three)
     train.check_forms(run.model_config(settings, 300), settings)
     assert "is not known, as a small model fails: ValueError: not enough values to unpack" in capsys.readouterr().out
+
+def test_scalars_cannot_be_split(monkeypatch):
+    shapes = tinylm.param_shapes
+    monkeypatch.setattr(tinylm, "param_shapes", lambda config: shapes(config) | {"scale": ()})
+    settings = train.Settings.complete(dict(device="cpu"))
+    settings.shard = True
+    with pytest.raises(cli.InputError, match="--shard splits along the first axis, and scale has none; give it the sh"):
+        train.check_forms(run.model_config(settings, 300), settings)
+
+def test_a_loss_that_is_not_evaluated(monkeypatch, capsys):
+    """Is told of: scores that are capped where only training reads them."""
+    settings = train.Settings.complete(dict(device="cpu"))
+    train.check_forms(run.model_config(settings, 300), settings)
+    assert not capsys.readouterr().out
+    forward = tinylm.forward
+    monkeypatch.setattr(tinylm, "forward", lambda *args, **options: forward(*args, **options).tanh())
+    train.check_forms(run.model_config(settings, 300), settings)
+    assert "training lowers another loss" in capsys.readouterr().out
+
+def test_states_that_share_memory(tmp_path, monkeypatch, capsys):
+    """As of an optimiser that begins with the parameters themselves. Updates in place are those of eager code."""
+    def heavy_ball(params, grads, state, lr, momentum=0.5):
+        step = lambda p, g, before: p - lr * g + momentum * (p - before)
+        return tinylm.tree_map(step, params, grads, state["previous"]), {"previous": params}
+
+    monkeypatch.setitem(tinylm.OPTIMIZERS, "heavy_ball", (lambda params: {"previous": params}, heavy_ball))
+    compiler, data = torch.compile, prepared(tmp_path)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compiler(function, fullgraph=True, backend="aot_eager"))
+    for compiled in (False, True):
+        train.train(**TINY | dict(data=data, output_dir=tmp_path / str(compiled), optimizer="heavy_ball", lr_max=0.1,
+                                  compile=compiled))
+    same_run(tmp_path / "False", tmp_path / "True")
+
+def test_ctrl_c_while_a_compiler_is_at_work():
+    """Which it ends too: this is no error of the compiler."""
+    failed = type("InductorError", (Exception,), {"__module__": "torch._inductor.exc"})
+    for asked, error, seen in ((True, failed, KeyboardInterrupt), (False, failed, failed), (True, OSError, OSError)):
+        with pytest.raises(seen), machine.Interrupt():
+            if asked:
+                signal.raise_signal(signal.SIGINT)
+            raise error
 
 def test_a_model_that_writes_as_it_does_not_learn(tmp_path, monkeypatch, capsys):
     """Is told of: here one whose positions see their neighbour, but not across what the cache has."""

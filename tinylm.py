@@ -1107,7 +1107,8 @@ def attention_of_one(q, k, v, unseen=None):
     In base 2, as `TiledAttention` has it.
     """
     D, group = q.shape[-1], q.shape[-3] // k.shape[-3]
-    rows, k, v = q.reshape(-1, group, D), k.flatten(0, -3), v.flatten(0, -3)  # (N, group, D), (N, S, D)
+    k, v = (x.flatten(0, -3).to(q.dtype) for x in (k, v))  # (N, S, D)
+    rows = q.reshape(-1, group, D)  # (N, group, D)
     if q.is_cpu:  # oneDNN takes longer to prepare small products of bfloat16 than others take to compute them
         rows, k, v = map(at_least_float32, (rows, k, v))
     scores = product_in_float32(k, rows.mT) * (D**-0.5 / math.log(2))  # (N, S, group)
@@ -1842,32 +1843,34 @@ def on_own_parts(write):
 class SplitBlocks:
     """The split tensors of blocks. While a block is computed, those of the one that comes after it are gathered."""
 
-    def __init__(self, blocks, dtype):
+    def __init__(self, blocks):
         split = [[(path, w) for path, w in tree_leaves(block) if is_split(w)] for block in blocks.values()]
         self.blocks = [tuple(zip(*leaves)) for leaves in split]  # (paths, tensors) of each
-        self.dtypes = [[dtype if w.ndim > 1 else w.dtype for w in ws] for _, ws in self.blocks]
         self.begun, self.step = {}, 1  # -1 on the way back
 
-    def begin(self, number):
-        return begin_gather(self.blocks[number][1], self.dtypes[number])
+    def begin(self, number, dtype):
+        _, ws = self.blocks[number]
+        return begin_gather(ws, [dtype if w.ndim > 1 else w.dtype for w in ws])
 
-    def whole(self, number):
-        """The whole tensors of a block, by its number. Asked for in another order they come too, only later."""
-        finish = self.begun.pop(number, None) or self.begin(number)
+    def whole(self, number, dtype):
+        """The whole tensors of a block, by its number, the matrices in a dtype. Those that were not begun, or in
+        another dtype, as where a block gives another one than it got, come too, only later.
+        """
+        begun_in, finish = self.begun.pop(number, (None, None))
+        finish = finish if begun_in == dtype else self.begin(number, dtype)
         coming = number + self.step
         if 0 <= coming < len(self.blocks) and coming not in self.begun:
-            self.begun[coming] = self.begin(coming)
+            self.begun[coming] = dtype, self.begin(coming, dtype)
         return finish()
 
 @faster(transformer_blocks, lambda blocks, *_, **__: is_split(first_leaf(blocks)))
 def transformer_blocks_over_ranks(blocks, x, cos, sin, cache, config, remat=False):
     """A block's tensors are gathered together before it is computed, freed, and gathered again to go backward."""
-    split = SplitBlocks(blocks, x.dtype)
+    split = SplitBlocks(blocks)
 
     def compute(number, layer, x):
-        paths, ws = split.blocks[number]
-        again = []
-        whole = GatherTogether.apply(partial(split.whole, number), again, *ws)
+        (paths, ws), take, again = split.blocks[number], partial(split.whole, number, x.dtype), []
+        whole = GatherTogether.apply(take, again, *ws)
         rooms = {w.untyped_storage()._cdata: i for i, w in enumerate(whole)}
 
         def pack(tensor):  # what the backward pass would keep: of a gathered tensor only where in which storage it is
@@ -1880,7 +1883,7 @@ def transformer_blocks_over_ranks(blocks, x, cos, sin, cache, config, remat=Fals
             if isinstance(kept, torch.Tensor):
                 return kept
             if not again:
-                again.extend(split.whole(number))
+                again.extend(take())
             return again[kept[0]].as_strided(*kept[1:])
 
         def computed():

@@ -346,13 +346,19 @@ def check_forms(config, settings):
 
     A small model, of at most two blocks, is compared: on the device its loss, gradients and hidden states, read in
     pieces as to write, in float64, which no mode of products rounds, and roughly in the dtype of training; on the CPU
-    clipping and two updates. Where a model can't be small, that is said.
+    clipping and two updates. To be split, all blocks are read too. Where a model can't be small, that is said.
     """
+    axes = {path: len(shape) for path, shape in tinylm.tree_leaves(tinylm.param_shapes(config))}
+    if settings.shard and 0 in axes.values():
+        raise InputError(f"--shard splits along the first axis, and {min(axes, key=axes.get)} has none; give it the "
+                         "shape (1,)")
     most = {"num_layers": 2, "d_model": 64, "d_ff": 128, "vocab_size": 256, "num_kv_heads": 2}
     small = {name: min(size, getattr(config, name)) for name, size in most.items()}
     small["num_heads"] = min(2, config.num_heads // config.num_kv_heads) * small["num_kv_heads"]
     try:
         read, step, update = small_run(replace(config, **small), settings)
+        if settings.shard:
+            read_deep, *_ = small_run(replace(config, **small | {"num_layers": config.num_layers}), settings)
         with tinylm.definitions_alone():
             step(torch.float64), update()
     except InputError:
@@ -365,6 +371,8 @@ def check_forms(config, settings):
     forms[:0] = over_ranks
     try:
         differing = tinylm.forms_that_differ(partial(step, torch.float64)) or tinylm.forms_that_differ(update)
+        if not differing and over_ranks:  # which ask for definitions that don't look beyond a block
+            differing = tinylm.forms_that_differ(lambda: {"read": read_deep(False)})
         if not differing and (settings.device, settings.dtype) != ("cpu", "float32"):  # where other forms serve
             differing = tinylm.forms_that_differ(partial(step, DTYPES[settings.dtype]), 0.1)
     finally:
@@ -373,15 +381,21 @@ def check_forms(config, settings):
         names, advice = ", ".join(differing), "; ".join(f"{name}.forms.clear()" for name in differing)
         raise InputError(f"{names}: by faster forms not what it is by the definitions in tinylm.py; let these follow, "
                          f"or drop them there by {advice}")
-    whole, again, pieces = read(False), read(False, seed=1), read(True)
-    if (pieces - whole).norm() > 1e-4 * whole.norm() and whole.equal(again):  # else it draws numbers
+    whole, again, pieces, found = read(False), read(False, seed=1), read(True), step(torch.float64)
+    if not whole.equal(again):  # it draws numbers
+        return
+    if (pieces - whole).norm() > 1e-4 * whole.norm():
         cli.say("what the model writes is not what it learns: its numbers depend on how many positions are read at "
                 "once, as where cached_attention does not follow")
+    if abs(found["loss"] - found["evaluated"]) > 1e-4 * abs(found["loss"]):
+        cli.say(f"training lowers another loss, {found['loss']:.4f} of a small model, than evaluations give, "
+                f"{found['evaluated']:.4f}: right where loss_fn adds a term; what evaluations and sampling should have "
+                "too belongs in to_logits")
 
 def small_run(config, settings):
     """What `check_forms` compares of a model: read(in_pieces), the final hidden states of some positions read at once
-    or in pieces; step(dtype), the loss and its gradients of these, and what is read in pieces and last of all;
-    update(), clipping and two updates.
+    or in pieces; step(dtype), the loss and its gradients of these, the loss that an evaluation gives, and what is read
+    in pieces and last of all; update(), clipping and two updates.
     """
     draw, own = torch.Generator().manual_seed(0), own_hyperparameters(settings)
     init, optimizer_update = tinylm.OPTIMIZERS[settings.optimizer]
@@ -417,8 +431,12 @@ def small_run(config, settings):
     def step(dtype):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            loss, grads = tinylm.value_and_grad(tinylm.loss_fn, doubles, tokens[:, :-1], tokens[:, 1:], config, dtype)
-            return {"loss": loss, "gradients": grads, "read": read(True, dtype), "last": read_last(dtype)}
+            batch = tokens[:, :-1], tokens[:, 1:], config, dtype
+            loss, grads = tinylm.value_and_grad(tinylm.loss_fn, doubles, *batch)
+            with torch.no_grad():
+                evaluated = tinylm.token_losses_in_pieces(doubles, *batch).mean()
+            return {"loss": loss, "gradients": grads, "evaluated": evaluated, "read": read(True, dtype),
+                    "last": read_last(dtype)}
 
     def update():
         norm = tinylm.global_norm(params)

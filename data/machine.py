@@ -217,9 +217,11 @@ class Interrupt:
                         if number in STOP_SIGNALS[:2] or signal.getsignal(number) != signal.SIG_IGN}  # as nohup has it
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, _=None, error=None, __=None):
         for number, handler in self.old.items():
             signal.signal(number, handler)
+        if self.number == signal.SIGINT and "torch._inductor" in type(error).__module__:
+            raise KeyboardInterrupt from error  # Ctrl-C ends a C++ compiler at work too
 
     def note(self, number, _):
         if self.number and time.monotonic() > self.since + 2:
@@ -255,6 +257,10 @@ def ranks(device):
             dist.destroy_process_group()
         raise
     if dist.is_initialized():
+        if dist.get_backend() == "gloo":
+            # While this waits, gloo's threads let go of the last tensors. Where Python ends before, they abort.
+            with suppress(RuntimeError):  # of a rank that failed
+                dist.barrier()
         dist.destroy_process_group()
 
 def join_ranks(device):

@@ -411,7 +411,7 @@ def place_state(run):
     mesh = machine.mesh_of_ranks(run.settings.device) if run.settings.shard else None
 
     def place(tensor):  # one after the other, as a device may have no room for all that it gets a part of
-        tensor = machine.of_first_rank(tensor.to(run.settings.device))
+        tensor = machine.of_first_rank(tensor.to(run.settings.device, copy=True))  # no two in one place, for updates
         return tinylm.shard(tensor, mesh) if mesh else tensor
 
     run.params, run.optimizer = (tinylm.tree_map(place, tree) for tree in (run.params, run.optimizer))
