@@ -356,7 +356,7 @@ def check_forms(config, settings):
     small = {name: min(size, getattr(config, name)) for name, size in most.items()}
     small["num_heads"] = min(2, config.num_heads // config.num_kv_heads) * small["num_kv_heads"]
     try:
-        read, step, update = small_run(replace(config, **small), settings)
+        read, losses, step, update = small_run(replace(config, **small), settings)
         if settings.shard:
             read_deep, *_ = small_run(replace(config, **small | {"num_layers": config.num_layers}), settings)
         with tinylm.definitions_alone():
@@ -381,20 +381,19 @@ def check_forms(config, settings):
         names, advice = ", ".join(differing), "; ".join(f"{name}.forms.clear()" for name in differing)
         raise InputError(f"{names}: by faster forms not what it is by the definitions in tinylm.py; let these follow, "
                          f"or drop them there by {advice}")
-    whole, again, pieces, found = read(False), read(False, seed=1), read(True), step(torch.float64)
+    whole, again, pieces, (learned, evaluated) = read(False), read(False, seed=1), read(True), losses()
     if not whole.equal(again):  # it draws numbers
         return
     if (pieces - whole).norm() > 1e-4 * whole.norm():
         cli.say("what the model writes is not what it learns: its numbers depend on how many positions are read at "
                 "once, as where cached_attention does not follow")
-    if abs(found["loss"] - found["evaluated"]) > 1e-4 * abs(found["loss"]):
-        cli.say(f"training lowers another loss, {found['loss']:.4f} of a small model, than evaluations give, "
-                f"{found['evaluated']:.4f}: right where loss_fn adds a term; what evaluations and sampling should have "
-                "too belongs in to_logits")
+    if abs(learned - evaluated) > 1e-4 * abs(learned):
+        cli.say(f"training lowers another loss, {learned:.4f} of a small model, than evaluations give, {evaluated:.4f}: "
+                "right where loss_fn adds a term; what evaluations and sampling should have too belongs in to_logits")
 
 def small_run(config, settings):
     """What `check_forms` compares of a model: read(in_pieces), the final hidden states of some positions read at once
-    or in pieces; step(dtype), the loss and its gradients of these, the loss that an evaluation gives, and what is read
+    or in pieces; losses(), of training and of evaluation; step(dtype), the loss and its gradients, and what is read
     in pieces and last of all; update(), clipping and two updates.
     """
     draw, own = torch.Generator().manual_seed(0), own_hyperparameters(settings)
@@ -404,6 +403,7 @@ def small_run(config, settings):
                              tinylm.init_params(config, draw))
     doubles = tinylm.tree_map(lambda p: p.to(settings.device, torch.float64), params)
     tokens = torch.arange(2 * T + 2, device=settings.device).view(2, -1) % config.vocab_size
+    batch = tokens[:, :-1], tokens[:, 1:]
     cache = tinylm.init_cache(config, 1, far, torch.float32, "cpu")
     past = torch.randn(cache["k"].shape, generator=draw)
     update_once = lambda params, grads, state: optimizer_update(params, grads, state, torch.tensor(1e-2), **own)
@@ -428,15 +428,17 @@ def small_run(config, settings):
         cache = cache | {"filled": far - last}
         return tinylm.hidden_states(doubles, tokens[:1, :last], config, dtype, cache)[0]
 
+    @torch.no_grad()
+    def losses(dtype=torch.float64):
+        with torch.random.fork_rng(devices=[]):
+            evaluated = tinylm.token_losses_in_pieces(doubles, *batch, config, dtype).mean()
+            return tinylm.loss_fn(doubles, *batch, config, dtype), evaluated
+
     def step(dtype):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            batch = tokens[:, :-1], tokens[:, 1:], config, dtype
-            loss, grads = tinylm.value_and_grad(tinylm.loss_fn, doubles, *batch)
-            with torch.no_grad():
-                evaluated = tinylm.token_losses_in_pieces(doubles, *batch).mean()
-            return {"loss": loss, "gradients": grads, "evaluated": evaluated, "read": read(True, dtype),
-                    "last": read_last(dtype)}
+            loss, grads = tinylm.value_and_grad(tinylm.loss_fn, doubles, *batch, config, dtype)
+            return {"loss": loss, "gradients": grads, "read": read(True, dtype), "last": read_last(dtype)}
 
     def update():
         norm = tinylm.global_norm(params)
@@ -446,7 +448,7 @@ def small_run(config, settings):
         new, _ = update_once(new, others, state)
         return {"clipped": clipped, "update": tinylm.tree_map(torch.sub, new, params)}
 
-    return read, step, update
+    return read, losses, step, update
 
 def accumulate_gradients(gradients, params, ids, settings, step, rank=0, num_ranks=1):
     """The loss on this rank and the mean gradients of a step, over its grad_accum_steps batches and all ranks.
