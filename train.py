@@ -388,8 +388,9 @@ def check_forms(config, settings):
         cli.say("what the model writes is not what it learns: its numbers depend on how many positions are read at "
                 "once, as where cached_attention does not follow")
     if abs(learned - evaluated) > 1e-4 * abs(learned):
-        cli.say(f"training lowers another loss, {learned:.4f} of a small model, than evaluations give, {evaluated:.4f}: "
-                "right where loss_fn adds a term; what evaluations and sampling should have too belongs in to_logits")
+        cli.say(f"training lowers another loss, {learned:.4f} of a small model, than evaluations give, "
+                f"{evaluated:.4f}: right where loss_fn adds a term; what evaluations and sampling should have too "
+                "belongs in to_logits")
 
 def small_run(config, settings):
     """What `check_forms` compares of a model: read(in_pieces), the final hidden states of some positions read at once
@@ -429,10 +430,10 @@ def small_run(config, settings):
         return tinylm.hidden_states(doubles, tokens[:1, :last], config, dtype, cache)[0]
 
     @torch.no_grad()
-    def losses(dtype=torch.float64):
+    def losses():
         with torch.random.fork_rng(devices=[]):
-            evaluated = tinylm.token_losses_in_pieces(doubles, *batch, config, dtype).mean()
-            return tinylm.loss_fn(doubles, *batch, config, dtype), evaluated
+            evaluated = tinylm.token_losses_in_pieces(doubles, *batch, config, torch.float64).mean()
+            return tinylm.loss_fn(doubles, *batch, config, torch.float64), evaluated
 
     def step(dtype):
         with torch.random.fork_rng(devices=[]):
