@@ -203,21 +203,24 @@ def transformer_blocks(blocks, x, cos, sin, cache, config, remat=False):
         x = checkpoint(block_fn, x, use_reentrant=False) if remat else block_fn(x)
     return x
 
+@operation
+def angles_at(start, T, config, device):
+    """`rope_angles` of T positions. Raises ValueError beyond context_length: the model has learned no others."""
+    if start + T > config.context_length:
+        raise ValueError(f"{start + T} positions, {start} of them cached; expected {config.context_length} at most")
+    table = rope_angles(config.context_length, config.head_dim, config.rope_theta, config.rope_scaling, device)
+    return tuple(angles[start:start + T] for angles in table)  # (T, D/2) each
+
 def hidden_states(params, tokens, config, dtype=torch.float32, cache=None, remat=False):
     """What the output matrix reads, computed in `dtype`. tokens (B, T) of int64 → (B, T, d_model) and the new cache.
 
     `cache` has keys and values of the positions before `tokens`; it is donated, as to copy it for each token is slow.
-    Raises ValueError beyond context_length positions, the cached ones included: the model has learned no others.
     """
-    start = cache["filled"] if cache else 0
-    end = start + tokens.shape[1]
-    if end > config.context_length:
-        raise ValueError(f"{end} positions, {start} of them cached; expected {config.context_length} at most")
-    table = rope_angles(config.context_length, config.head_dim, config.rope_theta, config.rope_scaling, tokens.device)
-    cos, sin = (angles[start:end] for angles in table)  # (T, D/2) each
+    start, T = cache["filled"] if cache else 0, tokens.shape[1]
+    cos, sin = angles_at(start, T, config, tokens.device)
     x = embedding(tokens, params["embedding"]).to(dtype)  # (B, T, d_model)
     x = transformer_blocks(params["blocks"], x, cos, sin, cache, config, remat)
-    return rmsnorm(x, params["final_norm"], config.norm_eps), (cache | {"filled": end} if cache else None)
+    return rmsnorm(x, params["final_norm"], config.norm_eps), (cache | {"filled": start + T} if cache else None)
 
 def to_logits(params, x):
     """Scores of every token of the vocabulary, for training, evaluation and generation. x (..., d_model) → (..., V)."""
@@ -300,8 +303,7 @@ def value_and_grad(function, params, *args):
 @operation
 def global_norm(tree):
     """The Euclidean norm of all leaves taken as one vector, a scalar of float32."""
-    norms = [torch.linalg.vector_norm(leaf.float()) for _, leaf in tree_leaves(tree)]
-    return torch.linalg.vector_norm(torch.stack(norms))
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(x.float()) for _, x in tree_leaves(tree)]))
 
 @operation
 def clip_gradients(grads, norm, max_norm):
@@ -446,16 +448,11 @@ def nucleus_floor(probabilities, top_p):
     before = best_first.cumsum(-1) - best_first  # the mass of all better tokens
     return best_first.masked_fill(before >= top_p, math.inf).amin(-1, keepdim=True).minimum(best_first[:, :1])
 
-def sample_from(weights, generator):
-    """Draw an index of each row with probability in proportion to its weight. (B, N) → (B) of int64."""
-    reached = weights.double().cumsum(-1)
-    share = torch.rand(len(reached), 1, dtype=torch.float64, device=reached.device, generator=generator)
-    return torch.searchsorted(reached, (1 - share) * reached[:, -1:]).squeeze(-1)  # not 0: share is below 1
-
-def sample_token(logits, temperature, top_k, top_p, generator):
+def sample_token(logits, chance, temperature, top_k, top_p):
     """Draw the next token: softmax at a temperature over the top_k best, then the nucleus of mass top_p among them.
 
-    Temperature 0 takes the best token, top_k 0 keeps all; ties with the last one kept stay too. logits (B, V) → (B).
+    Temperature 0 takes the best token, top_k 0 keeps all; ties with the last one kept stay too. logits (B, V), chance
+    (B, 1) of float64, drawn evenly from [0, 1) → (B) of int64.
     """
     if temperature == 0:
         return logits.float().argmax(-1)
@@ -464,7 +461,18 @@ def sample_token(logits, temperature, top_k, top_p, generator):
     probabilities = softmax((logits.float() / max(temperature, 1e-20)).nan_to_num())  # no overflow, and no NaN
     if top_p < 1:
         probabilities = probabilities.masked_fill(probabilities < nucleus_floor(probabilities, top_p), 0.0)
-    return sample_from(probabilities, generator)
+    reached = probabilities.double().cumsum(-1)
+    return torch.searchsorted(reached, (1 - chance) * reached[:, -1:]).squeeze(-1)  # not 0: chance is below 1
+
+@operation
+def next_token(params, tokens, config, dtype, cache, chance, stopped, temperature, top_k, top_p, stop_tokens):
+    """Read tokens (B, T), and draw the next → (B), the new cache, and which rows have stopped by then (B) of bool."""
+    x, cache = hidden_states(params, tokens, config, dtype, cache)
+    token = sample_token(to_logits(params, x[:, -1]), chance, temperature, top_k, top_p)  # (B)
+    if stop_tokens:
+        token = token.masked_fill(stopped, stop_tokens[0])
+        stopped = torch.stack([stopped, *(token == stop for stop in stop_tokens)]).any(0)
+    return token, cache, stopped
 
 @operation
 def weights_for_generation(params, dtype, batch_size):
@@ -488,11 +496,9 @@ def generate(params, prompt, config, max_new_tokens, temperature=1.0, top_k=0, t
         if history.shape[1] > config.context_length:
             history = fresh = history[:, -max(1, config.context_length // 2):]
             cache = cache | {"filled": 0}
-        x, cache = hidden_states(params, fresh, config, dtype, cache)
-        token = sample_token(to_logits(params, x[:, -1]), temperature, top_k, top_p, generator)  # (B)
-        if stop_tokens:
-            token = token.masked_fill(stopped, stop_tokens[0])
-            stopped = torch.stack([stopped, *(token == stop for stop in stop_tokens)]).any(0)
+        chance = torch.rand(len(prompt), 1, dtype=torch.float64, device=prompt.device, generator=generator)
+        token, cache, stopped = next_token(params, fresh, config, dtype, cache, chance, stopped, temperature, top_k,
+                                           top_p, stop_tokens)
         yield token
         if stop_tokens and stopped.all():
             return
@@ -716,18 +722,19 @@ def bias_corrections(step, lr, beta1, beta2, eps):
     return torch.stack((eps * correction2, correction1 / (lr * correction2))).float()
 
 @torch.library.custom_op("tinylm::computed", mutates_args=())
-def computed(x: torch.Tensor) -> torch.Tensor:
-    """A copy of x, so that compiled code computes x once, and not again for each number made of it."""
+def computed(x: torch.Tensor, after: list[torch.Tensor]) -> torch.Tensor:
+    """A copy of x, so that compiled code computes x once, not again for each number made of it, and when all of `after`
+    is there."""
     return x.clone()
 
-computed.register_fake(torch.empty_like)
+computed.register_fake(lambda x, after: torch.empty_like(x))
 
 @faster(adamw_update, always)
 def adamw_update_in_few_passes(params, grads, state, lr, beta1=0.8, beta2=0.98, eps=1e-8, weight_decay=0.1):
     """lr · m̂ / (√v̂ + eps) with the corrections and lr moved to where they cost one pass over memory."""
     step = state["step"] + 1
     corrections = bias_corrections(step, lr, beta1, beta2, eps)
-    floor, scale = corrections if is_eager() else computed(corrections)  # eager code would import the compiler for it
+    floor, scale = corrections if is_eager() else computed(corrections, [])  # eager code would import the compiler for it
     keep = 1 - lr * weight_decay
 
     def update(p, g, m, v):
@@ -792,6 +799,8 @@ class LossInPieces(torch.autograd.Function):
         matrix, loss, dxs, dw = w.to(x.dtype), 0.0, [], 0.0
         vocabulary, size = torch.arange(len(w), device=w.device), max(1, LOGITS_AT_ONCE // len(w))
         for rows, theirs in zip(x.split(size), targets[:, None].split(size)):
+            if dxs and is_compiled():  # which would compute all pieces at once
+                rows = computed(rows, [loss, dw])
             logits = at_least_float32(rows @ matrix.T)  # (rows, V)
             highest = logits.amax(-1, keepdim=True)
             exps = torch.exp(logits - highest)
@@ -1137,6 +1146,12 @@ def load_rows(matrix, rows, length, D: tl.constexpr, WIDTH: tl.constexpr):
         inside &= rows[:, None] < length
     return tl.load(matrix + rows[:, None] * D + columns[None, :], mask=inside, other=0.0)
 
+def factor(x):
+    """x as a factor of tl.dot: of float32 the 10 bits of TF32's mantissa, rounded, as a GPU only cuts the others off."""
+    if x.dtype == tl.float32:
+        x = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return x
+
 def store_rows(matrix, rows, length, values, D: tl.constexpr, WIDTH: tl.constexpr):
     """Write rows (rows, WIDTH) into a matrix (length, D), where it has them."""
     columns = tl.arange(0, WIDTH)
@@ -1158,22 +1173,22 @@ def attention_kernel(q, k, v, out, log_sum, R, S, before, group: tl.constexpr,
     q, out, log_sum, k, v = q + n * R * D, out + n * R * D, log_sum + n * R, k + n * S * D, v + n * S * D
     start = (tl.num_programs(1) - 1 - tl.program_id(1)) * ROWS  # the rows that see most begin first
     rows = start + tl.arange(0, ROWS)
-    q_rows, last_seen = load_rows(q, rows, R, D, WIDTH), before + rows // group
+    q_rows, last_seen = factor(load_rows(q, rows, R, D, WIDTH)), before + rows // group
     highest, total = tl.full([ROWS], -float("inf"), tl.float32), tl.zeros([ROWS], tl.float32)
     sums, scale = tl.zeros([ROWS, WIDTH], tl.float32), D**-0.5 * LOG2_E
     seen_by_all, seen = keys_seen(start, S, before, group, ROWS, KEYS)
     for masked in tl.static_range(2):
         for key in range(seen_by_all if masked else 0, seen if masked else seen_by_all, KEYS):
             keys = key + tl.arange(0, KEYS)
-            k_rows = load_rows(k, keys, S if masked else None, D, WIDTH)
+            k_rows = factor(load_rows(k, keys, S if masked else None, D, WIDTH))
             scores = tl.dot(q_rows, tl.trans(k_rows))  # (ROWS, KEYS)
             if masked:
                 scores = tl.where(keys[None, :] <= last_seen[:, None], scores, -float("inf"))
             higher = tl.maximum(highest, tl.max(scores, 1) * scale)
             p = tl.exp2(scores * scale - higher[:, None])  # one instruction scales and subtracts
             shrink = tl.exp2(highest - higher)
-            v_rows = load_rows(v, keys, S if masked else None, D, WIDTH)
-            sums = sums * shrink[:, None] + tl.dot(p.to(v_rows.dtype), v_rows)
+            v_rows = factor(load_rows(v, keys, S if masked else None, D, WIDTH))
+            sums = sums * shrink[:, None] + tl.dot(factor(p.to(v_rows.dtype)), v_rows)
             total = total * shrink + tl.sum(p, 1)
             highest = higher
     store_rows(out, rows, R, sums / total[:, None], D, WIDTH)
@@ -1187,7 +1202,7 @@ def keys_backward_kernel(q, k, v, d_out, log_sum, row_sum, dk, dv, R, S, before,
     k, v, dk, dv = k + n * S * D, v + n * S * D, dk + n * S * D, dv + n * S * D
     start = tl.program_id(1) * KEYS
     keys = start + tl.arange(0, KEYS)
-    k_rows, v_rows = load_rows(k, keys, S, D, WIDTH), load_rows(v, keys, S, D, WIDTH)
+    k_rows, v_rows = factor(load_rows(k, keys, S, D, WIDTH)), factor(load_rows(v, keys, S, D, WIDTH))
     dk_sums, dv_sums = tl.zeros([KEYS, WIDTH], tl.float32), tl.zeros([KEYS, WIDTH], tl.float32)
     first = tl.maximum(0, start - before) * group // ROWS * ROWS  # rows from here on see some of the keys,
     all_seen = (tl.maximum(0, start + KEYS - 1 - before) * group + ROWS - 1) // ROWS * ROWS  # and from here all
@@ -1195,15 +1210,15 @@ def keys_backward_kernel(q, k, v, d_out, log_sum, row_sum, dk, dv, R, S, before,
     for masked in tl.static_range(2):
         for row in range(first if masked else all_seen, all_seen if masked else R, ROWS):
             rows = row + tl.arange(0, ROWS)
-            q_rows, d_rows = load_rows(q, rows, R, D, WIDTH), load_rows(d_out, rows, R, D, WIDTH)
+            q_rows, d_rows = factor(load_rows(q, rows, R, D, WIDTH)), factor(load_rows(d_out, rows, R, D, WIDTH))
             logs = tl.load(log_sum + rows, mask=rows < R, other=0.0)
             sums = tl.load(row_sum + rows, mask=rows < R, other=0.0)
             p = tl.exp2(tl.dot(k_rows, tl.trans(q_rows)) * (D**-0.5 * LOG2_E) - logs[None, :])
             if masked:
                 p = tl.where(keys[:, None] <= (before + rows // group)[None, :], p, 0.0)
-            dv_sums += tl.dot(p.to(d_rows.dtype), d_rows)
+            dv_sums += tl.dot(factor(p.to(d_rows.dtype)), d_rows)
             ds = p * (tl.dot(v_rows, tl.trans(d_rows)) - sums[None, :])
-            dk_sums += tl.dot(ds.to(q_rows.dtype), q_rows)
+            dk_sums += tl.dot(factor(ds.to(q_rows.dtype)), q_rows)
     store_rows(dk, keys, S, dk_sums * D**-0.5, D, WIDTH)
     store_rows(dv, keys, S, dv_sums, D, WIDTH)
 
@@ -1215,7 +1230,7 @@ def queries_backward_kernel(q, k, v, d_out, out, log_sum, row_sum, dq, R, S, bef
     k, v, log_sum, row_sum = k + n * S * D, v + n * S * D, log_sum + n * R, row_sum + n * R
     start = (tl.num_programs(1) - 1 - tl.program_id(1)) * ROWS
     rows = start + tl.arange(0, ROWS)
-    q_rows, d_rows = load_rows(q, rows, R, D, WIDTH), load_rows(d_out, rows, R, D, WIDTH)
+    q_rows, d_rows = factor(load_rows(q, rows, R, D, WIDTH)), factor(load_rows(d_out, rows, R, D, WIDTH))
     last_seen, logs = before + rows // group, tl.load(log_sum + rows, mask=rows < R, other=0.0)
     sums = tl.sum(d_rows.to(tl.float32) * load_rows(out, rows, R, D, WIDTH).to(tl.float32), 1)
     tl.store(row_sum + rows, sums, mask=rows < R)
@@ -1224,13 +1239,13 @@ def queries_backward_kernel(q, k, v, d_out, out, log_sum, row_sum, dq, R, S, bef
     for masked in tl.static_range(2):
         for key in range(seen_by_all if masked else 0, seen if masked else seen_by_all, KEYS):
             keys = key + tl.arange(0, KEYS)
-            k_rows = load_rows(k, keys, S if masked else None, D, WIDTH)
-            v_rows = load_rows(v, keys, S if masked else None, D, WIDTH)
+            k_rows = factor(load_rows(k, keys, S if masked else None, D, WIDTH))
+            v_rows = factor(load_rows(v, keys, S if masked else None, D, WIDTH))
             p = tl.exp2(tl.dot(q_rows, tl.trans(k_rows)) * (D**-0.5 * LOG2_E) - logs[:, None])
             if masked:
                 p = tl.where(keys[None, :] <= last_seen[:, None], p, 0.0)
             ds = p * (tl.dot(d_rows, tl.trans(v_rows)) - sums[:, None])
-            dq_sums += tl.dot(ds.to(k_rows.dtype), k_rows)
+            dq_sums += tl.dot(factor(ds.to(k_rows.dtype)), k_rows)
     store_rows(dq, rows, R, dq_sums * D**-0.5, D, WIDTH)
 
 def next_attention_kernel(q, new_k, new_v, k, v, out, filled, head_stride, group: tl.constexpr,
@@ -1295,8 +1310,19 @@ def gated_silu_kernel(gate, up, out, size, BLOCK: tl.constexpr):
     u = tl.load(up + places, mask=places < size).to(tl.float32)
     tl.store(out + places, (g * tl.sigmoid(g) * u).to(out.dtype.element_ty), mask=places < size)
 
-KERNELS = (load_rows, store_rows, keys_seen, attention_kernel, keys_backward_kernel, queries_backward_kernel,
-           next_attention_kernel, rmsnorm_kernel, rope_kernel, gated_silu_kernel)
+def linear_kernel(x, w, out, rows, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+    """`linear` of one vector x (D): some of the numbers of out (rows), each by a row of w (rows, D)."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    sums = tl.zeros([ROWS, WIDTH], tl.float32)
+    for start in tl.static_range(0, D, WIDTH):
+        columns = start + tl.arange(0, WIDTH)
+        inside = (row < rows)[:, None] & (columns < D)[None, :]
+        weights = tl.load(w + row[:, None] * D + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        sums += weights * tl.load(x + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
+    tl.store(out + row, tl.sum(sums, 1).to(out.dtype.element_ty), mask=row < rows)
+
+KERNELS = (load_rows, factor, store_rows, keys_seen, attention_kernel, keys_backward_kernel, queries_backward_kernel,
+           next_attention_kernel, rmsnorm_kernel, rope_kernel, gated_silu_kernel, linear_kernel)
 
 def missing_to_build(compilers):
     """What of one of these compilers and Python's headers this machine lacks; None where it lacks nothing."""
@@ -1336,26 +1362,32 @@ def has_next_attention(q):
     """Whether attention of one token is a kernel, whose time is that of the keys that are there."""
     return q.shape[-1] <= 128 and has_triton(q)
 
-def has_kernels(q):
-    """Whether attention of these queries runs as Triton kernels: in half precision."""
-    return q.dtype != torch.float32 and has_next_attention(q)
+def is_hopper(x):
+    """Whether the GPU is of the kind of an H100 or B200."""
+    return torch.cuda.get_device_capability(x.device)[0] in (9, 10)
 
-# ROWS, KEYS, warps and stages of each kernel for heads of up to 64 features, of up to 128, and on an H100 or B200. They
-# are there, of about 25 that keep no register in memory, the fastest on an H200 at 32, 64 and 128 features, or slower
+def has_kernels(q):
+    """Whether attention of these queries runs as Triton kernels: in half precision, or in TF32 where it is measured."""
+    in_tf32 = lambda: torch.get_float32_matmul_precision() != "highest" and q.shape[-1] <= 64 and is_hopper(q)
+    return has_next_attention(q) and (q.dtype != torch.float32 or in_tf32())
+
+# ROWS, KEYS, warps and stages of each kernel for heads of up to 64 features, of up to 128, and on an H100 or B200, in
+# half precision and for up to 64 features in float32. They are there, of about 25 that keep no register in memory, the fastest on an H200 at 32, 64 and 128 features, or slower
 # by a tenth at most. Elsewhere nothing was measured; tiles are as large as 255 registers a thread and a block's shared
 # memory allow, without a third stage where its registers would keep a second block from running beside. Factors of
 # products lie in registers, and an RTX 3090 has 99 KB; in an H100 or B200 they lie in shared memory, of 227 KB.
-KERNEL_BLOCKS = {"attention_kernel": ((128, 64, 8, 2), (128, 32, 8, 3), (64, 64, 4, 3)),
-                 "keys_backward_kernel": ((32, 128, 8, 2), (64, 64, 8, 2), (32, 64, 4, 3)),
-                 "queries_backward_kernel": ((128, 32, 8, 2), (128, 32, 8, 2), (64, 64, 4, 2))}
+KERNEL_BLOCKS = {"attention_kernel": ((128, 64, 8, 2), (128, 32, 8, 3), (64, 64, 4, 3), (64, 32, 4, 3)),
+                 "keys_backward_kernel": ((32, 128, 8, 2), (64, 64, 8, 2), (32, 64, 4, 3), (32, 64, 4, 2)),
+                 "queries_backward_kernel": ((128, 32, 8, 2), (128, 32, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2))}
 
 def power_of_two(size):
     """The least that is not below a size."""
     return 1 << (size - 1).bit_length()
 
-def kernel_options(name, D, capability):
+def kernel_options(name, D, dtype, is_hopper):
     """What a kernel is compiled for beside types: its sizes, warps and stages, for heads of D features on a GPU."""
-    rows, keys, warps, stages = KERNEL_BLOCKS[name][2 if capability[0] in (9, 10) else D > 64]
+    kind = 3 if dtype == torch.float32 else 2 if is_hopper else D > 64
+    rows, keys, warps, stages = KERNEL_BLOCKS[name][kind]
     width = max(16, power_of_two(D))
     return {"D": D, "WIDTH": width, "ROWS": rows, "KEYS": keys, "num_warps": warps, "num_stages": stages}
 
@@ -1375,10 +1407,9 @@ def side_by_side(N, num_bytes, l2_size):
 def launch(name, blocks_of_keys, q, k, *tensors):
     """Run a kernel for each of N and each block of keys, or of rows, with the sizes that it takes behind `tensors`."""
     (N, T, group, D), S = q.shape, k.shape[1]
-    gpu = torch.cuda.get_device_properties(q.device)
-    options = kernel_options(name, D, (gpu.major, gpu.minor))
+    options = kernel_options(name, D, q.dtype, is_hopper(q))
     blocks = -(-S // options["KEYS"]) if blocks_of_keys else -(-T * group // options["ROWS"])
-    together = side_by_side(N, q.nbytes + k.nbytes, gpu.L2_cache_size)
+    together = side_by_side(N, q.nbytes + k.nbytes, torch.cuda.get_device_properties(q.device).L2_cache_size)
     grid = together, blocks, N // together  # its programs begin in this order, those that differ in `together` first
     run_kernel(name, grid, q, k, *tensors, T * group, S, S - T, group, **options)
 
@@ -1426,6 +1457,17 @@ def gated_silu_in_kernel(gate, up):
     gate, up = gate.contiguous(), up.contiguous()
     out = torch.empty_like(gate)
     run_kernel("gated_silu_kernel", (-(-gate.numel() // 1024),), gate, up, out, gate.numel(), 1024)
+    return out
+
+@faster(linear, lambda x, w: has_small_kernels(x) and x.numel() == x.shape[-1] <= 8192 and w.is_contiguous())
+def linear_in_kernel(x, w):
+    x, (rows, D) = x.contiguous(), w.shape
+    out = torch.empty(*x.shape[:-1], rows, dtype=x.dtype, device=x.device)
+    # A program reads 1,024 numbers at once, or, of a large matrix, 2,048. On an H200 a matrix of 768 × 768 takes 2.0 µs
+    # in bfloat16 (4.0 as x @ w.T) and 2.2 in float32 (3.7), 768 × 2,048 2.5 and 3.2 (7.2, 3.9), 50,304 × 768 22 and 38
+    # (24, 40).
+    width, size = (512, 2048) if rows > 8192 else (min(1024, power_of_two(D)), 1024)
+    run_kernel("linear_kernel", (-(-rows * width // size),), x, w, out, rows, D, width, size // width)
     return out
 
 # ---- CUDA: many kernels in one launch, as to launch them one by one takes longer than to run them ----
@@ -1506,30 +1548,44 @@ def cached_attention_in_kernel(q, k, v, cache):
                cache["k"].stride(1), H // H_kv, D, width, 8192 // width, num_warps=8)
     return out
 
-def is_worth_a_record(blocks, x, cos, sin, cache, config, remat=False):
-    """Whether this is one token on CUDA, and attention is as the record has it: its forms not dropped."""
-    return (x.is_cuda and x.shape[1] == 1 and cache and not is_split(first_leaf(blocks))
-            and not torch.is_grad_enabled() and is_eager() and attention.forms and cached_attention.forms)
+@faster(angles_at, lambda start, T, config, device: isinstance(start, torch.Tensor))
+def angles_at_place(start, T, config, device):
+    """Of one token, whose position is a tensor (1), which the host need not know."""
+    table = rope_angles(config.context_length, config.head_dim, config.rope_theta, config.rope_scaling, device)
+    return tuple(angles.index_select(0, start) for angles in table)
 
-@faster(transformer_blocks, is_worth_a_record)
-def transformer_blocks_in_graph(blocks, x, cos, sin, cache, config, remat=False):
-    """Of one token. The graphs stay in the cache that they belong to, by the number of keys that they attend to, for
-    as long as parameters, keys and values are the same tensors.
+def is_worth_a_record(params, tokens, config, dtype, cache, *_):
+    """Whether this is one token on CUDA, and what it asks of positions is as the record has it: forms not dropped."""
+    w = first_leaf(params)
+    return (w.is_cuda and not is_split(w) and tokens.shape[1] == 1 and is_eager() and not torch.is_grad_enabled()
+            and attention.forms and cached_attention.forms and angles_at.forms)
+
+@faster(next_token, is_worth_a_record)
+def next_token_in_graph(params, tokens, config, dtype, cache, chance, stopped, temperature, top_k, top_p, stop_tokens):
+    """After one token. The graphs stay in the cache that they belong to, by the number of keys that they attend to and
+    how they draw, for as long as parameters, keys and values are the same tensors.
     """
-    keys = cache["k"].shape[3]
+    filled, keys = cache["filled"], cache["k"].shape[3]
+    angles_at(filled, 1, config, tokens.device)  # raises beyond the last position; and makes the table before a record
     if not has_next_attention(cache["k"]):
-        keys = min(keys, max(KEYS_AT_LEAST, 1 << cache["filled"].bit_length()))
-    position = torch.full((1,), cache["filled"], device=x.device)
-    tensors = blocks, cache["k"], cache["v"]  # which a graph knows by their addresses
+        keys = min(keys, max(KEYS_AT_LEAST, 1 << filled.bit_length()))
+    position = torch.full((1,), filled, device=tokens.device)
+    tensors = params, cache["k"], cache["v"]  # which a graph knows by their addresses
     recorded, graphs = cache.get("graphs", (tensors, {}))
     if any(old is not new for old, new in zip(recorded, tensors)):
         graphs = {}
-    cache["graphs"] = tensors, graphs
-    if keys not in graphs:
+    cache["graphs"], kind = (tensors, graphs), (keys, temperature, top_k, top_p, *stop_tokens)
+    if kind not in graphs:
         seen = {name: cache[name][..., :keys, :] for name in ("k", "v")}
-        graphs[keys] = in_graph(lambda x, cos, sin, position: transformer_blocks.definition(
-            blocks, x, cos, sin, seen | {"filled": position}, config), 0)
-    return graphs[keys](x, cos, sin, position)
+
+        def call(tokens, position, chance, stopped):
+            token, _, now = next_token.definition(params, tokens, config, dtype, seen | {"filled": position}, chance,
+                                                  stopped, temperature, top_k, top_p, stop_tokens)
+            return token, now
+
+        graphs[kind] = in_graph(call, 0)
+    token, stopped = (x.clone() for x in graphs[kind](tokens, position, chance, stopped))
+    return token, cache | {"filled": filled + 1}, stopped
 
 # ---- CUDA: one operation in a fixed order, one in less precision ----
 
