@@ -734,7 +734,7 @@ def adamw_update_in_few_passes(params, grads, state, lr, beta1=0.8, beta2=0.98, 
     """lr · m̂ / (√v̂ + eps) with the corrections and lr moved to where they cost one pass over memory."""
     step = state["step"] + 1
     corrections = bias_corrections(step, lr, beta1, beta2, eps)
-    floor, scale = corrections if is_eager() else computed(corrections, [])  # eager code would import the compiler for it
+    floor, scale = corrections if is_eager() else computed(corrections, [])  # eager code would import the compiler
     keep = 1 - lr * weight_decay
 
     def update(p, g, m, v):
@@ -1147,7 +1147,7 @@ def load_rows(matrix, rows, length, D: tl.constexpr, WIDTH: tl.constexpr):
     return tl.load(matrix + rows[:, None] * D + columns[None, :], mask=inside, other=0.0)
 
 def factor(x):
-    """x as a factor of tl.dot: of float32 the 10 bits of TF32's mantissa, rounded, as a GPU only cuts the others off."""
+    """x as a factor of tl.dot: float32 rounded to the 10 bits of TF32's mantissa, as a GPU only cuts the rest off."""
     if x.dtype == tl.float32:
         x = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
     return x
@@ -1372,10 +1372,11 @@ def has_kernels(q):
     return has_next_attention(q) and (q.dtype != torch.float32 or in_tf32())
 
 # ROWS, KEYS, warps and stages of each kernel for heads of up to 64 features, of up to 128, and on an H100 or B200, in
-# half precision and for up to 64 features in float32. They are there, of about 25 that keep no register in memory, the fastest on an H200 at 32, 64 and 128 features, or slower
-# by a tenth at most. Elsewhere nothing was measured; tiles are as large as 255 registers a thread and a block's shared
-# memory allow, without a third stage where its registers would keep a second block from running beside. Factors of
-# products lie in registers, and an RTX 3090 has 99 KB; in an H100 or B200 they lie in shared memory, of 227 KB.
+# half precision and for up to 64 features in float32. There they are, of about 25 (in float32 5) that keep no register
+# in memory, the fastest on an H200 at 32, 64 and 128 features, or slower by a tenth at most. Elsewhere nothing was
+# measured; tiles are as large as 255 registers a thread and a block's shared memory allow, without a third stage where
+# its registers would keep a second block from running beside. Factors of products lie in registers, and an RTX 3090 has
+# 99 KB; in an H100 or B200 they lie in shared memory, of 227 KB.
 KERNEL_BLOCKS = {"attention_kernel": ((128, 64, 8, 2), (128, 32, 8, 3), (64, 64, 4, 3), (64, 32, 4, 3)),
                  "keys_backward_kernel": ((32, 128, 8, 2), (64, 64, 8, 2), (32, 64, 4, 3), (32, 64, 4, 2)),
                  "queries_backward_kernel": ((128, 32, 8, 2), (128, 32, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2))}
