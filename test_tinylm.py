@@ -37,6 +37,7 @@ import traceback
 import types
 import unittest.mock
 import warnings
+import weakref
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -215,7 +216,7 @@ def test_kernels_compute_the_definitions():
         InterpreterBuilder.create_dot, InterpreterBuilder.create_masked_load = dot, load
         torch.cuda.get_device_properties = lambda _: types.SimpleNamespace(L2_cache_size=40_000)
         torch.set_float32_matmul_precision("high")
-        tinylm.is_hopper = lambda x: True
+        tinylm.is_h100_or_b200 = lambda x: True
         tinylm.has_triton, tinylm.attention_in_tiles = lambda x: True, None
         tinylm.has_small_kernels = lambda x: not torch.is_grad_enabled()  # also on a CPU
         tinylm.KERNEL_BLOCKS = dict.fromkeys(tinylm.KERNEL_BLOCKS, ((32, 16, 4, 3),) * 4)
@@ -247,6 +248,12 @@ def test_kernels_compute_the_definitions():
                 results.append((out, *torch.autograd.grad(out, leaves, upstream.to(kind))))
             for expected, actual in zip(*results):
                 compare(actual, expected, dtype, {torch.bfloat16: 0.01, torch.float16: 1e-3, torch.float32: 6e-4})
+                assert (actual.double() - expected).norm() > 5e-5 * expected.norm(), "not rounded"
+        q, k, v = (random(1, 1, 5, 16, dtype=torch.float32) for _ in "qkv")
+        v.view(torch.int32)[..., 3, :] = 0x7FFFFFFF  # NaN of CUDA
+        InterpreterBuilder.create_masked_load = load.__kwdefaults__["plain_load"]
+        assert tinylm.attention(q, k, v).isnan().all()
+        InterpreterBuilder.create_masked_load = load
 
         torch.set_grad_enabled(False)
         for dtype, B, H, H_kv, D, position in ((torch.float32, 2, 4, 2, 16, 600), (torch.bfloat16, 1, 3, 3, 40, 0),
@@ -266,7 +273,8 @@ def test_kernels_compute_the_definitions():
             for name, *inputs in (
                     ("rope", heads(H, 6), *angles), ("rope", heads(H, 1), *(x[:1] for x in angles)),
                     ("gated_silu", random(3, 501, dtype=dtype), random(3, 501, dtype=dtype)),
-                    ("linear", random(1, 1, 60 * D, dtype=dtype), random(7, 60 * D, dtype=dtype)),
+                    *(("linear", random(1, 1, size, dtype=dtype), random(rows, size, dtype=dtype))
+                      for rows, size in ((7, 60 * D), (7, 3 * D), (8200, D))),
                     *(("rmsnorm", random(B, 7, 3 * D, dtype=dtype), random(3 * D, dtype=torch.float64).to(kind), 1e-2)
                       for kind in (torch.float32, torch.float64, dtype))):
                 in_double = (x.double() if torch.is_tensor(x) else x for x in inputs)
@@ -313,8 +321,9 @@ def test_small_kernels_fit_gpus(capability, dtype, D, group, monkeypatch, tmp_pa
         tinylm.rope(q, torch.empty(1, D // 2), torch.empty(1, D // 2))
         tinylm.rmsnorm(torch.empty(2, 1, 4096, dtype=dtype), torch.empty(4096), 1e-5)
         tinylm.gated_silu(torch.empty(2, 1, 700, dtype=dtype), torch.empty(2, 1, 700, dtype=dtype))
-        tinylm.linear(torch.empty(1, 1, 700, dtype=dtype), torch.empty(8000, 700, dtype=dtype))
-    assert len(launched) == 5
+        for rows in (700, 8200):
+            tinylm.linear(torch.empty(1, 1, 700, dtype=dtype), torch.empty(rows, 700, dtype=dtype))
+    assert len(launched) == 6
     pointers = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64"}
     for (name, _, *args), options in launched:
         args = dict(zip(tinylm.triton_kernels()[name].arg_names, args))
@@ -759,9 +768,11 @@ def test_decoding_in_bfloat16_is_near_float32(rows):
 def test_generate_in_float64():
     config = small_config()
     params, tokens = tinylm.tree_map(torch.Tensor.double, random_params(config)), random_tokens(config, 2, 5)
+    before = torch.get_rng_state()
     for token in tinylm.generate(params, tokens, config, 9, temperature=0, dtype=torch.float64):
         assert tinylm.forward(params, tokens, config, torch.float64)[:, -1].argmax(-1).equal(token)
         tokens = torch.cat((tokens, token[:, None]), 1)
+    assert torch.get_rng_state().equal(before)
 
 def test_generate_slides_and_stops():
     """Beyond the context the older half goes: the next token is that of a fresh pass over the newer half."""
@@ -789,34 +800,42 @@ def test_recorded_steps_write_the_same(dtype, monkeypatch):
     monkeypatch.setattr(tinylm, "record", lambda function: recorded.append(function) or record_on_cpu(function))
     config = small_config(context_length=21, num_kv_heads=2)
     params, prompt = random_params(config), random_tokens(config, 3, 2)
-    for temperature in (0, 1):
-        write = lambda: torch.stack(list(tinylm.generate(params, prompt, config, 60, temperature, 0, 0.9, (),
+    for temperature, stops_at in ((0, None), (1, None), (1, 30)):
+        stops = expected[:2, stops_at].tolist() if stops_at else ()
+        write = lambda: torch.stack(list(tinylm.generate(params, prompt, config, 60, temperature, 0, 0.9, stops,
                                                          generator(1), dtype)), 1)
         expected = write()
         with monkeypatch.context() as patch:
             one_token = lambda params, tokens, *_: tokens.shape[1] == 1
             patch.setattr(tinylm.next_token, "forms", [(one_token, tinylm.next_token_in_graph)])
             assert write().equal(expected)
-    assert len(recorded) == 2 * 4
+    assert len(recorded) == 3 * 4 and (expected[0, 30:] == stops[0]).all()
 
 def test_recorded_steps_follow_parameters_and_caches(monkeypatch):
-    """Those of a cache with which other parameters begin anew, and of one whose texts were put in another order."""
+    """Those of a cache with which other parameters begin anew, or another model, dtype or temperature, and of one whose
+    texts were put in another order. They keep what they read of what is computed once."""
     config, tokens = small_config(), random_tokens(small_config(), 2, 2)
     chance, stopped, written = torch.tensor([[0.2], [0.8]]).double(), torch.zeros(2, dtype=torch.bool), []
     for forms in ([], [(tinylm.always, tinylm.next_token_in_graph)]):
         monkeypatch.setattr(tinylm, "record", record_on_cpu)
         monkeypatch.setattr(tinylm.next_token, "forms", forms)
-        cache = tinylm.init_cache(config, 2, 8, torch.float32, "cpu")
+        cache = tinylm.init_cache(config, 2, 12, torch.float32, "cpu")
         with torch.no_grad():
             for params in (random_params(config, 1), random_params(config, 2)):
                 cache = cache | {"filled": 0}
-                for _ in range(6):
-                    if cache["filled"] == 3:
+                for i in range(12):
+                    if i == 3:
                         cache = cache | {name: cache[name][:, [1, 0]] for name in ("k", "v")}
-                    token, cache, _ = tinylm.next_token(params, tokens[:, :1], config, torch.float32, cache, chance,
-                                                        stopped, 1.0, 0, 1.0, ())
+                    changed = replace(config, norm_eps=0.5) if 5 < i else config
+                    dtype, temperature = torch.bfloat16 if 7 < i else torch.float32, 0 if 9 < i else 1.0
+                    token, cache, _ = tinylm.next_token(params, tokens[:, :1], changed, dtype, cache, chance, stopped,
+                                                        temperature, 0, 1.0, ())
                     written.append((token, *(cache[name].clone() for name in ("k", "v"))))
-    torch.testing.assert_close(written[12:], written[:12])
+    torch.testing.assert_close(written[24:], written[:24])
+    table = weakref.ref(tinylm.all_angles(config, torch.device("cpu"))[0])
+    for length in range(40, 50):
+        tinylm.rope_angles(length, 8, 1e4, NO_SCALING, "cpu")
+    assert table() is not None
 
 @pytest.mark.parametrize("optimizer, writes", [("adamw", 3), ("muon", 1)])
 @pytest.mark.parametrize("count", [1, 2])
@@ -926,13 +945,14 @@ def test_compiled_runs_of_one_process(monkeypatch):
 def test_what_is_recorded(monkeypatch):
     """One token; not in compiled code, as the compiler can't take a recording apart, nor without the form of attention
     that the record has."""
-    def is_recorded(tokens=1, compiling=False):
+    def is_recorded(tokens=1, compiling=False, cache={"filled": 3}):
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
         x = types.SimpleNamespace(is_cuda=True, shape=(1, tokens))
         with torch.no_grad():
-            return any(fits({"w": x}, x, None, None, None) for fits, _ in tinylm.next_token.forms)
+            return any(fits({"w": x}, x, None, None, cache) for fits, _ in tinylm.next_token.forms)
 
     assert is_recorded() and not is_recorded(tokens=2) and not is_recorded(compiling=True)
+    assert not is_recorded(cache=None)
     monkeypatch.setattr(tinylm.attention, "forms", [])
     assert not is_recorded()
 
@@ -3007,6 +3027,7 @@ def report_launches():
             kinds = r"\btriton_\w+\.run\(", r"\bextern_kernels\.\w+\(", r"= torch\.ops\.tinylm\.", r"\batomic_add\b"
             counts = [len(re.findall(kind, code)) for kind in kinds]
             logits = list(re.finditer(r"triton_\w*softmax\w*\.run\((\w+)", code))
+            assert len(logits) == 2 * (name == "loss"), "the pieces are one"
             counts.append(len(re.findall(rf"\b{logits[0][1]}\b", code[logits[1].start():])) if logits else 0)
             os.write(1, (json.dumps([name, counts]) + "\n").encode())
         os._exit(0)
@@ -4426,6 +4447,27 @@ def test_runs_from_python(tmp_path, monkeypatch, capsys):
     with pytest.raises(cli.InputError, match="has no meta.json, so data/prepare.py did not write it; prepare the text"):
         train.train(data=data)
     assert not cli.Progress("x", stream=types.SimpleNamespace(write=None)).terminal
+
+@pytest.mark.parametrize("forgets", [False, True])
+def test_a_sampler_with_a_memory_is_not_recorded(forgets, monkeypatch):
+    """What it keeps in the cache a record would lose, as on CUDA; it is told before a run."""
+    def next_token(params, tokens, config, dtype, cache, *rest):
+        token, new, stopped = plain(params, tokens, config, dtype, cache, *rest)
+        seen = cache.get("seen", torch.zeros(len(token), config.vocab_size))
+        return token, new | ({"seen": seen.scatter(1, token[:, None], 1.0)} if forgets else {}), stopped
+
+    plain, genuine = tinylm.next_token.definition, tinylm.next_token
+    monkeypatch.setattr(tinylm, "record", record_on_cpu)
+    monkeypatch.setitem(tinylm.OPERATIONS, "next_token", genuine)  # so that it is put back
+    monkeypatch.setattr(tinylm, "next_token", tinylm.operation(next_token))
+    tinylm.next_token.forms.append((lambda params, tokens, *_: tokens.shape[1] == 1, tinylm.next_token_in_graph))
+    settings = train.Settings.complete(dict(device="cpu"))
+    told = pytest.raises(cli.InputError, match=r"^next_token: by faster forms not.*next_token\.forms\.clear\(\)$")
+    with told if forgets else contextlib.nullcontext():
+        train.check_forms(run.model_config(settings, 300), settings)
+    tokens = tinylm.generate(random_params(small_config()), torch.ones(1, 1, dtype=torch.int64), small_config(), 5, 0)
+    with pytest.raises(NotImplementedError, match="of k, v, filled, seen in a") if forgets else contextlib.nullcontext():
+        assert len(list(tokens)) == 5
 
 def test_small_models_that_forms_are_compared_by(monkeypatch, capsys):
     """Of one or two positions too; ranks, which compute block by block; and models that can't be small."""

@@ -215,6 +215,7 @@ def hidden_states(params, tokens, config, dtype=torch.float32, cache=None, remat
     """What the output matrix reads, computed in `dtype`. tokens (B, T) of int64 → (B, T, d_model) and the new cache.
 
     `cache` has keys and values of the positions before `tokens`; it is donated, as to copy it for each token is slow.
+    Where one token is read, cache["filled"] may be a tensor (1), from which no number can be taken: index by it.
     """
     start, T = cache["filled"] if cache else 0, tokens.shape[1]
     cos, sin = angles_at(start, T, config, tokens.device)
@@ -466,7 +467,7 @@ def sample_token(logits, chance, temperature, top_k, top_p):
 
 @operation
 def next_token(params, tokens, config, dtype, cache, chance, stopped, temperature, top_k, top_p, stop_tokens):
-    """Read tokens (B, T), and draw the next → (B), the new cache, and which rows have stopped by then (B) of bool."""
+    """Read tokens (B, T) and draw the next by `sample_token` → (B), the new cache, which rows have stopped then (B)."""
     x, cache = hidden_states(params, tokens, config, dtype, cache)
     token = sample_token(to_logits(params, x[:, -1]), chance, temperature, top_k, top_p)  # (B)
     if stop_tokens:
@@ -492,11 +493,12 @@ def generate(params, prompt, config, max_new_tokens, temperature=1.0, top_k=0, t
     length = min(config.context_length, history.shape[1] + max_new_tokens)
     cache = init_cache(config, len(prompt), length, dtype, prompt.device)
     stopped = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
+    chance = torch.zeros(len(prompt), 1, dtype=torch.float64, device=prompt.device)
     for _ in range(max_new_tokens):
         if history.shape[1] > config.context_length:
             history = fresh = history[:, -max(1, config.context_length // 2):]
             cache = cache | {"filled": 0}
-        chance = torch.rand(len(prompt), 1, dtype=torch.float64, device=prompt.device, generator=generator)
+        chance = chance.uniform_(generator=generator) if temperature else chance
         token, cache, stopped = next_token(params, fresh, config, dtype, cache, chance, stopped, temperature, top_k,
                                            top_p, stop_tokens)
         yield token
@@ -800,7 +802,7 @@ class LossInPieces(torch.autograd.Function):
         vocabulary, size = torch.arange(len(w), device=w.device), max(1, LOGITS_AT_ONCE // len(w))
         for rows, theirs in zip(x.split(size), targets[:, None].split(size)):
             if dxs and is_compiled():  # which would compute all pieces at once
-                rows = computed(rows, [loss, dw])
+                rows = computed(rows, [loss, dw, dxs[-1]])
             logits = at_least_float32(rows @ matrix.T)  # (rows, V)
             highest = logits.amax(-1, keepdim=True)
             exps = torch.exp(logits - highest)
@@ -1149,7 +1151,8 @@ def load_rows(matrix, rows, length, D: tl.constexpr, WIDTH: tl.constexpr):
 def factor(x):
     """x as a factor of tl.dot: float32 rounded to the 10 bits of TF32's mantissa, as a GPU only cuts the rest off."""
     if x.dtype == tl.float32:
-        x = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        rounded = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        x = tl.where(x == x, rounded, x)  # NaN would become 0
     return x
 
 def store_rows(matrix, rows, length, values, D: tl.constexpr, WIDTH: tl.constexpr):
@@ -1362,13 +1365,14 @@ def has_next_attention(q):
     """Whether attention of one token is a kernel, whose time is that of the keys that are there."""
     return q.shape[-1] <= 128 and has_triton(q)
 
-def is_hopper(x):
-    """Whether the GPU is of the kind of an H100 or B200."""
+def is_h100_or_b200(x):
+    """Whether the GPU is of their kind."""
     return torch.cuda.get_device_capability(x.device)[0] in (9, 10)
 
 def has_kernels(q):
-    """Whether attention of these queries runs as Triton kernels: in half precision, or in TF32 where it is measured."""
-    in_tf32 = lambda: torch.get_float32_matmul_precision() != "highest" and q.shape[-1] <= 64 and is_hopper(q)
+    """Whether attention of these queries runs as Triton kernels: in half precision, or in TF32 on an H100 or B200."""
+    in_tf32 = lambda: (q.shape[-1] <= 64 and is_h100_or_b200(q)
+                       and torch.backends.cuda.matmul.fp32_precision == "tf32")
     return has_next_attention(q) and (q.dtype != torch.float32 or in_tf32())
 
 # ROWS, KEYS, warps and stages of each kernel for heads of up to 64 features, of up to 128, and on an H100 or B200, in
@@ -1385,9 +1389,10 @@ def power_of_two(size):
     """The least that is not below a size."""
     return 1 << (size - 1).bit_length()
 
-def kernel_options(name, D, dtype, is_hopper):
-    """What a kernel is compiled for beside types: its sizes, warps and stages, for heads of D features on a GPU."""
-    kind = 3 if dtype == torch.float32 else 2 if is_hopper else D > 64
+def kernel_options(name, D, dtype, is_large):
+    """What a kernel is compiled for beside types: its sizes, warps and stages, for heads of D features on a GPU, which
+    is large if it is an H100 or B200."""
+    kind = 3 if dtype == torch.float32 else 2 if is_large else D > 64
     rows, keys, warps, stages = KERNEL_BLOCKS[name][kind]
     width = max(16, power_of_two(D))
     return {"D": D, "WIDTH": width, "ROWS": rows, "KEYS": keys, "num_warps": warps, "num_stages": stages}
@@ -1408,7 +1413,7 @@ def side_by_side(N, num_bytes, l2_size):
 def launch(name, blocks_of_keys, q, k, *tensors):
     """Run a kernel for each of N and each block of keys, or of rows, with the sizes that it takes behind `tensors`."""
     (N, T, group, D), S = q.shape, k.shape[1]
-    options = kernel_options(name, D, q.dtype, is_hopper(q))
+    options = kernel_options(name, D, q.dtype, is_h100_or_b200(q))
     blocks = -(-S // options["KEYS"]) if blocks_of_keys else -(-T * group // options["ROWS"])
     together = side_by_side(N, q.nbytes + k.nbytes, torch.cuda.get_device_properties(q.device).L2_cache_size)
     grid = together, blocks, N // together  # its programs begin in this order, those that differ in `together` first
@@ -1460,7 +1465,8 @@ def gated_silu_in_kernel(gate, up):
     run_kernel("gated_silu_kernel", (-(-gate.numel() // 1024),), gate, up, out, gate.numel(), 1024)
     return out
 
-@faster(linear, lambda x, w: has_small_kernels(x) and x.numel() == x.shape[-1] <= 8192 and w.is_contiguous())
+@faster(linear, lambda x, w: has_small_kernels(x) and x.numel() == x.shape[-1] <= 8192 and w.is_contiguous()
+        and w.shape[1:] == x.shape[-1:] and w.device == x.device)
 def linear_in_kernel(x, w):
     x, (rows, D) = x.contiguous(), w.shape
     out = torch.empty(*x.shape[:-1], rows, dtype=x.dtype, device=x.device)
@@ -1549,39 +1555,46 @@ def cached_attention_in_kernel(q, k, v, cache):
                cache["k"].stride(1), H // H_kv, D, width, 8192 // width, num_warps=8)
     return out
 
+def all_angles(config, device):
+    return rope_angles(config.context_length, config.head_dim, config.rope_theta, config.rope_scaling, device)
+
 @faster(angles_at, lambda start, T, config, device: isinstance(start, torch.Tensor))
 def angles_at_place(start, T, config, device):
     """Of one token, whose position is a tensor (1), which the host need not know."""
-    table = rope_angles(config.context_length, config.head_dim, config.rope_theta, config.rope_scaling, device)
-    return tuple(angles.index_select(0, start) for angles in table)
+    return tuple(angles.index_select(0, start) for angles in all_angles(config, device))
 
 def is_worth_a_record(params, tokens, config, dtype, cache, *_):
     """Whether this is one token on CUDA, and what it asks of positions is as the record has it: forms not dropped."""
     w = first_leaf(params)
-    return (w.is_cuda and not is_split(w) and tokens.shape[1] == 1 and is_eager() and not torch.is_grad_enabled()
-            and attention.forms and cached_attention.forms and angles_at.forms)
+    return (w.is_cuda and not is_split(w) and tokens.shape[1] == 1 and cache and is_eager()
+            and not torch.is_grad_enabled() and attention.forms and cached_attention.forms and angles_at.forms)
 
 @faster(next_token, is_worth_a_record)
 def next_token_in_graph(params, tokens, config, dtype, cache, chance, stopped, temperature, top_k, top_p, stop_tokens):
-    """After one token. The graphs stay in the cache that they belong to, by the number of keys that they attend to and
-    how they draw, for as long as parameters, keys and values are the same tensors.
+    """After one token. The graphs stay in the cache that they belong to, by what they depend on beside tensors, for as
+    long as parameters, keys, values and angles are the same ones.
     """
     filled, keys = cache["filled"], cache["k"].shape[3]
-    angles_at(filled, 1, config, tokens.device)  # raises beyond the last position; and makes the table before a record
+    angles_at(filled, 1, config, tokens.device)  # raises beyond the last position
     if not has_next_attention(cache["k"]):
         keys = min(keys, max(KEYS_AT_LEAST, 1 << filled.bit_length()))
     position = torch.full((1,), filled, device=tokens.device)
-    tensors = params, cache["k"], cache["v"]  # which a graph knows by their addresses
+    # A graph knows these by their addresses.
+    tensors = params, cache["k"], cache["v"], all_angles(config, tokens.device)
     recorded, graphs = cache.get("graphs", (tensors, {}))
     if any(old is not new for old, new in zip(recorded, tensors)):
         graphs = {}
-    cache["graphs"], kind = (tensors, graphs), (keys, temperature, top_k, top_p, *stop_tokens)
+    cache["graphs"] = tensors, graphs
+    kind = keys, config, dtype, temperature, top_k, top_p, *map(int, stop_tokens or ())
     if kind not in graphs:
         seen = {name: cache[name][..., :keys, :] for name in ("k", "v")}
 
         def call(tokens, position, chance, stopped):
-            token, _, now = next_token.definition(params, tokens, config, dtype, seen | {"filled": position}, chance,
-                                                  stopped, temperature, top_k, top_p, stop_tokens)
+            token, new, now = next_token.definition(params, tokens, config, dtype, seen | {"filled": position}, chance,
+                                                    stopped, temperature, top_k, top_p, stop_tokens)
+            if new.keys() != {"k", "v", "filled"}:
+                raise NotImplementedError(f"a record of a token keeps k and v alone of {', '.join(new)} in a cache; "
+                                          "drop it by next_token.forms.clear()")
             return token, now
 
         graphs[kind] = in_graph(call, 0)

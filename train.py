@@ -356,7 +356,7 @@ def check_forms(config, settings):
     small = {name: min(size, getattr(config, name)) for name, size in most.items()}
     small["num_heads"] = min(2, config.num_heads // config.num_kv_heads) * small["num_kv_heads"]
     try:
-        read, losses, step, update = small_run(replace(config, **small), settings)
+        read, write, losses, step, update = small_run(replace(config, **small), settings)
         if settings.shard:
             read_deep, *_ = small_run(replace(config, **small | {"num_layers": config.num_layers}), settings)
         with tinylm.definitions_alone():
@@ -370,7 +370,8 @@ def check_forms(config, settings):
     over_ranks = [(tinylm.always, tinylm.one_block_at_a_time)] if settings.shard and forms else []
     forms[:0] = over_ranks
     try:
-        differing = tinylm.forms_that_differ(partial(step, torch.float64)) or tinylm.forms_that_differ(update)
+        differing = (tinylm.forms_that_differ(partial(step, torch.float64)) or tinylm.forms_that_differ(update)
+                     or tinylm.forms_that_differ(lambda: {"written": write()}))
         if not differing and over_ranks:  # which ask for definitions that don't look beyond a block
             differing = tinylm.forms_that_differ(lambda: {"read": read_deep(False)})
         if not differing and (settings.device, settings.dtype) != ("cpu", "float32"):  # where other forms serve
@@ -394,8 +395,8 @@ def check_forms(config, settings):
 
 def small_run(config, settings):
     """What `check_forms` compares of a model: read(in_pieces), the final hidden states of some positions read at once
-    or in pieces; losses(), of training and of evaluation; step(dtype), the loss and its gradients, and what is read
-    in pieces and last of all; update(), clipping and two updates.
+    or in pieces; write(), some tokens; losses(), of training and of evaluation; step(dtype), the loss and its
+    gradients, and what is read in pieces and last of all; update(), clipping and two updates.
     """
     draw, own = torch.Generator().manual_seed(0), own_hyperparameters(settings)
     init, optimizer_update = tinylm.OPTIMIZERS[settings.optimizer]
@@ -422,6 +423,11 @@ def small_run(config, settings):
                 x, cache = tinylm.hidden_states(doubles, tokens[:, start:end], config, dtype, cache)
                 xs.append(x)
         return torch.cat(xs, 1)
+
+    def write():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return torch.cat(list(tinylm.generate(doubles, tokens[:, :1], config, 5, 0, dtype=torch.float64)))
 
     @torch.no_grad()
     def read_last(dtype):  # of positions that look back far, on keys and values that are drawn
@@ -451,7 +457,7 @@ def small_run(config, settings):
         new, _ = update_once(new, others, state)
         return {"clipped": clipped, "update": tinylm.tree_map(torch.sub, new, params)}
 
-    return read, losses, step, update
+    return read, write, losses, step, update
 
 def accumulate_gradients(gradients, params, ids, settings, step, rank=0, num_ranks=1):
     """The loss on this rank and the mean gradients of a step, over its grad_accum_steps batches and all ranks.
