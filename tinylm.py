@@ -1556,6 +1556,7 @@ def cached_attention_in_kernel(q, k, v, cache):
     return out
 
 def all_angles(config, device):
+    """`rope_angles` of a model: the same tensors as long as its table is kept."""
     return rope_angles(config.context_length, config.head_dim, config.rope_theta, config.rope_scaling, device)
 
 @faster(angles_at, lambda start, T, config, device: isinstance(start, torch.Tensor))
