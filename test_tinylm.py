@@ -4448,13 +4448,13 @@ def test_runs_from_python(tmp_path, monkeypatch, capsys):
         train.train(data=data)
     assert not cli.Progress("x", stream=types.SimpleNamespace(write=None)).terminal
 
-@pytest.mark.parametrize("forgets", [False, True])
-def test_a_sampler_with_a_memory_is_not_recorded(forgets, monkeypatch):
+@pytest.mark.parametrize("remembers", [False, True])
+def test_a_sampler_with_a_memory_is_not_recorded(remembers, monkeypatch):
     """What it keeps in the cache a record would lose, as on CUDA; it is told before a run."""
     def next_token(params, tokens, config, dtype, cache, *rest):
         token, new, stopped = plain(params, tokens, config, dtype, cache, *rest)
         seen = cache.get("seen", torch.zeros(len(token), config.vocab_size))
-        return token, new | ({"seen": seen.scatter(1, token[:, None], 1.0)} if forgets else {}), stopped
+        return token, new | ({"seen": seen.scatter(1, token[:, None], 1.0)} if remembers else {}), stopped
 
     plain, genuine = tinylm.next_token.definition, tinylm.next_token
     monkeypatch.setattr(tinylm, "record", record_on_cpu)
@@ -4463,10 +4463,10 @@ def test_a_sampler_with_a_memory_is_not_recorded(forgets, monkeypatch):
     tinylm.next_token.forms.append((lambda params, tokens, *_: tokens.shape[1] == 1, tinylm.next_token_in_graph))
     settings = train.Settings.complete(dict(device="cpu"))
     told = pytest.raises(cli.InputError, match=r"^next_token: by faster forms not.*next_token\.forms\.clear\(\)$")
-    with told if forgets else contextlib.nullcontext():
+    with told if remembers else contextlib.nullcontext():
         train.check_forms(run.model_config(settings, 300), settings)
     tokens = tinylm.generate(random_params(small_config()), torch.ones(1, 1, dtype=torch.int64), small_config(), 5, 0)
-    with pytest.raises(NotImplementedError, match="of k, v, filled, seen in a") if forgets else contextlib.nullcontext():
+    with pytest.raises(NotImplementedError, match="of k, v, filled, seen in a") if remembers else contextlib.nullcontext():
         assert len(list(tokens)) == 5
 
 def test_small_models_that_forms_are_compared_by(monkeypatch, capsys):
