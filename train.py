@@ -345,8 +345,9 @@ def check_forms(config, settings):
     """Raise InputError where faster forms give other numbers than the definitions, as where one was changed.
 
     A small model, of at most two blocks, is compared: on the device its loss, gradients and hidden states, read in
-    pieces as to write, in float64, which no mode of products rounds, and roughly in the dtype of training; on the CPU
-    clipping and two updates. To be split, all blocks are read too. Where a model can't be small, that is said.
+    pieces as to write, in float64, which no mode of products rounds, and roughly in the dtype of training, and some
+    tokens that it writes; on the CPU clipping and two updates. To be split, all blocks are read too. Where a model
+    can't be small, that is said.
     """
     axes = {path: len(shape) for path, shape in tinylm.tree_leaves(tinylm.param_shapes(config))}
     if settings.shard and 0 in axes.values():
