@@ -76,7 +76,6 @@ def sample(given):
     settings = cli.complete(Settings, given)
     device, folder = machine.choose_device(settings.device), find_checkpoint(settings.checkpoint)
     prompt, dtype = settings.prompt, machine.dtype_to_write_in(settings.dtype, device)
-    machine.keep_freed_memory()
     config, tokenizer = load_config(folder), bpe.load(folder)
     check_vocabulary(folder, tokenizer, config)
     begin_ids, ends, empty = bpe.special_ids(folder, tokenizer)

@@ -3759,9 +3759,9 @@ def test_older_versions_of_glibc_keep_freed_memory(monkeypatch):
     """They refuse a limit of over 32 MB, and by the other setting stop raising it themselves."""
     taken = {}
     mallopt = lambda name, value: [taken.update({name: value}), 1][-1] if name == -1 or value <= 1 << 25 else 0
-    monkeypatch.setattr(machine.ctypes, "CDLL", lambda _: types.SimpleNamespace(mallopt=mallopt))
+    monkeypatch.setattr(data.ctypes, "CDLL", lambda _: types.SimpleNamespace(mallopt=mallopt))
     monkeypatch.setattr(sys, "platform", "linux")
-    machine.keep_freed_memory()
+    data.keep_freed_memory()
     assert taken == {-3: 1 << 25, -1: 2**31 - 1}
 
 def test_gpus_that_cannot_be_used_are_named(monkeypatch):
@@ -5159,7 +5159,6 @@ def measure_step(*, d_model: int = 128, num_layers: int = 4, num_heads: int = 4,
         device=device, d_model=d_model, num_layers=num_layers, num_heads=num_heads, context_length=context_length,
         batch_size=batch_size, compile=compile, dtype=dtype))
     config, on_cpu = run.model_config(settings, vocab_size), device == "cpu"
-    machine.keep_freed_memory()  # it serves both
     trainings = our_training(config, settings), their_training(config, settings)
     steps = lambda training, count: [next(training) for _ in range(count)][-1].item()
     first, memory, turns = [], [], []
@@ -5254,7 +5253,6 @@ def measure_write(*, d_model: int = 288, num_layers: int = 6, num_heads: int = 6
     config = tinylm.Config(vocab_size, prompt_tokens + max_new_tokens, d_model, num_layers, num_heads)
     params = tinylm.tree_map(lambda w: w.to(device), tinylm.init_params(config, generator()))
     model, rounded = their_model(config).eval().to(device), tinylm.quantize(params) if device == "cpu" else None
-    machine.keep_freed_memory()
 
     def ours(start, dtype):
         weights, dtype = (rounded, "float32") if dtype == "int8" else (params, dtype)

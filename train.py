@@ -221,7 +221,6 @@ def train(given):
     if torch.get_default_dtype() != torch.float32:
         raise InputError(f"torch's default dtype is {str(torch.get_default_dtype())[6:]}, expected float32; call "
                          "torch.set_default_dtype(torch.float32) before")
-    machine.keep_freed_memory()
     # Whatever the caller has switched on or off.
     with (torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False),
           torch.autocast("cuda", enabled=False), open_run(resume, init_from, given, Settings, check_forms) as run,

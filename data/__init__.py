@@ -15,9 +15,23 @@ The command line  cli.py         settings, flags, help, errors in one line, prog
 bpe, prepare, stories, files, plot and cli import no torch. This is imported before torch is, for what it sets.
 """
 
+import ctypes
 import os
+import sys
 
 # GNU's OpenMP, which torch for Linux uses, reads this when it is loaded: how often a thread looks whether others are
 # done before it sleeps. By default it looks for so long that beside a busy process a step takes 20 times as long.
 if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
     os.environ["GOMP_SPINCOUNT"] = "10000"
+
+def keep_freed_memory():
+    """Ask glibc to keep memory that arrays and tensors free for the next ones.
+
+    By default it returns large blocks to the system, and whoever asks next waits for them to be mapped and zeroed again.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(-3, 1 << 30) or mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD; older versions allow 32 MB at most
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+keep_freed_memory()

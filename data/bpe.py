@@ -322,13 +322,13 @@ class HashTable:
         slots = self.first_slot(keys)
         pending = np.arange(len(keys))
         while len(pending):
-            at = slots[pending]
-            empty = self.slot_keys[at, -1] == 0  # the last byte of a key is never 0
+            at = slots.take(pending)
+            empty = np.flatnonzero(self.slot_keys[at, -1] == 0)[::-1]  # the last byte of a key is never 0
             # Where several keys want one empty slot the last one written has it, so the first of them, which is met
             # most often, is written last. All look again at who has it.
-            self.slot_keys[at[empty][::-1]] = keys[pending[empty]][::-1]
-            pending = pending[self.differ(at, keys[pending])]
-            slots[pending] = (slots[pending] + 1) % len(self.slot_keys)
+            self.slot_keys[at.take(empty)] = keys.take(pending.take(empty), 0)
+            pending = pending.compress(self.differ(at, keys.take(pending, 0)))
+            slots[pending] = (slots.take(pending) + 1) % len(self.slot_keys)
         return slots
 
     def find(self, keys):
@@ -336,12 +336,12 @@ class HashTable:
         slots = self.first_slot(keys)
         numbers = self.slot_number.take(slots)
         pending = np.flatnonzero(self.differ(slots, keys) & (numbers >= 0))
-        slots, keys = slots[pending], keys[pending]
+        slots, keys = slots.take(pending), keys.take(pending, 0)
         while len(pending):
             slots = (slots + 1) % len(self.slot_keys)
-            stored = numbers[pending] = self.slot_number[slots]
+            stored = numbers[pending] = self.slot_number.take(slots)
             going = np.flatnonzero(self.differ(slots, keys) & (stored >= 0))
-            pending, slots, keys = pending[going], slots[going], keys[going]
+            pending, slots, keys = pending.take(going), slots.take(going), keys.take(going, 0)
         return numbers
 
     def add(self, keys):
@@ -578,7 +578,7 @@ class Merger:
         cuts = np.append(fillers[:-1][np.diff(fillers[:-1] // self.BATCH, prepend=-1) > 0], fillers[-1])
         ids = np.concatenate([self.merge_rest(*self.merge_sure(text[begin:end + 1], self.pairs.none))[:-1]
                               for begin, end in itertools.pairwise(cuts)] + [[-1]])
-        return ids[ids >= 0], np.diff(np.flatnonzero(ids < 0)) - 1
+        return ids.take(np.flatnonzero(ids >= 0)), np.diff(np.flatnonzero(ids < 0)) - 1
 
     def merge_front(self, word):
         """The ids that a word begins with however it goes on, and the number of their bytes. word: its first bytes."""
@@ -618,8 +618,8 @@ class Merger:
             if 16 * len(place) < len(places):
                 place = max(place, self.find_lowest(places, numbers), key=len)
             if len(place) < self.FEW:
-                is_left = numbers != self.pairs.gone
-                return ids[is_left], numbers[is_left]
+                left = np.flatnonzero(numbers != self.pairs.gone)
+                return ids.take(left), numbers.take(left)
             made, second = self.made.take(numbers.take(place)), following.take(place)
             after = following.take(second)
             ids[place], numbers[second] = made, self.pairs.gone
@@ -664,7 +664,7 @@ class Merger:
         for begin, end in zip(np.append(0, ends)[which].tolist(), ends[which].tolist()):
             merged = self.merge_one_by_one(ids[begin:end].tolist())
             ids[begin:end] = merged + [-2] * (end - begin - len(merged))
-        return ids[ids > -2]
+        return ids.take(np.flatnonzero(ids > -2))
 
     def merge_one_by_one(self, ids):
         """Apply the merges to a row of ids, in O(n log n): a heap of merges over a linked list of ids. list → list."""

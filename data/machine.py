@@ -1,6 +1,5 @@
 """The machine: devices, what compiling needs, memory, signals; and the ranks, the processes that torchrun starts."""
 
-import ctypes
 import datetime
 import importlib.util
 import json
@@ -168,16 +167,6 @@ def to_host(tensor):
         return copy.tolist()
 
     return wait
-
-def keep_freed_memory():
-    """Ask glibc to keep memory that tensors free for the next ones.
-
-    By default it returns large blocks to the system, and each step waits for them to be mapped and zeroed again.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        mallopt(-3, 1 << 30) or mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD; older versions allow 32 MB at most
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 def peak_memory(device):
     """{"peak_memory": the most this process had so far, in bytes: on the device, or on a CPU all of it}.
