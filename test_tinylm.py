@@ -1548,9 +1548,9 @@ def test_long_words_get_longer_keys(three_tokenizers):
     encoder, draw = bpe.Encoder(tokenizer), random.Random(0)
     words = ["".join(draw.choices(draw.choice(("абвгдежзик", "ab", "\0")), k=draw.randint(1, 40))) for _ in range(4000)]
     for key_size in (16, 32, 32):
+        assert encoder.key_size == key_size
         text = END.join(" ".join(draw.choices(words, k=2000)) for _ in range(3))
         assert encoder.encode(text.encode()).tolist() == theirs.encode(text, allowed_special="all")
-        assert encoder.table.key_size == key_size
 
 def tokenizer_of_merges(pairs, **options):
     """A tokenizer of all bytes and what some merges make, each given by the bytes of what it joins."""
@@ -1581,7 +1581,7 @@ def test_merges_that_are_made_at_once_are_those_of_the_definition(pairs, words, 
     """In words, and in the front of one of which no more is known."""
     tokenizer = tokenizer_of_merges(pairs)
     merger, expected = bpe.Merger(tokenizer), [bpe.plain_encode(tokenizer, word) for word in words]
-    merger.FEW, merger.BATCH = few, 40
+    merger.FEW, merger.BATCH = few, 10
     ids, counts = merger.merge_words(bpe.with_fillers([word.encode() for word in words]))
     assert ids.tolist() == sum(expected, []) and counts.tolist() == list(map(len, expected))
     ids, done = merger.merge_front(words[0].encode())
@@ -1589,14 +1589,50 @@ def test_merges_that_are_made_at_once_are_those_of_the_definition(pairs, words, 
     for behind in ("", "a", "ab", "b", "bca", "c", "cc", "d", words[-1]):
         assert bpe.plain_encode(tokenizer, words[0] + behind)[:len(ids)] == ids.tolist()
 
+def test_what_is_remembered_has_a_bound(three_tokenizers, monkeypatch):
+    for name, value in dict(MOST_IDS=3000, LEAST_BITS=8, MOST_BITS=8).items():
+        monkeypatch.setattr(bpe.Encoder, name, value)
+    encoder, draw, count = bpe.Encoder(three_tokenizers[0]), random.Random(0), 0
+    for i in range(40):  # first words that fit into a key, then longer ones
+        words = ["".join(draw.choices("abcdefgh", k=draw.randint(*((1, 12) if i < 20 else (16, 30)))))
+                 for _ in range(80)]
+        ids = encoder.encode(" ".join(words).encode())
+        count += len(ids)
+        assert len(encoder.ids) <= 3000 + len(ids) and encoder.num_words <= 128 + 80
+    assert count > 20_000
+
 def test_ids_are_right_after_ctrl_c(three_tokenizers, monkeypatch):
-    """In a notebook the tokenizer goes on after it, with what it remembers."""
+    """In a notebook the tokenizer goes on after it, with what it remembers; it may come at any line."""
     tokenizer, _, theirs = three_tokenizers
-    encoder, text = bpe.Encoder(tokenizer), "".join(stories.story(3, i) for i in range(3))
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(encoder.merger, "merge_words", unittest.mock.Mock(side_effect=KeyboardInterrupt))
-        encoder.encode(text[:300].encode())
-    assert encoder.encode(text.encode()).tolist() == theirs.encode(text)
+    for name, value in dict(LEAST_BITS=4, MOST_IDS=30).items():
+        monkeypatch.setattr(bpe.Encoder, name, value)
+    texts = [stories.story(3, i)[:100] + f" {'x' * 20}{i} день ночь день ночь" for i in range(3)]
+    expected = [theirs.encode(text) for text in texts]
+    methods = {method.__code__ for method in vars(bpe.Encoder).values() if inspect.isfunction(method)}
+    for stop in itertools.count():
+        left, encoder = stop, bpe.Encoder(tokenizer)
+
+        def trace(frame, event, _):
+            nonlocal left
+            if frame.f_code not in methods:
+                return None
+            left -= event == "line"
+            if left == -1:
+                raise KeyboardInterrupt
+            return trace
+
+        sys.settrace(trace)
+        try:
+            for text in texts[:2]:
+                encoder.encode(text.encode())
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(None)
+        assert [encoder.encode(text.encode()).tolist() for text in texts] == expected, stop
+        if left >= 0:
+            break
+    assert stop > 100
 
 @settings(max_examples=400)
 @given(nasty)
@@ -1616,7 +1652,8 @@ def test_ids_of_long_texts_in_pieces_and_processes(three_tokenizers, tmp_path, m
     expected = tik.encode(text, allowed_special="all")
     monkeypatch.setattr(bpe, "CHUNK_BYTES", 10_000)
     monkeypatch.setattr(bpe, "PIECE_BYTES", 3_000)
-    monkeypatch.setattr(bpe.Encoder, "MOST_IDS", 3000)
+    for name, value in dict(MOST_IDS=3000, LEAST_BITS=7, MOST_BITS=8, WAYS=2).items():
+        monkeypatch.setattr(bpe.Encoder, name, value)
     assert bpe.encode(ours, text).tolist() == expected
     path = tmp_path / "long.txt"
     path.write_bytes(text.encode())
@@ -1673,6 +1710,8 @@ def test_a_word_without_end_is_encoded_a_block_at_a_time(each_split, tmp_path, m
     word = "".join(random.Random(0).choices(letters, k=40_000 // len(letters.encode()[:3])))
     for name, value in dict(CHUNK_BYTES=2000, MOST_BYTES=4000, PIECE_BYTES=1000, LONG_WORD=500).items():
         monkeypatch.setattr(bpe, name, value)
+    monkeypatch.setattr(bpe.Merger, "BATCH", 500)
+    word += " ab " + word[:1000]  # and one that can be held, but is not merged at once
     (tmp_path / "text.txt").write_text(word)
     longest, merge_sure = 0, bpe.Merger.merge_sure
 

@@ -27,7 +27,7 @@ if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
 def keep_freed_memory():
     """Ask glibc to keep memory that arrays and tensors free for the next ones.
 
-    By default it returns large blocks to the system, and whoever asks next waits for them to be mapped and zeroed again.
+    By default it returns large blocks to the system, and whoever asks next waits for them to be mapped and zeroed.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
