@@ -28,6 +28,7 @@ import shlex
 import shutil
 import signal
 import socket
+import string
 import subprocess
 import sys
 import tempfile
@@ -5378,11 +5379,21 @@ def state_of_rank(config, shard, num_ranks, port, rank):
 
 SCRIPTS = {  # the first and the last letter, and what stands between words
     "Latin": "az ", "Russian": "ая ", "Arabic": "اي ", "Hindi": "अह ", "Chinese": "一妷", "Thai": "กฮ", "digits": "09 "}
+RANDOM = {  # letters, and how many of them to a line; where it is none all are one line
+    "numbers of nine digits": (string.digits, 9), "hexadecimal": (string.hexdigits[:16], None),
+    "base64": (string.ascii_letters + string.digits + "+/", None), "random Chinese": ("".join(map(chr, range(
+        0x4e00, 0x9fa6))), None), "one letter": ("a", None), "random letters": (string.ascii_lowercase, None),
+    "random digits": (string.digits, None)}
 
-def text_of(script, size):
-    """Text of `size` MB: clauses of eight words each, out of 30,000, of which the n-th is met once for n times the
-    first; of 2 to 9 letters, or 1 to 4 where nothing stands between them."""
-    (first, last, *between), draw = SCRIPTS[script], np.random.default_rng(0)
+def text_of(name, size):
+    """Text of `size` MB: random letters, or of a script clauses of eight words each, out of 30,000, of which the n-th
+    is met once for n times the first; of 2 to 9 letters, or 1 to 4 where nothing stands between them."""
+    draw = np.random.default_rng(0)
+    if name in RANDOM:
+        letters, line = RANDOM[name]
+        drawn = "".join(draw.choice(list(letters), size * 1_000_000 // len(letters[0].encode())))
+        return "\n".join(drawn[i:i + line] for i in range(0, len(drawn), line)) if line else drawn
+    first, last, *between = SCRIPTS[name]
     letters = np.array([chr(c) for c in range(ord(first), ord(last) + 1)])
     counts = draw.integers(*((2, 10) if between else (1, 5)), 30_000)
     words = ["".join(draw.choice(letters, count)) for count in counts]
@@ -5392,22 +5403,34 @@ def text_of(script, size):
     return ", ".join(clauses).encode()[:size * 1_000_000].decode(errors="ignore")
 
 def measure_alphabets(*, size: int = 10, vocab_size: int = 10000):
-    """Encoding random words of several scripts, which our tokenizer has not met before, beside tiktoken, which keeps
-    none, on the same merges: MB/s, and times as fast.
+    """Encoding texts of many scripts and kinds, each as a file in a process of its own that has not met its words
+    before: MB a second of its CPU time, and its most memory in MB; and how many times as fast as tiktoken the first MB
+    is, on the same merges.
 
     size: MB of each
     vocab_size: tokens, learned from a mixture of all
     """
-    texts, figures = {script: text_of(script, size) for script in SCRIPTS}, {}
+    program = ("import re, sys, time; from data import bpe; tokenizer, begin = bpe.load(sys.argv[1]), time.process_time();"
+               "[None for _ in bpe.encode_pieces(tokenizer, sys.argv[2:], workers=1)]; print(time.process_time() - begin,"
+               "re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1])")
+    figures = {}
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "mixture").write_text("\n".join(text[:200_000] for text in texts.values()), encoding="utf-8")
-        ours = bpe.train([f"{folder}/mixture"], vocab_size)
-    theirs = same_for_tiktoken(ours)
-    for script, text in texts.items():
-        seconds, ids = timed(bpe.Encoder(ours).encode, text.encode())
-        their_seconds, their_ids = timed(theirs.encode_ordinary, text)
-        assert ids.tolist() == their_ids
-        figures[script] = len(text.encode()) / 1e6 / seconds, their_seconds / seconds
+        for name in SCRIPTS | RANDOM:
+            Path(folder, name).write_text(text_of(name, size), encoding="utf-8")
+        # Of one letter all tokens would be of powers of two.
+        mixture = [(f"{folder}/{name}", 0, 300_000) for name in SCRIPTS | RANDOM if name != "one letter"]
+        ours = bpe.train(mixture, vocab_size, errors="replace")
+        theirs = same_for_tiktoken(ours)
+        bpe.save(ours, f"{folder}/tokenizer.json")
+        for name in SCRIPTS | RANDOM:
+            seconds, memory = map(float, subprocess.run(
+                [sys.executable, "-c", program, f"{folder}/tokenizer.json", f"{folder}/{name}"], cwd=ROOT, check=True,
+                capture_output=True, text=True).stdout.split())
+            text = Path(folder, name).read_bytes()[:1_000_000].decode(errors="ignore")
+            our_seconds, ids = timed(bpe.Encoder(ours).encode, text.encode())
+            their_seconds, their_ids = timed(theirs.encode_ordinary, text)
+            assert ids.tolist() == their_ids
+            figures[name] = size / seconds, memory / 1e3, their_seconds / our_seconds
     return figures
 
 def measure_ranks(*, num_ranks: int = 2, shard: bool = False):

@@ -838,7 +838,8 @@ class Encoder:
         self.keys[slots.take(owners)] = keys.take(owners, 0)
         self.num_words += len(owners)
         long = np.flatnonzero(is_long)
-        self.long_words.update(zip(cut_words(text, starts, lengths, long), slots.take(long).tolist()))
+        if 8 * lengths.take(long).sum() < len(text):  # where more of a text is long words, few of them repeat
+            self.long_words.update(zip(cut_words(text, starts, lengths, long), slots.take(long).tolist()))
         return slots
 
     def remember(self, numbers, ids, counts):
