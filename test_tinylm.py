@@ -1175,6 +1175,9 @@ def test_int8_weights_lose_little(trained, capsys):
     w = randn(50, 64).float()
     rounded = tinylm.to_int8(w)
     assert ((rounded.to(torch.float32) - w).abs() <= 0.51 * w.abs().amax(1, keepdim=True) / 127).all()
+    x = randn(2, 64, 64).float()
+    with torch.no_grad():  # many rows, as those of a prompt, are not rounded
+        torch.testing.assert_close(tinylm.linear(x, rounded), x @ rounded.to(torch.float32).T, rtol=1e-5, atol=1e-5)
     tokens = torch.from_numpy(prepare.open_data(trained / "data")[1]["val"][:513].astype(np.int64))
     batch = tokens[:-1].view(-1, config.context_length), tokens[1:].view(-1, config.context_length)
     tied = {name: w for name, w in params.items() if name != "lm_head"}
@@ -5410,9 +5413,10 @@ def measure_alphabets(*, size: int = 10, vocab_size: int = 10000):
     size: MB of each
     vocab_size: tokens, learned from a mixture of all
     """
-    program = ("import re, sys, time; from data import bpe; tokenizer, begin = bpe.load(sys.argv[1]), time.process_time();"
-               "[None for _ in bpe.encode_pieces(tokenizer, sys.argv[2:], workers=1)]; print(time.process_time() - begin,"
-               "re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1])")
+    program = ("import re, sys, time; from data import bpe; tokenizer = bpe.load(sys.argv[1]);"
+               "begin = time.process_time(); [None for _ in bpe.encode_pieces(tokenizer, sys.argv[2:], workers=1)];"
+               "seconds = time.process_time() - begin; status = open('/proc/self/status').read();"
+               "print(seconds, re.search(r'VmHWM:\\s*(\\d+)', status)[1])")
     figures = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in SCRIPTS | RANDOM:

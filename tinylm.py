@@ -974,7 +974,14 @@ def quantize(params):
 
 @faster(linear, lambda x, w: isinstance(w, Int8Matrix) and not torch.is_grad_enabled())
 def linear_in_int8(x, w):
-    """With x in bfloat16, for which PyTorch's product takes an eighth of the time that it takes for float32."""
+    """With x in bfloat16, for which PyTorch's product takes an eighth of the time that it takes for float32.
+
+    For many rows, as a prompt has them, it's faster to turn w into what x is: on an AMD EPYC (Zen 4), for matrices of
+    288 × 288 to 32,000 × 288, from 64 to 256 rows on in float32 and from 32 to 128 in bfloat16; at 1,024 rows 1.3 to 2.9
+    times.
+    """
+    if x.numel() >= 128 * x.shape[-1]:
+        return linear(x, w.to(x.dtype))
     rows = x.reshape(-1, x.shape[-1]).bfloat16()
     return torch.ops.aten._weight_int8pack_mm(rows, w.rows, w.scales).to(x.dtype).view(*x.shape[:-1], -1)
 
