@@ -1604,6 +1604,9 @@ def test_what_is_remembered_has_a_bound(three_tokenizers, monkeypatch):
         count += len(ids)
         assert len(encoder.ids) <= 3000 + len(ids) and encoder.num_words <= 128 + 80
     assert count > 20_000
+    words = ("".join(draw.choices("abcdefgh", k=20)).encode() for _ in range(500))
+    for ids in encoder.encode_endless(b"!" + word for word in words):  # nor where words are not to be cut between
+        assert len(encoder.ids) <= 3000 + 100
 
 def test_ids_are_right_after_ctrl_c(three_tokenizers, monkeypatch):
     """In a notebook the tokenizer goes on after it, with what it remembers; it may come at any line."""

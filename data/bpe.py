@@ -898,6 +898,7 @@ class Encoder:
         begin = np.append(starts, len(text))[int(is_inside)]
         first = self.merger.merge_long(text[:begin]).astype(self.tokenizer.dtype)
         here, starts = text[begin:cut], starts[(starts >= begin) & (starts < cut)] - begin
+        self.make_room(len(here))
         return np.concatenate((first, self.encode_words([(here, *with_lengths(here, starts))])))
 
 encoder = lru_cache(maxsize=4)(Encoder)  # a tokenizer keeps what it has met from call to call
