@@ -977,8 +977,8 @@ def linear_in_int8(x, w):
     """With x in bfloat16, for which PyTorch's product takes an eighth of the time that it takes for float32.
 
     For many rows, as a prompt has them, it's faster to turn w into what x is: on an AMD EPYC (Zen 4), for matrices of
-    288 × 288 to 32,000 × 288, from 64 to 256 rows on in float32 and from 32 to 128 in bfloat16; at 1,024 rows 1.3 to 2.9
-    times.
+    288 × 288 to 32,000 × 288, from 64 to 256 rows on in float32 and from 32 to 128 in bfloat16; 1,024 rows take 1.3 to
+    2.9 times as long otherwise.
     """
     if x.numel() >= 128 * x.shape[-1]:
         return linear(x, w.to(x.dtype))
