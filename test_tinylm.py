@@ -4440,10 +4440,14 @@ def test_parameters_that_a_loss_does_not_use():
     params = {"used": torch.ones(2), "other": torch.ones(3)}
     _, grads = tinylm.value_and_grad(lambda params: params["used"].sum(), params)
     same(grads, {"used": torch.ones(2), "other": torch.zeros(3)}, 0)
-    with pytest.raises(ValueError, match="the loss does not use other.*; add 0 times its sum"):
-        averager = tinylm.GradientAverager()
-        averager.add("used", grads["used"])
-        averager.averages(grads)
+
+    def gradients(params, inputs, targets, on_gradient):
+        on_gradient("used", grads["used"])
+        return torch.zeros(()), grads
+
+    settings = train.Settings.complete(dict(device="cpu", batch_size=2, context_length=4))
+    with pytest.raises(cli.InputError, match="the loss does not use other.*; add 0 times its sum"):
+        train.accumulate_gradients(gradients, params, np.zeros(40, np.uint16), settings, 0, 0, 2)
 
 @pytest.mark.parametrize("state, said", [
     (lambda p: torch.zeros_like(p, dtype=torch.bfloat16), r"makes state.m.* of float32 of state.m.* of bfloat16"),

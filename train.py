@@ -478,7 +478,8 @@ def accumulate_gradients(gradients, params, ids, settings, step, rank=0, num_ran
             so_far = dict(tinylm.tree_leaves(total)) if total else {}
             on_gradient = lambda path, g: averager.add(path, so_far[path] + g if so_far else g)
             loss, grads = gradients(params, *batch, on_gradient)
-            total = averager.averages(grads)
+            with cli.as_input_error():  # of a parameter that the loss does not use
+                total = averager.averages(grads)
         else:
             loss, grads = gradients(params, *batch)
             total = tinylm.tree_map(torch.add, total, grads) if total else grads
