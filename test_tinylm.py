@@ -1188,6 +1188,15 @@ def test_int8_weights_lose_little(trained, capsys):
     sample.sample(checkpoint=folder, dtype="int8", max_new_tokens=5, num_samples=2, device="cpu")
     assert "10 tokens" in capsys.readouterr().err
 
+def test_matrices_that_no_product_reads_stay_as_they_are():
+    """Such as a gain for each head, which a fork may add."""
+    params = random_params(small_config())
+    params["blocks"]["0"]["attention"]["gains"] = gains = randn(2, 32).float()
+    for laid_out in (tinylm.quantize(params), tinylm.weights_for_generation(params, torch.float32, 9)):
+        ours = laid_out["blocks"]["0"]["attention"]
+        assert ours["gains"] is gains and ours["wq"] is not params["blocks"]["0"]["attention"]["wq"]
+        assert laid_out["lm_head"] is not params["lm_head"] and laid_out["embedding"] is params["embedding"]
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_the_model_with_forms_and_without(dtype, compiled):
@@ -4554,6 +4563,10 @@ def test_small_models_that_forms_are_compared_by(monkeypatch, capsys):
     fork(of_three)
     train.check_forms(run.model_config(settings, 300), settings)
     assert "is not known, as a small model fails: ValueError: not enough values to unpack" in capsys.readouterr().out
+    fork(plain)
+    monkeypatch.setattr(tinylm, "sample_token", lambda logits, *_: logits.nonesuch)  # which would end a run, only later
+    train.check_forms(run.model_config(settings, 300), settings)
+    assert "is not known, as a small model fails: AttributeError: 'Tensor' object has no" in capsys.readouterr().out
 
 def test_scalars_cannot_be_split(monkeypatch):
     shapes = tinylm.param_shapes

@@ -934,15 +934,14 @@ def pack(w):
     return w
 
 def with_linear_weights(convert, params):
-    """`params` with the matrices that `linear` uses converted: all but the embedding, which is looked up."""
+    """`params` with the matrices that `linear` uses converted: the output matrix, and those of blocks named w…"""
     used = {"blocks": params["blocks"], "lm_head": params.get("lm_head", params["embedding"])}
-    return params | tree_map(lambda w: convert(w) if w.ndim == 2 else w, used)
+    is_weight = lambda path, w: w.ndim == 2 and path.split(".")[-1].startswith(("w", "lm_head"))
+    return params | tree_build((path, convert(w) if is_weight(path, w) else w) for path, w in tree_leaves(used))
 
 @faster(weights_for_generation, lambda params, *_, **__: first_leaf(params).is_cpu and is_eager())
 def weights_for_generation_on_cpu(params, dtype, batch_size):
-    """All but the embedding, which is looked up, laid out by `pack`: each matrix of a block is taken to be one that
-    `linear` alone uses. Fewer texts in float32 are faster without.
-    """
+    """The matrices that `linear` uses laid out by `pack`. Fewer texts in float32 are faster without."""
     params = weights_for_generation.definition(params, dtype, batch_size)
     return params if batch_size < (8 if dtype == torch.float32 else 2) else with_linear_weights(pack, params)
 

@@ -360,7 +360,7 @@ def check_forms(config, settings):
         if settings.shard:
             read_deep, *_ = small_run(replace(config, **small | {"num_layers": config.num_layers}), settings)
         with tinylm.definitions_alone():
-            step(torch.float64), update()
+            step(torch.float64), update(), write()
     except InputError:
         raise
     except Exception as error:
