@@ -1317,6 +1317,15 @@ def test_llama_folders_of_transformers_open(tmp_path, dtype, tied, shard):
     tokens = random_tokens(config, 2, 20)
     with torch.no_grad():
         same(tinylm.forward(params, tokens, config), model.float()(tokens).logits, 1e-4)
+    if tied:  # an output matrix beside the embedding has to say the same
+        table = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
+        refused = pytest.raises(cli.InputError, match="set tie_word_embeddings to false")
+        for head, told in ((table.clone(), contextlib.nullcontext()), (table.double(), contextlib.nullcontext()),
+                           (table + 1, refused)):
+            tensors = load_file(tmp_path / "model.safetensors") | {"lm_head.weight": head}
+            save_file(tensors, tmp_path / "model.safetensors")
+            with told:
+                checkpoint.load_checkpoint(tmp_path)
 
 def test_old_and_new_ways_to_say_rope_theta(tmp_path, tokenizer_file):
     config = small_config()
@@ -1331,7 +1340,9 @@ def test_old_and_new_ways_to_say_rope_theta(tmp_path, tokenizer_file):
         assert checkpoint.load_checkpoint(tmp_path / "m")[1].rope_theta == theta
 
 @pytest.mark.parametrize("change", [
-    {"attention_bias": True}, {"hidden_act": "gelu"}, {"model_type": "gpt2"}, {"head_dim": 64}, {"head_dim": "x"},
+    {"attention_bias": True}, {"hidden_act": "gelu"}, {"model_type": "gpt2"},
+    {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "default"}},
+    {"head_dim": 64}, {"head_dim": "x"},
     {"rope_parameters": {"rope_type": "yarn"}}, {"rope_scaling": {"type": "dynamic"}}, {"hidden_size": "x"},
     {"rope_scaling": {"rope_type": "linear"}}, {"rope_scaling": {"rope_type": "linear", "factor": 0.25}}])
 def test_other_models_are_refused_by_name(tmp_path, tokenizer_file, change):
@@ -1340,8 +1351,8 @@ def test_other_models_are_refused_by_name(tmp_path, tokenizer_file, change):
     checkpoint.save_checkpoint(tmp_path / "m", params, config, files.read_json(tokenizer_file), (END, 256))
     description = json.loads((tmp_path / "m/config.json").read_text()) | change
     (tmp_path / "m/config.json").write_text(json.dumps(description))
-    named = {"rope_parameters": "rope_type", "hidden_size": "d_model", "rope_scaling": "rope_type|factor",
-             "head_dim": "q_proj.weight is|head_dim"}
+    named = {"rope_parameters": "rope_type", "hidden_size": "d_model", "rope_scaling": "rope_type|factor|both rope_par",
+             "model_type": "model_type is 'gpt2', expected 'llama'", "head_dim": "q_proj.weight is|head_dim"}
     with pytest.raises(cli.InputError, match=named.get(*[next(iter(change))] * 2)):
         checkpoint.load_checkpoint(tmp_path / "m")
 
@@ -1402,6 +1413,44 @@ def test_gguf_files_are_those_of_the_package(tmp_path, tokenizer_file, dtype, si
     unused = 600 - tokenizer.vocab_size
     assert kinds == [3 if token == END else 1 for token in tokens[:tokenizer.vocab_size]] + [5] * unused
     assert [merge.split(" ") for merge in said["tokenizer.ggml.merges"]] == description["model"]["merges"]
+
+def test_gguf_files_say_how_a_model_is_spoken_to(trained, tmp_path, capsys):
+    """Up to three tokens that end a text, and the template of a chat, from either file that may have it."""
+    from gguf import GGUFReader
+
+    def said():
+        gguf.export(str(tmp_path / "m"), output=str(tmp_path / "m.gguf"))
+        return {name: field.contents() for name, field in GGUFReader(tmp_path / "m.gguf").fields.items()}
+
+    shutil.copytree(trained / "runs/tiny/latest", tmp_path / "m")
+    assert not said().keys() & {"tokenizer.chat_template", "tokenizer.ggml.eot_token_id"}
+    (tmp_path / "m/generation_config.json").write_text(json.dumps({"eos_token_id": [256, 5, 6, 7]}))
+    config = files.read_json(tmp_path / "m/tokenizer_config.json")
+    templates = [{"name": "tools", "template": "{{ 1 }}"}, {"name": "default", "template": "{{ 2 }}"}]
+    for kept, template in (("{{ 0 }}", "{{ 0 }}"), (templates, "{{ 2 }}")):
+        (tmp_path / "m/tokenizer_config.json").write_text(json.dumps(config | {"chat_template": kept}))
+        capsys.readouterr()
+        assert said()["tokenizer.chat_template"] == template
+        assert "of the 4 tokens that end a text the file names three, 256, 5, 6\n" in capsys.readouterr().out
+    (tmp_path / "m/chat_template.jinja").write_text("{{ 3 }}")
+    now = said()
+    assert now["tokenizer.chat_template"] == "{{ 3 }}"
+    assert [now[f"tokenizer.ggml.{use}_token_id"] for use in ("eos", "eot", "eom")] == [256, 5, 6]
+    (tmp_path / "m/chat_template.jinja").unlink()
+    (tmp_path / "m/tokenizer_config.json").write_text('{"chat_template": [1]}')
+    with pytest.raises(cli.InputError, match="tokenizer_config.json is damaged"):
+        said()
+
+@pytest.mark.parametrize("kind", ["smollm", "llama3"])
+def test_gguf_files_that_llama_cpp_would_read_otherwise(other_families, kind):
+    """It has names for splits, of which each goes with or without words that are tokens as such."""
+    _, ours = other_families[kind]
+    gguf.check_words(ours, "m")
+    unmade = dict(tokens=[*ours.tokens, b"whole"]) if kind == "smollm" else {}  # by no merge
+    words = replace(ours, **unmade)
+    turned = replace(words, whole_words=not words.whole_words)
+    with pytest.raises(cli.InputError, match=f"^m/tokenizer.json has ignore_merges {str(turned.whole_words).lower()}"):
+        gguf.check_words(turned, "m")
 
 def test_export_as_a_command(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(trained)
@@ -2379,6 +2428,7 @@ WRONG_SAMPLE = [
     (["--top_p=1.1"], "--top_p=1.1"),
     (["--max_new_tokens=0"], "1 or more"),
     (["--checkpoint=nowhere"], "is not there"),
+    (["--checkpoint=corpus.txt"], "corpus.txt is a file; expected a run"),
     (["--checkpoint=data"], "not a checkpoint"),
     (["--checkpoint="], "--checkpoint is empty"),
     (["--device=cuda:99"], "CUDA device"),
@@ -3671,6 +3721,71 @@ def test_tokenizers_are_compared_by_what_they_mean(tmp_path):
     prepare.prepare(input=str(tmp_path / "b/corpus.txt"), output=str(tmp_path / "d"), tokenizer=str(model))
     train.train(init_from=model, data=tmp_path / "d", **flags)
 
+def test_added_tokens_that_are_text(tokenizer_file, tmp_path):
+    """Runs of blanks, as other tokenizers have them: their bytes count, and what is decoded keeps them."""
+    from gguf import GGUFReader
+    theirs = tokenizers.Tokenizer.from_file(str(tokenizer_file))
+    theirs.add_tokens([tokenizers.AddedToken("    ", special=False, normalized=False), "<think>"])
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    text = "def f(x):\n    <think>\n        return x\n" * 40 + END
+    data = prepared(tmp_path, text * 4, tokenizer=str(tmp_path / "tokenizer.json"), vocab_size=None, val_fraction=0.5)
+    meta, ids = prepare.open_data(data)
+    assert sum(meta[split]["bytes"] for split in ids) == 4 * len(text.removesuffix(END))
+    train.train(data=data, output_dir=tmp_path / "run", **TINY)
+    for file in (data / "tokenizer.json", tmp_path / "run/latest/tokenizer.json"):
+        again = tokenizers.Tokenizer.from_file(str(file))
+        assert again.decode(again.encode(text).ids, skip_special_tokens=True) == text.removesuffix(END)
+    gguf.export(str(tmp_path / "run"), output=str(tmp_path / "m.gguf"))
+    said = {name: field.contents() for name, field in GGUFReader(tmp_path / "m.gguf").fields.items()}
+    kind = dict(zip(said["tokenizer.ggml.tokens"], said["tokenizer.ggml.token_type"]))
+    assert (kind["    "], kind["<think>"], kind[END], kind["a"]) == (4, 4, 3, 1)
+
+def test_added_tokens_that_others_look_for_first(tokenizer_file, tmp_path):
+    """Those that are not normalized, before others that overlap with them; where none do, ids are the same."""
+    theirs = tokenizers.Tokenizer.from_file(str(tokenizer_file))
+    theirs.add_tokens([tokenizers.AddedToken("<arg>", normalized=False), tokenizers.AddedToken("<a>", normalized=True)])
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    text = "x<a><arg>y<arg<a>"
+    assert bpe.encode(bpe.load(tmp_path), text).tolist() == theirs.encode(text, add_special_tokens=False).ids
+    for overlapping in ("<call><arg>", "x<a"):
+        theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+        theirs.add_tokens([tokenizers.AddedToken(overlapping, normalized=True)])
+        theirs.save(str(tmp_path / "other.json"))
+        with pytest.raises(cli.InputError, match=f"its token {overlapping} overlaps with <arg>"):
+            bpe.load(tmp_path / "other.json")
+
+def test_tokenizers_that_differ_have_data_of_their_own(tokenizer_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "DATA", tmp_path)
+    (tmp_path / "t.txt").write_text("a text")
+    description, names = json.loads(Path(tokenizer_file).read_text()), set()
+    for change in ({}, {"ignore_merges": True}):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(description | {"model": description["model"] | change}))
+        names.add(prepare.made_of(tmp_path / "t.txt", tmp_path / "tokenizer.json"))
+    description["added_tokens"] += [{"id": description["model"]["vocab"]["a"], "content": "a", "special": False}]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(description))
+    assert len(names | {prepare.made_of(tmp_path / "t.txt", tmp_path / "tokenizer.json")}) == 3
+
+def test_what_is_no_text(trained, tmp_path, capsys):
+    """Prepared data and models in a folder of texts, or instead of one, and files with zero bytes."""
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/a.txt").write_text("Once upon a time.\n" * 100)
+    plain = prepare.text_files(tmp_path / "texts", tmp_path / "out")
+    shutil.copytree(trained / "data", tmp_path / "texts/data")
+    shutil.copytree(trained / "runs/tiny/latest", tmp_path / "texts/model")
+    capsys.readouterr()
+    assert prepare.text_files(tmp_path / "texts", tmp_path / "out") == plain == [tmp_path / "texts/a.txt"]
+    said = capsys.readouterr().out
+    assert said.count("left out, as prepared data or a model is in it:") == 2 and f"{tmp_path}/texts/model\n" in said
+    for folder in ("data", "model"):
+        with pytest.raises(cli.InputError, match=f"texts/{folder} has prepared data or a model in it; expected a text"):
+            prepare.prepare(input=str(tmp_path / "texts" / folder), output=str(tmp_path / "out"))
+    (tmp_path / "wide.txt").write_bytes("Once upon a time.\n".encode("utf-16-le") * 100)
+    with pytest.raises(cli.InputError, match="wide.txt has a zero byte near its start.*save it as UTF-8"):
+        prepare.prepare(input=str(tmp_path / "wide.txt"), output=str(tmp_path / "out"))
+    with pytest.raises(cli.InputError, match="wide.txt has a zero byte near its start.*save it as UTF-8"):
+        train.train(eval_only=True, resume=trained / "runs/tiny", data=tmp_path / "wide.txt")
+    assert not (tmp_path / "out").exists()
+
 @pytest.mark.parametrize("option", ["lstrip", "rstrip", "single_word"])
 def test_special_tokens_with_options_are_refused(tokenizer_file, tmp_path, option):
     description = json.loads(Path(tokenizer_file).read_text())
@@ -4956,14 +5071,20 @@ def test_what_is_refused_is_named(tmp_path, tokenizer_file):
     checkpoint.save_checkpoint(folder, tinylm.init_params(small_config(), generator()), small_config(),
                                files.read_json(tokenizer_file), (END, 256))
     os.rename(folder / "tokenizer.json", folder / "tokenizer.model")
-    with pytest.raises(cli.InputError, match="SentencePiece"):
-        sample.sample(checkpoint=folder)
+    for function, flag in ((sample.sample, "checkpoint"), (train.train, "init_from")):
+        with pytest.raises(cli.InputError, match="SentencePiece"):
+            function(**{flag: folder})
     description = json.loads(Path(tokenizer_file).read_text())
     description["model"]["byte_fallback"] = True
     (folder / "tokenizer.json").write_text(json.dumps(description))
     with pytest.raises(cli.InputError, match="it is a SentencePiece tokenizer"):
         sample.sample(checkpoint=folder)
     shutil.copy(tokenizer_file, folder / "tokenizer.json")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].to(torch.float8_e4m3fn)
+    save_file(tensors, folder / "eight.safetensors")
+    with pytest.raises(cli.InputError, match="eight.safetensors: lm_head.weight is of F8_E4M3; expected one of F64"):
+        checkpoint.load_checkpoint(folder, name="eight.safetensors")
     os.rename(folder / "model.safetensors", folder / "pytorch_model.bin")
     with pytest.raises(cli.InputError, match="pickles, pytorch_model.bin.*save_pretrained"):
         sample.sample(checkpoint=folder)

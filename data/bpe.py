@@ -417,7 +417,8 @@ def cut_words(text, starts, lengths, which):
 
 @dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """What tokenizer.json says. `tokens`: the bytes of each id. `special_tokens`: {text: id}, never split.
+    """What tokenizer.json says. `tokens`: the bytes of each id. `special_tokens`: {text: id}, never split; those of
+    `text_tokens` are text all the same, as runs of blanks may be.
 
     `merges`: int64 (merges, 3), the ids of left, right and what they make, the merge to do first in the first row.
     `split`: how text is split into words, a name in SPLIT_PATTERNS. `whole_words`: a word that is a token needs no
@@ -429,6 +430,7 @@ class Tokenizer:
     merges: np.ndarray
     split: str = "gpt2"
     whole_words: bool = False
+    text_tokens: frozenset = frozenset()
 
     @property
     def vocab_size(self):
@@ -1367,7 +1369,8 @@ def save(tokenizer, path):
     description = {
         "version": "1.0", "truncation": None, "padding": None,
         "added_tokens": [{"id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False,
-                          "normalized": False, "special": True} for text, i in tokenizer.special_tokens.items()],
+                          "normalized": False, "special": text not in tokenizer.text_tokens}
+                         for text, i in tokenizer.special_tokens.items()],
         "normalizer": None, "pre_tokenizer": pre_tokenizer, "post_processor": None, "decoder": byte_level,
         "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
                   "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
@@ -1420,6 +1423,12 @@ def from_description(description):
             if token.get(option):
                 raise ValueError(f"its token {token['content']} asks for {option}, which this tokenizer has not")
     special = {token["content"]: token["id"] for token in added}
+    first = [token["content"] for token in added if not token.get("normalized")]
+    for text in special.keys() - set(first):
+        for other in first:
+            if any(other.startswith(text[i:i + len(other)]) for i in range(len(text))):
+                raise ValueError(f"its token {text} overlaps with {other}, which, as it is not normalized, goes before "
+                                 "wherever it stands")
     vocab = model["vocab"] | special
     size = len(vocab)
     if sorted(vocab.values()) != list(range(size)):
@@ -1438,7 +1447,8 @@ def from_description(description):
     whole_words = bool(model.get("ignore_merges"))
     if len(made) < size and not whole_words:
         raise ValueError(f"merges are missing: nothing makes {size - len(made)} of its tokens")
-    return Tokenizer(tokens, special, np.array(merges, np.int64).reshape(-1, 3), split, whole_words)
+    text_tokens = frozenset(token["content"] for token in added if not token.get("special"))
+    return Tokenizer(tokens, special, np.array(merges, np.int64).reshape(-1, 3), split, whole_words, text_tokens)
 
 def split_of(steps):
     """The name of the split pattern that the steps of a pre-tokenizer come to. Raises ValueError where it is none."""

@@ -60,6 +60,8 @@ def read_header(path):
         start, end = data_offsets
         if not all(type(number) is int and 0 <= number <= size for number in (*shape, start, end)):
             raise ValueError(f"{name}: sizes that can't be")
+        if dtype not in SAFETENSORS_DTYPES:
+            raise InputError(f"{path}: {name} is of {dtype}; expected one of {', '.join(SAFETENSORS_DTYPES)}")
         if math.prod(shape) * SAFETENSORS_DTYPES[dtype].itemsize != end - start:
             raise ValueError(f"{name}: {end - start} bytes for shape {shape} of {dtype}")
         return start, end, SAFETENSORS_DTYPES[dtype], shape
@@ -78,6 +80,8 @@ def read_header(path):
             position = end
         if position != size - 8 - length:
             raise ValueError(f"it has {size - 8 - length} bytes of numbers, its header speaks of {position}")
+    except InputError:
+        raise
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({error}); {ANOTHER}") from None
     return entries, 8 + length
@@ -155,13 +159,17 @@ def from_hf(tensors, config, source, dtype):
     """The tree of parameters from Hugging Face's names and layout, which are used up. `source` is named in errors."""
     shapes = tree_leaves(tinylm.param_shapes(config))
     expected = {hf_name(path) for path, _ in shapes}
-    # Old files carry the rotary frequencies, and a tied model's may carry the output matrix: both say nothing new.
+    # Old files carry the rotary frequencies, which say nothing new, and a tied model's may carry the output matrix.
     extra = {name for name in tensors if not name.endswith("rotary_emb.inv_freq")} - expected
     extra -= {"lm_head.weight"} if config.tie_embeddings else set()
     for problem, names in (("lacks", expected - tensors.keys()), ("has unknown", extra)):
         if names:
             raise InputError(f"{source} {problem} {', '.join(sorted(names)[:3])}; expected the tensors that its "
                              "config.json speaks of")
+    table, head = (tensors.get(f"{name}.weight") for name in ("model.embed_tokens", "lm_head"))
+    if config.tie_embeddings and head is not None and not (head.shape == table.shape and head.to(table).equal(table)):
+        raise InputError(f"{source} has an lm_head.weight that is not its embedding; set tie_word_embeddings to false "
+                         "in its config.json")
     params = []
     for path, shape in shapes:
         tensor = tensors.pop(hf_name(path))
@@ -228,10 +236,13 @@ def check_goes_on(params, state, update):
 def config_from_hf(hf, source):
     """The Config of a Llama config.json. Raises InputError that names an option which this model has not."""
     if not isinstance(hf, dict) or hf.get("model_type") not in ("llama", "tinylm"):
-        raise InputError(f"{source} is not the config of a Llama model (model_type is not 'llama')")
+        kind = repr(hf.get("model_type")) if isinstance(hf, dict) else "not there"
+        raise InputError(f"{source} is not the config of a Llama model (model_type is {kind}, expected 'llama')")
     for option in hf.keys() - HF_SIZES.values():
         if option.startswith("tinylm_"):
             raise InputError(f"{source} has {option}, as of a changed tinylm: read it with the code that wrote it")
+    if hf.get("rope_scaling") and hf.get("rope_parameters", hf["rope_scaling"]) != hf["rope_scaling"]:
+        raise InputError(f"{source} has both rope_parameters and rope_scaling, which differ; leave one of them there")
     for option, value in HF_PLAIN.items():
         if hf.get(option, value) not in (value, None):
             raise InputError(f"{source} asks for {option} {hf[option]!r}, which this model has not")

@@ -3,7 +3,7 @@
 import math
 import os
 import struct
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,7 @@ GGUF_SIZES = {"vocab_size", "context_length", "d_model", "num_layers", "num_head
 DTYPES = {"f32": (0, 0, (1, 4)), "f16": (1, 1, (1, 2)), "bf16": (30, 32, (1, 2)), "q8_0": (8, 7, (32, 34))}
 PRE_TOKENIZERS = {"gpt2": "gpt-2", "digits": "smollm", "llama3": "llama-bpe"}  # llama.cpp's names
 ALIGNMENT = 32  # bytes, of every tensor
-NORMAL, CONTROL, UNUSED = 1, 3, 5  # kinds of tokens
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # kinds of tokens
 
 # ---- Bytes ----
 
@@ -88,6 +88,30 @@ def check_is_llama(params, config):
     for name in GGUF_NAMES.keys() - {"lm_head"} - {checkpoint.layer_of(path)[1] for path, _ in tree_leaves(params)}:
         raise InputError(f"the model has no {name}, which a GGUF file of a Llama model needs")
 
+def check_words(tokenizer, folder):
+    """Raise InputError where llama.cpp would give other ids: with the split of Llama 3, and no other, it takes words
+    that are tokens as such, whatever merges make of them.
+    """
+    theirs = replace(tokenizer, whole_words=tokenizer.split == "llama3")
+    text = "\n".join(token.decode(errors="ignore") for token in tokenizer.tokens)
+    if not np.array_equal(bpe.encode(tokenizer, text), bpe.encode(theirs, text)):
+        has, needed = (str(it.whole_words).lower() for it in (tokenizer, theirs))
+        raise InputError(f"{folder}/tokenizer.json has ignore_merges {has}; llama.cpp knows its split only with "
+                         f"{needed}, and would give other ids")
+
+def chat_template(folder):
+    """{key: template} by which a model is spoken to, where its folder has one."""
+    file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if file.is_file():
+        return {"tokenizer.chat_template": file.read_text(encoding="utf-8", errors="replace")}
+    try:
+        template = files.read_json(config).get("chat_template") if config.is_file() else None
+        if isinstance(template, list):  # several, by name
+            template = {named["name"]: named["template"] for named in template}.get("default")
+        return {"tokenizer.chat_template": str(template)} if template else {}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise InputError(f"{config} is damaged ({type(error).__name__}: {error})") from None
+
 def dtype_of(shape, dtype):
     """The dtype of a parameter in a file of some dtype: norms stay float32, rows of no whole blocks become float16."""
     if len(shape) == 1:
@@ -96,11 +120,12 @@ def dtype_of(shape, dtype):
 
 def description(config, tokenizer, dtype, name, begin, ends, empty):
     """What the file says of a model: {key: value}. `begin`, `ends` and `empty` are its `special_ids`."""
-    special = set(tokenizer.special_tokens.values())
+    kinds = {i: USER_DEFINED if text in tokenizer.text_tokens else CONTROL
+             for text, i in tokenizer.special_tokens.items()}
     unused = range(tokenizer.vocab_size, config.vocab_size)
     tokens = bpe.spelled_tokens(tokenizer)
     merges = [f"{tokens[left]} {tokens[right]}" for left, right, _ in tokenizer.merges.tolist()]
-    ids = {"bos": begin or empty, "eos": ends, "padding": ends}
+    ids = {"bos": begin or empty, "eos": ends, "padding": ends, "eot": ends[1:], "eom": ends[2:]}
     return {
         "general.architecture": "llama", "general.name": name, "general.alignment": ALIGNMENT,
         "general.file_type": DTYPES[dtype][1], "llama.vocab_size": config.vocab_size,
@@ -112,7 +137,7 @@ def description(config, tokenizer, dtype, name, begin, ends, empty):
         "llama.rope.dimension_count": config.head_dim, "llama.rope.freq_base": float(config.rope_theta),
         "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": PRE_TOKENIZERS[tokenizer.split],
         "tokenizer.ggml.tokens": tokens + [f"[unused {i}]" for i in unused],
-        "tokenizer.ggml.token_type": [CONTROL if i in special else NORMAL for i in range(len(tokens))]
+        "tokenizer.ggml.token_type": [kinds.get(i, NORMAL) for i in range(len(tokens))]
         + [UNUSED] * len(unused),
         # llama.cpp wants a merge; this one is of a byte that no text has.
         "tokenizer.ggml.merges": merges or [" ".join(tokens[tokenizer.tokens.index(b"\xff")] * 2)],
@@ -172,12 +197,15 @@ def export(*model, output: str = "model.gguf", dtype: str = "f16"):
     begin, ends, empty = bpe.special_ids(folder, tokenizer)
     params, _ = checkpoint.load_checkpoint(folder)
     check_is_llama(params, config)
+    check_words(tokenizer, folder)
     most = {"f16": torch.finfo(torch.float16).max, "q8_0": 127 * torch.finfo(torch.float16).max}
     if any(w.abs().max() > most.get(dtype_of(w.shape, dtype), math.inf) for _, w in tree_leaves(params)):
         raise InputError(f"{folder} has numbers that float16, which --dtype={dtype} stores, can't hold; give "
                          "--dtype=bf16")
     place = folder.resolve()
     name = place.parent.name if place.name.startswith("step-") else place.name
-    said = description(config, tokenizer, dtype, name, begin, ends, empty)
+    if len(ends) > 3:
+        say(f"of the {len(ends)} tokens that end a text the file names three, {', '.join(map(str, ends[:3]))}")
+    said = description(config, tokenizer, dtype, name, begin, ends, empty) | chat_template(folder)
     write_gguf(path, params, config, dtype, said)
     say(f"wrote {path}, {path.stat().st_size / 1e6:,.2f} MB, of {folder}")

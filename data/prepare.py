@@ -139,12 +139,18 @@ def text_files(source, output):
 
     source = Path(source)
     if source.is_file():
+        check_is_text(source)
         return [source]
     if not source.is_dir():
         raise InputError(f"{source} is not there; expected a text file, or a folder of them")
+    if is_no_text(source):
+        raise InputError(f"{source} has prepared data or a model in it; expected a text file, or a folder of them")
     paths, seen = [], {output.resolve()}
     for folder, folders, names in os.walk(source, onerror=refuse, followlinks=True):
         here = Path(folder).resolve()
+        if is_no_text(here) and here not in seen:
+            cli.say(f"left out, as prepared data or a model is in it: {folder}")
+            seen.add(here)
         folders[:] = [] if here in seen else sorted(name for name in folders if not name.startswith("."))
         paths += [] if here in seen else [Path(folder, name) for name in names if not name.startswith(".")]
         seen.add(here)
@@ -157,6 +163,17 @@ def text_files(source, output):
     if not texts:
         raise InputError(f"{source} has no texts in it; expected a text file, or a folder of them")
     return texts
+
+def is_no_text(folder):
+    """Whether what is in a folder is data that was prepared, or a model."""
+    return is_data(folder) or (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+
+def check_is_text(path):
+    """Raise InputError where a file that was named is no text."""
+    bpe.as_span(path)  # raises for UTF-16 that says so
+    if is_binary(path):
+        raise InputError(f"{path} has a zero byte near its start, so it is no UTF-8 text; unpack it, if it is "
+                         "compressed, or save it as UTF-8")
 
 def is_binary(path):
     """Whether a file is no text, as git and grep judge: by a zero byte near its start."""
@@ -228,7 +245,7 @@ def default_vocab_size(num_bytes):
 
 def text_sizes(tokenizer):
     """How many bytes of text each id stands for; special tokens are no text."""
-    special = set(tokenizer.special_tokens.values())
+    special = {i for token, i in tokenizer.special_tokens.items() if token not in tokenizer.text_tokens}
     return np.array([0 if i in special else len(token) for i, token in enumerate(tokenizer.tokens)])
 
 def with_end(tokenizer, end):
@@ -403,6 +420,7 @@ def made_of(name, model=None):
     if model:
         tokenizer, begin, end = load_tokenizer(model)
         told_apart += [tokenizer.split, [token.hex() for token in tokenizer.tokens], tokenizer.merges.tolist()]
+        told_apart += [sorted(tokenizer.special_tokens.items()), sorted(tokenizer.text_tokens), tokenizer.whole_words]
         told_apart += [begin, end]
     digest = hashlib.sha256(json.dumps(told_apart).encode()).hexdigest()
     return DATA / (f"{Path(name).stem[:50]}-{digest[:8]}" if told_apart else name)  # names of files are bounded
@@ -508,6 +526,7 @@ def ids_of(name, folder, split):
     """
     tokenizer, begin, end = load_tokenizer(folder)
     if is_text(name):
+        check_is_text(name)
         with tempfile.TemporaryDirectory() as scratch:
             text = as_text(Path(name), Path(scratch) / "text")
             pieces = [ids for _, ids in bpe.encode_pieces(with_end(tokenizer, end), [text])]

@@ -96,7 +96,8 @@ def find_checkpoint(name, flag="checkpoint"):
             return of_run(folder.parent)
         if not folder.is_dir():
             given = f"--{flag}={name}" if flag else name
-            raise InputError(f"{given} is not there; expected a run of train.py or a Llama folder")
+            problem = "is a file" if folder.exists() else "is not there"
+            raise InputError(f"{given} {problem}; expected a run of train.py or a Llama folder")
         return best(folder) or folder
     written = max(Path("runs").glob("*/step-*/config.json"), key=lambda path: path.stat().st_mtime, default=None)
     if not written:
@@ -231,7 +232,8 @@ def start_run(given, init_from, folder, table, check, claims):
     sizes, known, has_tokenizer = {}, {"is_pretrained": bool(init_from)}, False
     if init_from:
         init_from = find_checkpoint(init_from, "init_from")
-        config, has_tokenizer = checkpoint.load_config(init_from), (init_from / "tokenizer.json").is_file()
+        config, has_tokenizer = checkpoint.load_config(init_from), any(
+            (init_from / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
         known["weights_dtype"] = checkpoint.weights_dtype(init_from)
         sizes = {name: value for name, value in vars(config).items() if name in cli.flags_of(table)}
         for flag, value in sizes.items():
