@@ -106,16 +106,13 @@ def sample(given):
     seconds = time.perf_counter() - begin
     texts = [list(column) for column in zip(*rows)]
     texts = [text[:next((i + 1 for i, token in enumerate(text) if token in ends), None)] for text in texts]
-    for text in texts[1:]:
-        writer = Writer(tokenizer, f"---\n{prompt}")
-        for token in text:
-            if token not in ends:
-                writer.token(token)
-        writer.end()
     count = sum(map(len, texts))
-    cli.put(f"{count} tokens, {count / seconds:,.1f} tokens/s, by {folder}\n", sys.stderr)
     known = [[token for token in text if token not in ends and token < tokenizer.vocab_size] for text in texts]
-    return [prompt + bpe.decode(tokenizer, text) for text in known]
+    texts = [prompt + bpe.decode(tokenizer, text) for text in known]
+    for text in texts[1:]:
+        writer.write(f"---\n{text}\n")
+    cli.put(f"{count} tokens, {count / seconds:,.1f} tokens/s, by {folder}\n", sys.stderr)
+    return texts
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["export"]:

@@ -28,6 +28,7 @@ import shlex
 import shutil
 import signal
 import socket
+import ssl
 import string
 import subprocess
 import sys
@@ -1027,7 +1028,8 @@ def token_example(filled, *settings):
 EXAMPLES = {
     "linear": lambda dtype: [
         (randn(*lead, d_in).to(dtype), randn(d_out, d_in, seed=1).to(dtype)) for lead, d_in, d_out in (
-            ((3, 5), 8, 6), ((1, 1), 64, 1100), ((2, 3), 64, 1100), ((40,), 64, 1100), ((2, 1100), 64, 4000))],
+            ((3, 5), 8, 6), ((1, 1), 64, 1100), ((2, 3), 64, 1100), ((40,), 64, 1100), ((2, 1100), 64, 4000),
+            ((0,), 64, 1100))],
     "embedding": lambda dtype: [(random_tokens(small_config(), *shape), randn(300, 8).to(dtype))
                                 for shape in ((), (7,), (2, 9))],
     "rmsnorm": lambda dtype: [(randn(*shape).to(dtype), tinylm.at_least_float32(randn(shape[-1]).to(dtype)), 1e-5)
@@ -1035,7 +1037,7 @@ EXAMPLES = {
     "rope_angles": lambda dtype: [(30, 16, 1e4, NO_SCALING, "cpu"), (7, 2, 100.0, (8.0, 1.0, 4.0, 20), "cpu")],
     "rope": lambda dtype: [(x.to(dtype), *tinylm.rope_angles.definition(9, 16, 1e4, NO_SCALING, "cpu"))
                            for x in (randn(9, 16), randn(2, 3, 9, 16), randn(2, 9, 3, 16).transpose(1, 2),
-                                     randn(2, 16, 9).mT)],
+                                     randn(2, 16, 9).mT, randn(9, 33)[:, 1:17], randn(9, 17)[:, :16])],
     "attention": lambda dtype: [attention_example(dtype, *sizes) for sizes in (
         ((2,), 2, 1, 9, 9, 8), ((), 1, 3, 5, 12, 4), ((2,), 2, 2, 1, 7, 8), ((1, 2), 2, 2, 200, 200, 16),
         ((3,), 1, 1, 130, 300, 6))],
@@ -1056,12 +1058,13 @@ EXAMPLES = {
     "orthogonalize_all": lambda dtype: [({"blocks": {"0": tree_of((8, 5), (5, 8)), "1": tree_of((8, 5), (5, 8))}},)],
     "nucleus_floor": lambda dtype: [(F.softmax(randn(3, V).float() * 3, -1), top_p)
                                     for V in (5, 400) for top_p in (0.1, 0.95)],
+    "mean_loss": lambda dtype: [(randn(7, 16).to(dtype), randn(30, 16).float(), torch.arange(7))],
     "loss_fn": lambda dtype: [(random_params(config), *random_tokens(config, 2, 3, 9), config) for config in (
         small_config(), small_config(num_kv_heads=2, d_ff=24, rope_theta=99.0, norm_eps=0.1, tie_embeddings=True,
                                      head_dim=6, rope_scaling=(8.0, 1.0, 4.0, 20)))],
     "weights_for_generation": lambda dtype: [(random_params(small_config()), dtype, num_texts) for num_texts in (1, 8)],
 }
-DIFFERENTIABLE = {"linear", "embedding", "rmsnorm", "rope", "attention", "gated_silu", "token_losses"}
+DIFFERENTIABLE = {"linear", "embedding", "rmsnorm", "rope", "attention", "gated_silu", "token_losses", "mean_loss"}
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 0.03}  # of an error beside the norm
 
 def is_floating(x):
@@ -1110,7 +1113,9 @@ def in_a_room(room, operation, arguments, differentiable, monkeypatch, mesh):
             asked = arguments = [tinylm.shard(x, mesh) if is_weight(i, x) else x for i, x in enumerate(arguments)]
         if "GPU" in room:  # what conditions ask, as a tensor there would answer
             split = lambda x: {"device_mesh": mesh} if tinylm.is_split(x) else {}
-            there = lambda x: types.SimpleNamespace(is_cuda=True, is_cpu=False, ndim=x.ndim, shape=x.shape, **split(x))
+            asks = ("ndim", "shape", "stride", "storage_offset")
+            same = lambda x: {name: getattr(x, name) for name in asks}
+            there = lambda x: types.SimpleNamespace(is_cuda=True, is_cpu=False, **same(x), **split(x))
             asked = [there(x) if is_floating(x) else {"": there(tinylm.first_leaf(x))} | x if isinstance(x, dict) else x
                      for x in arguments]
         with torch.set_grad_enabled(differentiable):
@@ -1567,6 +1572,20 @@ def test_other_families_in_files_and_again(other_families, tmp_path, monkeypatch
         again = tokenizers.Tokenizer.from_file(str(tmp_path / "again.json"))
         assert bpe.are_same(ours, bpe.load(tmp_path / "again.json"))
         assert again.encode(text, add_special_tokens=False).ids == theirs.encode(text, add_special_tokens=False).ids
+
+def test_threads_encode_by_one_tokenizer(tokenizer_file):
+    tokenizer = bpe.load(tokenizer_file)
+    texts = ["".join(stories.story(i, j) for j in range(300)) for i in range(4)]
+    expected = [bpe.Encoder(tokenizer).encode(text.encode()).tolist() for text in texts]
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        for _ in range(3):
+            assert [ids.tolist() for ids in threads.map(functools.partial(bpe.encode, tokenizer), texts)] == expected
+
+def test_threads_leave_onednn_as_it_is():
+    w, x = randn(300, 256).bfloat16(), randn(1, 256).bfloat16()
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda _: tinylm.linear_of_one(x, w), range(2000)))
+    assert torch.backends.mkldnn.enabled
 
 @pytest.mark.parametrize("many", [1, 4, 1000])
 @given(text=nasty)
@@ -2323,7 +2342,7 @@ WRONG_TRAIN = [
     (["--data=nowhere"], "no such data folder"),
     (["--data=full"], "data/prepare.py --input=full"),
     (["--context_length=100000"], "context_length 100000"),
-    (["--num_steps=5", "--warmup_steps=6"], "--warmup_steps=6: expected at most num_steps, 5"),
+    (["--num_steps=5", "--warmup_steps=6"], "--num_steps=5: expected warmup_steps, 6, or more"),
     (["--run_name=../a"], "--run_name=../a: expected a name"),
     (["--run_name=.."], "--run_name=..: expected a name"),
     (["--device=tpu"], "expected cpu"),
@@ -2440,6 +2459,16 @@ def test_wrong_flags_of_sample(trained, monkeypatch, capsys, arguments, message)
     monkeypatch.chdir(trained)
     code, error = call(monkeypatch, capsys, sample.sample, *arguments)
     assert code == 2 and message in error and error.count("\n") == 1, error
+
+def test_a_disk_with_no_room_to_compile_in_is_named(tmp_path, monkeypatch):
+    """With how to go on, whatever the compiler makes of that."""
+    def compile_nothing(*_, **__):
+        raise RuntimeError("OSError: [Errno 28] No space left on device\n\nSet TORCHDYNAMO_VERBOSE=1 for more")
+
+    monkeypatch.setattr(tinylm, "value_and_grad", compile_nothing)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/no/room")
+    with pytest.raises(cli.InputError, match="^no space is left in /no/room, where.*or give --compile=False$"):
+        train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", **TINY)
 
 def test_a_full_disk_is_named(monkeypatch, capsys):
     def write():
@@ -2754,6 +2783,10 @@ def test_a_signal_is_answered_at_once(capfd, monkeypatch):
     with pytest.raises(KeyboardInterrupt), machine.Interrupt():
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
+    with machine.Interrupt() as interrupt:
+        for _ in range(3):  # as a system does that has set a limit of time
+            os.kill(os.getpid(), signal.SIGXCPU)
+        assert interrupt.asked
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
     with machine.Interrupt() as interrupt:
         os.kill(os.getpid(), signal.SIGHUP)
@@ -3281,7 +3314,7 @@ def test_blocks_of_ranks_are_gathered_ahead_and_freed(alone_from, remat, compile
     compiler = lambda function: function
     if compiled:
         compiler = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
-        monkeypatch.setattr(tinylm.loss_fn, "forms", [(tinylm.always, tinylm.loss_in_pieces_over_ranks)])
+        monkeypatch.setattr(tinylm.loss_fn, "forms", [(tinylm.always, tinylm.loss_in_pieces)])
     here = lambda: sum(type(x) is torch.Tensor and x.shape == (96, config.d_model) for x in gc.get_objects())
 
     def watch(owner, name, event, layer_of):
@@ -3599,10 +3632,148 @@ def test_a_checkpoint_that_was_moved_to_another_disk(tmp_path):
     train.train(resume=tmp_path / "run", num_steps=8, keep_checkpoints=1)
     assert (tmp_path / "elsewhere/config.json").is_file()
 
+def test_resuming_after_a_plot(tmp_path, monkeypatch):
+    """Of a run that has no checkpoint yet."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/a").mkdir(parents=True)
+    (tmp_path / "runs/a/metrics.jsonl").write_text('{"step": 1, "train_loss": 5.0}\n{"step": 2, "train_loss": 4.0}\n')
+    plot.plot("runs/a")
+    assert (tmp_path / "runs/a/loss.svg").exists()
+    train.train(data=prepared(tmp_path), run_name="a", resume="auto", **TINY)
+
+def test_advice_about_data_that_was_moved_names_the_run(tmp_path, monkeypatch):
+    """As its folder has the name of the data: with another --data alone --resume=auto would begin a new one."""
+    monkeypatch.chdir(tmp_path)
+    os.rename(prepared(tmp_path), "one")
+    train.train(data="one", resume="auto", **TINY)
+    os.rename("one", "two")
+    with pytest.raises(cli.InputError, match="say where it is, with --resume=runs/one --data=FOLDER$"):
+        train.train(data="one", resume="auto", **TINY | dict(num_steps=7))
+    assert train.train(data="two", resume="runs/one", num_steps=7).step == 7
+
+def test_a_run_goes_on_without_its_text(tmp_path, monkeypatch, capsys):
+    """Which was prepared; and is not prepared again where its path is written in another way."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prepare, "DATA", tmp_path / "data")
+    (tmp_path / "my.text.txt").write_text("Once upon a time there was a cat, and it ran. " * 200)
+    flags = TINY | dict(resume="auto", data="my.text.txt")
+    assert train.train(**flags).folder == Path("runs/my.text")
+    capsys.readouterr()
+    assert train.train(resume="runs/my.text", data=tmp_path / "my.text.txt", num_steps=7).step == 7
+    assert "another size or time" not in capsys.readouterr().out and len(list((tmp_path / "data").iterdir())) == 1
+    os.remove("my.text.txt")
+    assert train.train(**flags | dict(num_steps=8)).folder == Path("runs/my.text")
+
+def test_sizes_that_a_run_has_may_be_given_again(tmp_path):
+    """Also where Config chose them; and a rate, which leaves the lower one as it is."""
+    data = prepared(tmp_path)
+    first = train.train(data=data, output_dir=tmp_path / "run", lr_max=3e-3, **TINY)
+    again = train.train(resume=tmp_path / "run", num_steps=7, d_ff=128, num_kv_heads=2, vocab_size=400, lr_max=3e-3)
+    assert again.settings.lr_min == first.settings.lr_min == 3e-3 / 100
+    with pytest.raises(cli.InputError, match="--d_ff=64: the run has d_ff 128, which can't change"):
+        train.train(resume=tmp_path / "run", num_steps=8, d_ff=64)
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "training/optimizer.safetensors"])
+@pytest.mark.parametrize("content", [None, "x"])
+def test_advice_about_a_damaged_checkpoint(tmp_path, file, content):
+    """Is the same, and works, whichever file it is."""
+    train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", **TINY)
+    path = tmp_path / "run/step-0000006" / file
+    path.unlink() if content is None else path.write_text(content)
+    resume = lambda: train.train(resume=tmp_path / "run", num_steps=7)
+    with pytest.raises(cli.InputError, match="goes on from the one before, where the folder of this one is moved away"):
+        resume()
+    os.rename(tmp_path / "run/step-0000006", tmp_path / "away")
+    assert resume().step == 7
+
+def test_checkpoints_that_are_no_run(tmp_path, monkeypatch):
+    """Advice about one in a run, and about one alone, works."""
+    train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", **TINY)
+    shutil.copytree(tmp_path / "run/step-0000006", tmp_path / "alone/copy")
+    monkeypatch.chdir(tmp_path / "run/step-0000006")
+    with pytest.raises(cli.InputError, match=f"give the run's folder, --resume={tmp_path}/run$"):
+        train.train(resume=".", num_steps=7)
+    with pytest.raises(cli.InputError, match="it is one itself: put it, named step-NUMBER, into a folder of its own"):
+        train.train(resume=tmp_path / "alone/copy", num_steps=7)
+    os.rename(tmp_path / "alone/copy", tmp_path / "alone/step-0000006")
+    assert train.train(resume=tmp_path / "alone", num_steps=7).step == 7
+
+def test_the_best_is_always_there(tmp_path, monkeypatch):
+    """Where nothing was evaluated yet it is the latest, also once another part of the text is to be measured."""
+    def save(*args):
+        problem = genuine(*args)
+        links.append([(tmp_path / "run" / name).resolve().name for name in ("latest", "best")])
+        assert all((tmp_path / "run" / name / "config.json").exists() for name in ("latest", "best"))
+        return problem
+
+    links, genuine = [], train.try_to_save
+    monkeypatch.setattr(train, "try_to_save", save)
+    flags = dict(checkpoint_interval=2, eval_interval=100)
+    train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", **TINY | flags)
+    train.train(resume=tmp_path / "run", num_steps=12, eval_tokens=64)
+    assert len(links) == 6 and all(latest == best for latest, best in links)
+
+def test_old_checkpoints_are_put_aside_before_they_are_removed(tmp_path, monkeypatch):
+    """So that one of which a kill has left a part is removed by the next process."""
+    removed, genuine = [], files.remove
+    monkeypatch.setattr(files, "remove", lambda path: (removed.append(path.exists() and path.name), genuine(path)))
+    train.train(data=prepared(tmp_path), output_dir=tmp_path / "run",
+                **TINY | dict(keep_checkpoints=1, checkpoint_interval=1, eval_interval=6))
+    assert ".step-0000004.partial" in removed and not [name for name in removed if str(name).startswith("step-")]
+
+def test_what_replaces_a_file_is_on_the_disk_first(tmp_path, monkeypatch):
+    """Metrics, and what is downloaded."""
+    events, flush, rename = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (events.append("flush"), flush(file)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (events.append("replace"), rename(*paths)))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    run.keep_metrics(tmp_path / "metrics.jsonl", 1)
+    assert events == ["flush", "replace"] and (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+    class Response(io.BytesIO):
+        status = 200
+
+        def read(self, size):
+            if not tried.pop():
+                raise ssl.SSLEOFError("EOF occurred in violation of protocol")
+            return super().read(size)
+
+    tried = [True, True, False]  # of the first attempt nothing comes
+    monkeypatch.setattr(prepare.urllib.request, "urlopen", lambda *_, **__: Response(b"text"))
+    prepare.download("https://none", tmp_path / "kept/t.txt", 4, pause=0)
+    assert events[-2:] == ["flush", "replace"] and (tmp_path / "kept/t.txt").read_bytes() == b"text"
+
+def test_stories_are_the_same_on_windows(tmp_path, monkeypatch):
+    import _pyio
+    monkeypatch.setattr(os, "linesep", "\r\n")
+    monkeypatch.setattr(prepare, "open", _pyio.open, raising=False)
+    monkeypatch.setattr(prepare, "NUM_STORIES", {"train.txt": 2, "val.txt": 1})
+    for path in prepare.write_stories(tmp_path):
+        assert b"\n" in path.read_bytes() and b"\r" not in path.read_bytes()
+
+def test_mistakes_in_code_are_no_damage(tmp_path, monkeypatch):
+    """To resume does not hide them. And files of data are closed whatever ends a run."""
+    def fail(*_, **__):
+        raise KeyError("oops")
+
+    train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", **TINY)
+    opened, genuine = [], prepare.open_data
+
+    def open_data(folder):
+        opened.append(genuine(folder))
+        return opened[-1]
+
+    monkeypatch.setattr(prepare, "open_data", open_data)
+    for broken in ("check_forms", "accumulate_gradients"):
+        with monkeypatch.context() as patch, pytest.raises(KeyError, match="oops"):
+            patch.setattr(train, broken, fail)
+            train.train(resume=tmp_path / "run", num_steps=7)
+    assert all(ids.file.closed for ids in opened[-1][1].values())
+
 def test_a_folder_of_other_things_is_no_run(tmp_path, capsys):
     """And one of a run is named as a shell takes it."""
     (tmp_path / "run/best").mkdir(parents=True)
-    with pytest.raises(cli.InputError, match="--output_dir=.*run is not empty; choose another"):
+    with pytest.raises(cli.InputError, match="run is not empty; choose another --output_dir"):
         train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", resume="auto", **TINY)
     train.train(data=tmp_path / "data", output_dir=tmp_path / "my run", **TINY)
     assert f"--checkpoint='{tmp_path}/my run'" in capsys.readouterr().out
@@ -3680,7 +3851,7 @@ def test_a_run_goes_on_with_its_own_data_wherever_that_is(tmp_path, monkeypatch,
     train.train(resume="../run", eval_only=True)
     os.rename(tmp_path / "a", tmp_path / "c")
     for flags in (dict(eval_only=True), dict(num_steps=12)):
-        with pytest.raises(cli.InputError, match="a/data any more; say where it is with --data"):
+        with pytest.raises(cli.InputError, match="a/data any more; say where it is, with --resume=.* --data=FOLDER"):
             train.train(resume="../run", **flags)
         train.train(resume="../run", data="../c/data", **flags)
     train.train(resume="../run", num_steps=15)  # it is known from then on
@@ -4682,6 +4853,36 @@ def test_small_models_that_forms_are_compared_by(monkeypatch, capsys):
     monkeypatch.setattr(tinylm, "sample_token", lambda logits, *_: logits.nonesuch)  # which would end a run, only later
     train.check_forms(run.model_config(settings, 300), settings)
     assert "is not known, as a small model fails: AttributeError: 'Tensor' object has no" in capsys.readouterr().out
+
+def test_updates_that_look_beyond_a_block(monkeypatch):
+    """Such as a rate by layer, in the update's form too: compiled code, which has it block by block, can't know."""
+    @functools.wraps(tinylm.adamw_update)
+    def update(params, grads, state, lr, **own):
+        new, state = genuine(params, grads, state, lr, **own)
+        rate = lambda path: 0.5 if path.startswith("blocks.0.") else 1.0
+        rates = tinylm.tree_build((path, rate(path)) for path, _ in tinylm.tree_leaves(params))
+        return tinylm.tree_map(lambda rate, new, p: p + rate * (new - p), rates, new, params), state
+
+    genuine = tinylm.adamw_update
+    monkeypatch.setitem(tinylm.OPERATIONS, "adamw_update", genuine)  # so that it is put back
+    monkeypatch.setattr(tinylm, "adamw_update", tinylm.operation(update))
+    monkeypatch.setitem(tinylm.OPTIMIZERS, "adamw", (tinylm.adamw_init, tinylm.adamw_update))
+    tinylm.adamw_update.forms.append((tinylm.always, update))
+    for compiled in (False, True):
+        settings = train.Settings.complete(dict(device="cpu", compile=compiled))
+        told = pytest.raises(cli.InputError, match="^adamw_update: by faster forms.*adamw_update.forms.clear()")
+        with told if compiled else contextlib.nullcontext():
+            train.check_forms(run.model_config(settings, 300), settings)
+
+def test_hidden_states_that_become_float32(monkeypatch, capsys):
+    """Are slow, and said, where they were to be bfloat16."""
+    scale, swiglu = torch.ones(1), tinylm.swiglu
+    monkeypatch.setattr(tinylm, "swiglu", lambda x, **weights: swiglu(x, **weights) * scale.to(weights["w_up"].dtype))
+    for dtype in ("bfloat16", "float32"):
+        settings = train.Settings.complete(dict(device="cpu", dtype=dtype))
+        train.check_forms(run.model_config(settings, 300), settings)
+        said = capsys.readouterr().out
+        assert ("--dtype=bfloat16: hidden states become float" in said) == (dtype == "bfloat16"), said
 
 def test_scalars_cannot_be_split(monkeypatch):
     shapes = tinylm.param_shapes

@@ -512,12 +512,13 @@ import os
 import platform
 import shutil
 import sysconfig
+import threading
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from types import FunctionType
 
-# Three functions here remember what they computed (lru_cache); it depends on their arguments alone.
+# Three functions here remember what they computed (lru_cache): it depends on their arguments, or on the machine, alone.
 
 def faster(target, fits):
     """Attach the function below to an operation, as its form for arguments that fit, asked before earlier ones."""
@@ -576,7 +577,7 @@ def is_compiled(*_, **__):
     return torch.compiler.is_compiling()
 
 def is_eager(*_, **__):
-    """Whether it is not."""
+    """Whether torch.compile is not at work."""
     return not torch.compiler.is_compiling()
 
 def is_eager_with_grad(*_, **__):
@@ -596,7 +597,9 @@ def if_finite(number, new, old):
 # ---- Eager code, on any device: hand-written backward passes, and fewer passes over memory ----
 
 def only_first(backward):
-    """A backward pass by hand, which takes as constant what is not. Second derivatives by it would be wrong."""
+    """A backward pass written by hand, which raises NotImplementedError where its own gradient is asked for: that would
+    be wrong, as it takes saved tensors for constants.
+    """
     def call(ctx, *d_out):
         if torch.is_grad_enabled() and is_eager():
             raise NotImplementedError("second derivatives: compute all of it within tinylm.definitions_alone()")
@@ -654,10 +657,14 @@ def rope_angles_once(length, head_dim, theta, scaling, device):
 # torch.compiler.assume_constant_result says, which would import the compiler for it: a second and more.
 rope_angles_once._dynamo_marked_constant = True
 
-@faster(rope, is_eager)
+def has_pairs(x):
+    """Whether pairs of x stand where complex numbers can."""
+    return x.stride(-1) == 1 and not any(size % 2 for size in (x.storage_offset(), *x.stride()[:-1]))
+
+@faster(rope, lambda x, cos, sin: is_eager() and has_pairs(x))
 def rope_eager(x, cos, sin):
     """A pair is a complex number and its rotation a product: one pass over x, where the definition makes six."""
-    x32 = at_least_float32(x if x.stride(-1) == 1 else x.contiguous())
+    x32 = at_least_float32(x)
     pairs = torch.view_as_complex(x32.unflatten(-1, (-1, 2)))  # (..., T, D/2)
     return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(x.dtype)
 
@@ -749,6 +756,7 @@ def adamw_update_in_few_passes(params, grads, state, lr, beta1=0.8, beta2=0.98, 
     params, m, v = (tree_map(lambda _, new: new[i], params, updated) for i in range(3))
     return params, {"step": step, "m": m, "v": v}
 
+@faster(orthogonalize, lambda g: g.ndim == 3 and g.is_cpu)
 def polar_express(g):
     """`orthogonalize` of stacked matrices (N, m, n), by products that also add and scale."""
     tall = g.shape[1] > g.shape[2]
@@ -825,7 +833,7 @@ def mean_loss(x, w, targets):
     """`LossInPieces`: the mean of `token_losses` of x wᵀ."""
     return LossInPieces.apply(x, w, targets)
 
-@faster(loss_fn, lambda params, *_, **__: first_leaf(params).is_cuda and not is_split(first_leaf(params)))
+@faster(loss_fn, lambda params, *_, **__: first_leaf(params).is_cuda)
 def loss_in_pieces(params, inputs, targets, config, dtype=torch.float32, remat=False):
     x, _ = hidden_states(params, inputs, config, dtype, remat=remat)
     return mean_loss(x.flatten(0, 1), params.get("lm_head", params["embedding"]), targets.flatten())
@@ -861,7 +869,7 @@ def linear_on_cpu(x, w):
         return x @ w.T
     if rows == 1 and x.dtype in (torch.float32, torch.bfloat16):
         return linear_of_one(x, w)
-    if rows <= 32 and x.dtype == torch.float32:
+    if 0 < rows <= 32 and x.dtype == torch.float32:
         return (w @ x.reshape(rows, -1).T).T.view(*x.shape[:-1], -1)  # MKL copies its second matrix: let that be x
     return x @ w.T
 
@@ -907,17 +915,20 @@ class LargeLinear(torch.autograd.Function):
             return dx, d_out.T @ x
         return dx, LargeLinear.product(x.T, d_out.T).T.contiguous()
 
+ONEDNN_OFF = threading.Lock()
+
 def linear_of_one(x, w):
     """`linear` of one vector, as in decoding, where all the time goes into reading w.
 
     In bfloat16 it switches oneDNN off, for the whole process, until the product is there.
     """
     if x.dtype == torch.bfloat16:  # oneDNN would take longer to prepare the product than PyTorch's own code for all
-        enabled, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, False
-        try:
-            return (w @ x.flatten()).view(*x.shape[:-1], -1)
-        finally:
-            torch.backends.mkldnn.enabled = enabled
+        with ONEDNN_OFF:  # else another thread would take it for off before, and leave it so
+            enabled, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, False
+            try:
+                return (w @ x.flatten()).view(*x.shape[:-1], -1)
+            finally:
+                torch.backends.mkldnn.enabled = enabled
     # MKL shares the rows of w among the cores only where they come as several matrices, and x as a row transposed.
     pieces = w.view(math.gcd(len(w), 8), -1, w.shape[1])  # (pieces, d_out / pieces, d_in)
     return torch.bmm(pieces, x.reshape(1, -1).T.expand(len(pieces), -1, -1)).view(*x.shape[:-1], -1)
@@ -941,7 +952,7 @@ def with_linear_weights(convert, params):
 
 @faster(weights_for_generation, lambda params, *_, **__: first_leaf(params).is_cpu and is_eager())
 def weights_for_generation_on_cpu(params, dtype, batch_size):
-    """The matrices that `linear` uses laid out by `pack`. Fewer texts in float32 are faster without."""
+    """The matrices that `linear` uses laid out by `pack`: from 8 texts on in float32, from 2 in other dtypes."""
     params = weights_for_generation.definition(params, dtype, batch_size)
     return params if batch_size < (8 if dtype == torch.float32 else 2) else with_linear_weights(pack, params)
 
@@ -982,7 +993,7 @@ def linear_in_int8(x, w):
     if x.numel() >= 128 * x.shape[-1]:
         return linear(x, w.to(x.dtype))
     rows = x.reshape(-1, x.shape[-1]).bfloat16()
-    return torch.ops.aten._weight_int8pack_mm(rows, w.rows, w.scales).to(x.dtype).view(*x.shape[:-1], -1)
+    return torch.ops.aten._weight_int8pack_mm(rows, w.rows, w.scales).to(x.dtype).view(*x.shape[:-1], len(w.rows))
 
 @faster(init_cache, lambda config, batch_size, length, dtype, device: torch.device(device).type == "cpu")
 def init_cache_on_cpu(config, batch_size, length, dtype, device):
@@ -993,10 +1004,6 @@ def init_cache_on_cpu(config, batch_size, length, dtype, device):
 def clip_gradients_on_cpu(grads, norm, max_norm):
     """Gradients that need no scaling stay as they are. A look at the norm would make the host wait for a GPU."""
     return grads if norm <= max_norm else clip_gradients.definition(grads, norm, max_norm)
-
-@faster(orthogonalize, lambda g: g.ndim == 3 and g.is_cpu)
-def orthogonalize_on_cpu(g):
-    return polar_express(g)
 
 @faster(nucleus_floor, lambda probabilities, top_p: probabilities.is_cpu and is_eager())
 def nucleus_floor_on_cpu(probabilities, top_p):
@@ -1880,11 +1887,10 @@ def embedding_over_ranks(tokens, w):
 def rmsnorm_over_ranks(x, gain, eps):
     return rmsnorm(x, gathered(gain), eps)
 
-@faster(loss_fn, lambda params, *_, **__: is_split(first_leaf(params)) and first_leaf(params).is_cuda)
-def loss_in_pieces_over_ranks(params, inputs, targets, config, dtype=torch.float32, remat=False):
+@faster(mean_loss, lambda x, w, targets: is_split(w))
+def mean_loss_over_ranks(x, w, targets):
     """The output matrix is gathered once, and whole until its gradient is there."""
-    x, _ = hidden_states(params, inputs, config, dtype, remat=remat)
-    return mean_loss(x.flatten(0, 1), gathered(params.get("lm_head", params["embedding"])), targets.flatten())
+    return mean_loss(x, gathered(w), targets)
 
 @faster(global_norm, lambda tree: is_split(first_leaf(tree)))
 def global_norm_over_ranks(tree):
@@ -1930,8 +1936,8 @@ class SplitBlocks:
         return begin_gather(ws, [dtype if w.ndim > 1 else w.dtype for w in ws])
 
     def whole(self, number, dtype):
-        """The whole tensors of a block, by its number, the matrices in a dtype. Those that were not begun, or in
-        another dtype, as where a block gives another one than it got, come too, only later.
+        """The whole tensors of a block, by its number, the matrices in a dtype. What was not gathered ahead, or in
+        another dtype, as where a block gives another one than it got, is gathered now, which takes longer.
         """
         begun_in, finish = self.begun.pop(number, (None, None))
         finish = finish if begun_in == dtype else self.begin(number, dtype)
@@ -1950,27 +1956,27 @@ def transformer_blocks_over_ranks(blocks, x, cos, sin, cache, config, remat=Fals
         whole = GatherTogether.apply(take, again, *ws)
         rooms = {w.untyped_storage()._cdata: i for i, w in enumerate(whole)}
 
-        def pack(tensor):  # what the backward pass would keep: of a gathered tensor only where in which storage it is
+        def pack_saved(tensor):  # what the backward pass would keep: of a gathered tensor only in which storage it is
             i = rooms.get(tensor.untyped_storage()._cdata)
             if i is None:
                 return tensor.detach()  # else it would keep its own graph, which keeps it
             return i, tensor.shape, tensor.stride(), tensor.storage_offset()
 
-        def unpack(kept):
+        def unpack_saved(kept):
             if isinstance(kept, torch.Tensor):
                 return kept
             if not again:
                 again.extend(take())
             return again[kept[0]].as_strided(*kept[1:])
 
-        def computed():
+        def compute_whole():
             whole_block = tree_build((dict(tree_leaves(blocks[layer])) | dict(zip(paths, whole))).items())
             return transformer_blocks.definition({layer: whole_block}, x, cos, sin, cache, config)
 
         if remat:  # which keeps nothing of a block by itself
-            return computed()
-        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            return computed()
+            return compute_whole()
+        with torch.autograd.graph.saved_tensors_hooks(pack_saved, unpack_saved):
+            return compute_whole()
 
     for number, layer in enumerate(blocks):
         x = checkpoint(compute, number, layer, x, use_reentrant=False) if remat else compute(number, layer, x)

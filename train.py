@@ -24,7 +24,7 @@ from data.run import conclude, data_of, find_checkpoint, newest, open_run, state
 # ---- Settings ----
 
 def default_num_layers(settings):
-    """A block for every 64 features, as in GPT-2, and no fewer than 4."""
+    """A block for every 64 features, as in the smallest GPT-2, and no fewer than 4."""
     return max(4, round(settings.d_model / 64))
 
 def default_num_heads(settings):
@@ -37,7 +37,7 @@ def default_context_length(settings):
     return 256 if settings.train_tokens >= 2048 else 2 ** max(1, int(math.log2(max(1, settings.train_tokens / 8))))
 
 def default_batch_size(settings):
-    """On CUDA 64 · d_model tokens, at most a 25th of the text, in sequences that ranks can share."""
+    """On CUDA 64 · d_model tokens, at most a 25th of the text, in 4 sequences or more that ranks can share."""
     tokens, unit = min(64 * settings.d_model, settings.train_tokens / 25), math.lcm(4, machine.num_ranks())
     return max(unit, round(tokens / settings.context_length / unit) * unit)
 
@@ -106,10 +106,10 @@ class Settings:
     norm_eps: float = flag(1e-5, "epsilon of RMSNorm")
     # Learning
     batch_size: int = flag({"cpu": 4, "cuda": default_batch_size}, "sequences in a batch", "[1, 1000000000]",
-                           stated="CPU 4, CUDA 64 d_model tokens, at most a 25th of the text")
+                           stated="CPU 4, CUDA 64 d_model tokens, at most a 25th of the text, 4 or more")
     grad_accum_steps: int = flag(1, "batches in a step", "[1, 1000000000]")
     num_steps: int = flag({"cpu": default_num_steps(2500), "cuda": default_num_steps(5000)}, "steps in all", "[1, inf)",
-                          stated="CPU 2500, CUDA 5000, fewer where they read the text 16 times, or 3 with --init_from",
+                          stated="CPU 2500, CUDA 5000, or 16 readings of a text, at least 800; of --init_from 3, 100",
                           may_change=True)
     schedule: str = flag("cosine", f"course of the learning rate, {' or '.join(tinylm.SCHEDULES)}",
                          choices=tinylm.SCHEDULES)
@@ -157,10 +157,10 @@ class Settings:
     sample_tokens: int = flag(64, "tokens that the model writes at each evaluation, to see it learn", "[0, inf)",
                               may_change=True)
     use_wandb: bool = flag(False, "log to Weights & Biases too", may_change=True)
-    wandb_project: str = flag("tinylm", "project there", may_change=True)
-    wandb_artifacts: bool = flag(False, "send checkpoints there too", may_change=True)
-    wandb_histograms: bool = flag(False, "and at evaluations the distribution of each parameter and gradient",
-                                  may_change=True)
+    wandb_project: str = flag("tinylm", "with --use_wandb: the project there", may_change=True)
+    wandb_artifacts: bool = flag(False, "with --use_wandb: send checkpoints too", may_change=True)
+    wandb_histograms: bool = flag(False, "with --use_wandb: at evaluations the distribution of each parameter and "
+                                  "gradient", may_change=True)
     # Instead of training
     eval_only: bool = flag(None, "print the loss of --resume or --init_from on --data (a data folder, or a text file) "
                            "and end")
@@ -187,11 +187,11 @@ class Settings:
             raise InputError(f"--run_name={settings.run_name}: expected a name for a folder below runs/; for another "
                              "place give --output_dir")
         if settings.warmup_steps > settings.num_steps:
-            raise InputError(f"--warmup_steps={settings.warmup_steps}: expected at most num_steps, "
-                             f"{settings.num_steps}")
+            raise InputError(f"--num_steps={settings.num_steps}: expected warmup_steps, {settings.warmup_steps}, or "
+                             "more; give more, or, to a new run, a smaller --warmup_steps")
         if settings.batch_size % machine.num_ranks():
             raise InputError(f"--batch_size={settings.batch_size} can't be split over {machine.num_ranks()} ranks; "
-                             "expected a multiple of that")
+                             "start as many as divide it, or, of a new run, give a multiple of that")
         schedule(settings)  # raises where the schedule needs what is no setting
         machine.check_dtype(settings.dtype, device)
         machine.check_compiler(device, DTYPES[settings.dtype], settings.compile)
@@ -382,12 +382,17 @@ def check_forms(config, settings):
         names, advice = ", ".join(differing), "; ".join(f"{name}.forms.clear()" for name in differing)
         raise InputError(f"{names}: by faster forms not what it is by the definitions in tinylm.py; let these follow, "
                          f"or drop them there by {advice}")
+    dtype = read(False, DTYPES[settings.dtype]).dtype
+    if dtype != DTYPES[settings.dtype]:
+        cli.say(f"--dtype={settings.dtype}: hidden states become {str(dtype)[6:]}, which is slow, where a parameter of "
+                "that dtype is added to x or multiplied; let it be p.to(x.dtype)")
     whole, again, pieces, (learned, evaluated) = read(False), read(False, seed=1), read(True), losses()
     if not whole.equal(again):  # it draws numbers
         return
     if (pieces - whole).norm() > 1e-4 * whole.norm():
         cli.say("what the model writes is not what it learns: its numbers depend on how many positions are read at "
-                "once, as where cached_attention does not follow")
+                "once, as where cached_attention does not follow, or the cache of init_cache lacks what a position "
+                "needs of earlier ones")
     if abs(learned - evaluated) > 1e-4 * abs(learned):
         cli.say(f"training lowers another loss, {learned:.4f} of a small model, than evaluations give, "
                 f"{evaluated:.4f}: right where loss_fn adds a term; what evaluations and sampling should have too "
@@ -452,7 +457,11 @@ def small_run(config, settings):
     def update():
         norm = tinylm.global_norm(params)
         clipped = {str(share): tinylm.clip_gradients(params, norm, share * norm) for share in (0.5, 2)}
-        new, state = update_once(params, params, init(params))
+        if settings.compile and tinylm.is_separable(optimizer_update):
+            new, state = tinylm.tree_map(torch.clone, params), init(params)
+            tinylm.block_by_block(tinylm.in_place(update_once))(new, params, state)
+        else:
+            new, state = update_once(params, params, init(params))
         others = tinylm.tree_map(lambda p: p.flip(-1) if p.ndim else -p, params)  # a first step has no past
         new, _ = update_once(new, others, state)
         return {"clipped": clipped, "update": tinylm.tree_map(torch.sub, new, params)}

@@ -27,6 +27,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import unicodedata
 from array import array
 from collections import Counter
@@ -903,7 +904,11 @@ class Encoder:
         self.make_room(len(here))
         return np.concatenate((first, self.encode_words([(here, *with_lengths(here, starts))])))
 
-encoder = lru_cache(maxsize=4)(Encoder)  # a tokenizer keeps what it has met from call to call
+encoder_of_thread = lru_cache(maxsize=4)(lambda tokenizer, thread: Encoder(tokenizer))
+
+def encoder(tokenizer):
+    """A tokenizer's Encoder, which keeps what it has met from call to call; each thread has one, as they change."""
+    return encoder_of_thread(tokenizer, threading.get_ident())
 
 def as_bytes(text):
     try:

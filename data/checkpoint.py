@@ -58,7 +58,8 @@ def read_header(path):
 
     def entry(name, dtype, shape, data_offsets):
         start, end = data_offsets
-        if not all(type(number) is int and 0 <= number <= size for number in (*shape, start, end)):
+        are_sizes = all(type(number) is int and 0 <= number <= size for number in (*shape, start, end))
+        if not isinstance(shape, list) or not are_sizes:
             raise ValueError(f"{name}: sizes that can't be")
         if dtype not in SAFETENSORS_DTYPES:
             raise InputError(f"{path}: {name} is of {dtype}; expected one of {', '.join(SAFETENSORS_DTYPES)}")
@@ -429,11 +430,11 @@ def weights_files(folder):
                          f"AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(…) of transformers")
     if index.is_file() and not (folder / names[0]).is_file():
         try:
-            names = sorted(set(files.read_json(index)["weight_map"].values()))
+            names = sorted(map(Path, set(files.read_json(index)["weight_map"].values())))
         except (KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{index} is damaged ({type(error).__name__}: {error})") from None
     for name in names:
-        if Path(name).name != name or not (folder / name).is_file():
+        if Path(name).name != str(name) or not (folder / name).is_file():
             raise InputError(f"{folder} lacks {name}; {ANOTHER}")
     return names
 
@@ -441,7 +442,7 @@ def load_optimizer(folder, like):
     """Read the optimiser state from a checkpoint folder of ours. `like`: a fresh state, whose shapes it must have."""
     path = Path(folder) / "training/optimizer.safetensors"
     if not path.is_file():
-        raise InputError(f"{path} is missing; the model can be used, but its training can't go on from here")
+        raise InputError(f"{path} is missing, without which training can't go on from here; {ANOTHER}")
     tensors = dict(read_tensors(path))
     expected = [(name, t.shape, t.dtype) for name, t in tree_leaves(like)]
     if [(name, t.shape, t.dtype) for name, t in tensors.items()] != expected:

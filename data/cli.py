@@ -42,7 +42,7 @@ def flags_of(table):
 def convert(name, kind, value):
     """What was given for a flag, on the command line or from Python, as an int, float, bool or str.
 
-    Raises InputError where it is none. None, and its name but for a text, means that nothing was given.
+    Raises InputError where it is none. None, or "None" where no text is expected, means that nothing was given.
     """
     if value is None or isinstance(value, str) and value == "None" and kind is not str:
         return None

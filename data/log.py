@@ -55,8 +55,8 @@ def describe(run):
         "device_name": device_name, "python_version": platform.python_version(), "torch_version": torch.__version__}
 
 def flops_per_token(config):
-    """Floating-point operations to train on a token: 6 for each parameter, but those of an embedding, of which one row
-    is looked up, and 12 · layers · heads · head_dim · context (Chowdhery et al. 2022, appendix B).
+    """Floating-point operations to train on a token: 6 for each parameter, but none for those of an embedding,
+    of which a row is looked up, and 12 · layers · heads · head_dim · context (Chowdhery et al. 2022, appendix B).
     """
     looked_up = 0 if config.tie_embeddings else config.vocab_size * config.d_model
     attention = 12 * config.num_layers * config.num_heads * config.head_dim * config.context_length
@@ -142,7 +142,7 @@ class Log:
 
     @property
     def seconds(self):
-        """That all steps of the run took."""
+        """Of time that the run took so far, evaluations and checkpoints included."""
         return self.run.seconds + time.perf_counter() - self.begin
 
     is_behind = property(lambda self: self.settings.device != "cpu")  # whether the device may be at work still

@@ -1,12 +1,14 @@
 """The machine: devices, what compiling needs, memory, signals; and the ranks, the processes that torchrun starts."""
 
 import datetime
+import errno
 import importlib.util
 import json
 import os
 import re
 import signal
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -138,10 +140,14 @@ class OutOfMemory(InputError):
 
 @contextmanager
 def within_memory(advice):
-    """Within it a device that has too little memory is one line, with advice."""
+    """Within it a device that has too little memory is one line, with advice; and a disk with no room to compile in."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # from CUDA; from a CPU, in PyTorch and in NumPy
+        if os.strerror(errno.ENOSPC) in str(error):
+            place = os.environ.get("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())
+            raise InputError(f"no space is left in {place}, where code is compiled; make room there, set TMPDIR to "
+                             "another folder, or give --compile=False") from None
         texts = "can't allocate memory", "out of memory", "ALLOC_FAILED"
         if not isinstance(error, MemoryError) and not any(text in str(error) for text in texts):
             raise
@@ -189,7 +195,8 @@ def peak_flops(device):
 
 class Interrupt:
     """Within it the first of STOP_SIGNALS sets `asked`: a step ends and is saved. One that comes more than two seconds
-    later ends all. (torchrun passes on what its ranks have got too. Its own death asks as well.)
+    later ends all, but SIGXCPU, which a system repeats. (torchrun hands on to its ranks signals that they have got
+    already, hence the two seconds. The death of torchrun asks as well.)
     """
 
     def __init__(self):
@@ -213,14 +220,14 @@ class Interrupt:
             raise KeyboardInterrupt from error  # Ctrl-C ends a C++ compiler at work too
 
     def note(self, number, _):
-        if self.number and time.monotonic() > self.since + 2:
+        if self.number and time.monotonic() > self.since + 2 and number != getattr(signal, "SIGXCPU", None):
             self.__exit__()
             os.kill(os.getpid(), number)
         elif not self.number:
             self.number, self.since = number, time.monotonic()
             if speaks():
                 with suppress(OSError):  # of a terminal that is gone; print may be at work and is not for handlers
-                    os.write(2, b"\nends after this step, and saves it; once more ends at once\n")
+                    os.write(2, b"\nends after this step, and saves it; once more, after two seconds, ends at once\n")
 
 AT_WORK = threading.Lock()
 

@@ -6,6 +6,7 @@ import http.client
 import json
 import multiprocessing
 import os
+import ssl
 import sys
 import tempfile
 import time
@@ -82,7 +83,8 @@ def fetch(url, path, size, attempts, pause):
             with urllib.request.urlopen(request, timeout=30) as response:
                 receive(response, partial, begin if response.status == 206 else 0, size, path.name)
             error = "the connection closed early"
-        except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as problem:
+        except (urllib.error.URLError, http.client.HTTPException, ssl.SSLError, ConnectionError,
+                TimeoutError) as problem:
             error = problem
             if isinstance(problem, urllib.error.HTTPError) and 400 <= problem.code < 500 and (
                     problem.code not in (408, 429)):  # too slow, too many at once
@@ -108,6 +110,7 @@ def receive(response, partial, begin, size, label):
                 file.write(block)
                 done += len(block)
                 progress.update(done, begin)
+            files.flush(file)
         finally:
             progress.close()
 
@@ -116,7 +119,7 @@ def write_stories(folder):
     progress = cli.Progress("writing stories", sum(NUM_STORIES.values()), "stories", 1)
     first = 0
     for name, count in NUM_STORIES.items():
-        with open(folder / name, "w", encoding="utf-8") as file:
+        with open(folder / name, "w", encoding="utf-8", newline="") as file:
             for number in range(first, first + count):
                 file.write(stories.story(0, number) + bpe.END_OF_TEXT)
                 progress.update(number)

@@ -25,7 +25,7 @@ class Run:
     data: Path
     source: str | None = None  # the checkpoint that its model comes from
     step: int = 0  # steps done
-    seconds: float = 0.0  # that they took
+    seconds: float = 0.0  # that they took, with evaluations and checkpoints
     lowest: float = math.inf  # validation loss
     best_step: int | None = None  # and when it was
     wandb_id: str | None = None
@@ -146,9 +146,9 @@ def open_run(resume, init_from, given, table, check):
         place_state(run)
         if rank == 0:
             keep_metrics(run.folder / "metrics.jsonl", run.step or -1)  # of a new one nothing that one before it left
+        for ids in run.ids.values():
+            claims.callback(ids.file.close)
         yield run
-    for ids in run.ids.values():
-        ids.file.close()
     run.ids = run.claims = run.lock = None
 
 def tell_ranks(run, mistake, table, device, rank, num_ranks):
@@ -192,7 +192,8 @@ def find_run(resume, init_from, given, table, check, claims):
 def folder_named(settings):
     """The folder that the flags name: runs/NAME, NAME that of the data unless given."""
     data = Path(settings.data)
-    name = settings.run_name or (data.stem if prepare.is_text(settings.data) else data.name)
+    is_folder = data.is_dir() or (prepare.DATA / data).is_dir()  # else it is a text, which may be gone since
+    name = settings.run_name or (data.name if is_folder else data.stem)
     return Path(settings.output_dir or Path("runs") / name)
 
 def new_folder(settings):
@@ -222,10 +223,10 @@ def check_new(folder):
     if not place.is_dir():
         raise InputError(f"{place} is no folder, but a file, or a link to what is not there; see to that, or give "
                          "another --output_dir")
-    left = {"lock", "lock.held", "metrics.jsonl", "wandb"}
+    left = {"lock", "lock.held", "metrics.jsonl", "loss.svg", "wandb"}
     if folder.exists() and any(path.name not in left and path.suffix != ".partial" for path in folder.iterdir()):
-        advice = f"go on with --resume={cli.quoted(folder)}, or choose another" if newest(folder) else "choose another"
-        raise InputError(f"--output_dir={folder} is not empty; {advice}")
+        advice = f"go on with --resume={cli.quoted(folder)}, or choose" if newest(folder) else "choose"
+        raise InputError(f"{folder} is not empty; {advice} another --output_dir")
 
 def start_run(given, init_from, folder, table, check, claims):
     """A new run: settings chosen, data and room checked, the folder claimed."""
@@ -275,12 +276,17 @@ def resume_run(folder, given, table, check, claims, error_if_done=InputError):
     `error_if_done` where it has done all its steps."""
     latest = newest(folder)
     if not latest:
-        is_one = (folder / "training/train_state.json").is_file()
-        advice = f"give the run's folder, --resume={cli.quoted(folder.parent)}" if is_one else (
-            "expected a folder that train.py wrote")
+        advice, parent = "expected a folder that train.py wrote", folder.resolve().parent
+        if (folder / "training/train_state.json").is_file():
+            advice = f"give the run's folder, --resume={cli.quoted(parent)}" if newest(parent) else (
+                "it is one itself: put it, named step-NUMBER, into a folder of its own, and give that")
         raise InputError(f"--resume={folder}: no checkpoint there; {advice}")
     lock = claims.enter_context(hold(folder))
     latest = newest(folder)  # another run may have ended since
+    try:
+        config, _ = checkpoint.load_config(latest), bpe.load(latest)
+    except InputError as error:
+        raise InputError(f"{error}; {checkpoint.ANOTHER}") from None
     with state_of(latest) as state:
         kept, step, seconds = (state[name] for name in ("settings", "step", "seconds"))
         if not (step >= 0 and isinstance(seconds, (int, float))
@@ -289,11 +295,17 @@ def resume_run(folder, given, table, check, claims, error_if_done=InputError):
         names = {"output_dir": given.get("output_dir"), "run_name": "run_name" in given and f"runs/{given['run_name']}"}
         is_its_own = lambda path: path and Path(path).resolve() == folder.resolve()  # the run may have moved
         given = {flag: value for flag, value in given.items() if not is_its_own(names.get(flag))}
+        text = given.get("data", "")
+        versions = [prepare.made_of(text, model).name for model in (None, latest)] if prepare.is_text(text) else []
+        is_its_own = Path(state["data_folder"]).name in versions
+        if is_its_own:  # however its path is written
+            given = given | {"data": kept["data"]}
         if kept.get("shard") and "shard" not in given and not cli.has_ranks():
             cli.say("the run was split over ranks; here it goes on in one process, whole")
             kept = kept | {"shard": False}
         for flag, value in given.items():
             before = kept.get(flag, cli.flags_of(table)[flag].metadata["default"])  # for a run of before it was a flag
+            before = before or getattr(config, flag, before)  # 0 means what Config chooses
             if not cli.may_change(table, flag) and value != before:
                 has = f"{flag} {before}" if flag in kept else f"no {flag}"
                 raise InputError(f"--{flag}={value}: the run has {has}, which can't change on resuming; start a new "
@@ -301,15 +313,14 @@ def resume_run(folder, given, table, check, claims, error_if_done=InputError):
         for name in kept.keys() - cli.flags_of(table):
             raise InputError(f"{latest} was written with a setting {name}, which this code has not; go on with the "
                              "code that began the run")
-        if "lr_max" in given and "lr_min" not in given:  # in proportion
+        if given.get("lr_max", kept["lr_max"]) != kept["lr_max"] and "lr_min" not in given:  # in proportion
             given = given | {"lr_min": kept["lr_min"] * given["lr_max"] / (kept["lr_max"] or 1)}
-        settings = table.complete(kept | given)
+    settings = table.complete(kept | given)  # outside, as a mistake in the code is no damage
+    with state_of(latest) as state:
         lowest, best_step = math.inf if state["best"] is None else state["best"], step_and_best(latest)[1]
         is_moved = given.get("data", kept["data"]) != kept["data"]
         data = prepare.find_data(given["data"], latest) if is_moved else data_of(state, latest)
-        text = given.get("data", "")
-        if prepare.is_text(text) and not is_moved and data.name not in [
-                prepare.made_of(text, model).name for model in (None, latest)]:
+        if versions and not is_its_own and not is_moved:
             cli.say(f"{text} has another size or time than when the run began, which goes on with what it was, in "
                     f"{data}; for a new text begin a new run")
         if given.get("eval_tokens", kept["eval_tokens"]) != kept["eval_tokens"]:
@@ -321,7 +332,7 @@ def resume_run(folder, given, table, check, claims, error_if_done=InputError):
                                 "extend it")
         run.meta, run.ids = prepare.open_data(run.data)
         check_same_data(run, state["data"], latest)
-        check(model_config(settings, run.meta["vocab_size"], latest), settings)
+    check(model_config(settings, run.meta["vocab_size"], latest), settings)
     return run
 
 @contextmanager
@@ -346,12 +357,14 @@ def data_of(state, latest):
     try:
         return prepare.find_data(name, latest)
     except InputError:
-        raise InputError(f"the run's data is not at {folder} any more; say where it is with --data") from None
+        raise InputError(f"the run's data is not at {folder} any more; say where it is, with "
+                         f"--resume={cli.quoted(latest.parent)} --data=FOLDER") from None
 
 def check_same_data(run, before, latest):
     """Raise InputError where a run's data is not what it was in its `latest` checkpoint, in which `before` says it."""
     prepare.check_tokenizer(run.data, latest)
-    advice = f"give that data with --data, or begin a new run from the model with --init_from={cli.quoted(latest)}"
+    advice = (f"give that, with --resume={cli.quoted(latest.parent)} --data=FOLDER, or begin a new run from the model "
+              f"with --init_from={cli.quoted(latest)}")
     for split in before:
         then, now = before[split], run.meta[split]
         if then != now:
@@ -422,7 +435,9 @@ def keep_metrics(path, last_step):
     """Drop from a run's metrics what it measured after `last_step`, a line cut short by its death included."""
     kept = [f"{json.dumps(line)}\n" for line in cli.json_lines(path) if line["step"] <= last_step]
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(kept), encoding="utf-8")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.writelines(kept)
+        files.flush(file)
     os.replace(partial, path)
 
 @contextmanager
@@ -481,12 +496,14 @@ def save(run, step, seconds, val_loss):
     checkpoint.save_checkpoint(target, run.params, run.config, run.tokenizer_json, end, run.optimizer, state,
                                run.others, machine.DTYPES_OF_FILES[run.settings.save_dtype], begin)
     run.lowest, run.best_step = lowest, best_step
-    for name in ["latest"] + ["best"] * (best_step == step):
+    for name in ["latest"] + ["best"] * (best_step in (step, None)):
         update_link(folder, name, target.name)
     files.flush_folder(folder)
     for old_step in list(checkpoints(folder))[:-run.settings.keep_checkpoints]:
         if old_step != best_step:
-            files.remove(folder / f"step-{old_step:07d}")
+            going = folder / f".step-{old_step:07d}.partial"  # which `hold` removes where this is killed halfway
+            os.replace(folder / f"step-{old_step:07d}", going)
+            files.remove(going)
 
 def try_to_save(run, step, seconds, val_loss):
     """`save`, or say why not: a disk that is full now must not end a run that has room later. → why not, or None."""
