@@ -5286,7 +5286,15 @@ def test_what_is_refused_is_named(tmp_path, tokenizer_file):
     save_file(tensors, folder / "eight.safetensors")
     with pytest.raises(cli.InputError, match="eight.safetensors: lm_head.weight is of F8_E4M3; expected one of F64"):
         checkpoint.load_checkpoint(folder, name="eight.safetensors")
+    header = b'{"lm_head.weight": {"dtype": "F32", "shape": {}, "data_offsets": [0, 4]}}'
+    (folder / "odd.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"1234")
+    with pytest.raises(cli.InputError, match="odd.safetensors is damaged"):
+        checkpoint.load_checkpoint(folder, name="odd.safetensors")
     os.rename(folder / "model.safetensors", folder / "pytorch_model.bin")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"lm_head.weight": 5}}')
+    with pytest.raises(cli.InputError, match="model.safetensors.index.json is damaged"):
+        checkpoint.load_checkpoint(folder)
+    os.remove(folder / "model.safetensors.index.json")
     with pytest.raises(cli.InputError, match="pickles, pytorch_model.bin.*save_pretrained"):
         sample.sample(checkpoint=folder)
 
