@@ -2460,6 +2460,18 @@ def test_wrong_flags_of_sample(trained, monkeypatch, capsys, arguments, message)
     code, error = call(monkeypatch, capsys, sample.sample, *arguments)
     assert code == 2 and message in error and error.count("\n") == 1, error
 
+@pytest.mark.parametrize("program", ["/usr/bin/openssl", None])
+def test_compiling_without_openssl(monkeypatch, program):
+    """By which PyTorch takes a hash: where it is not there, what needs that is left out."""
+    chosen = []
+    monkeypatch.setattr(train.shutil, "which", lambda name: program)
+    monkeypatch.setattr(torch, "compile", lambda function, fullgraph, options: chosen.append(options) or function)
+    settings = train.Settings.complete(dict(device="cpu"))
+    settings.compile = True
+    train.step_functions(run.model_config(settings, 300), settings)
+    assert chosen and all(options["cpp_cache_precompile_headers"] == bool(program) for options in chosen)
+    assert "cpp_cache_precompile_headers" in dir(torch._inductor.config)
+
 def test_a_disk_with_no_room_to_compile_in_is_named(tmp_path, monkeypatch):
     """With how to go on, whatever the compiler makes of that."""
     def compile_nothing(*_, **__):

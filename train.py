@@ -3,6 +3,7 @@
 import inspect
 import math
 import os
+import shutil
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -314,7 +315,9 @@ def step_functions(config, settings):
         # Else the first step on a CPU would try for six seconds whether the C++ compiler knows its instructions: one
         # that builds PyTorch's headers does. On CUDA kernels that don't wait for each other become one.
         option = "cpp.vec_isa_ok" if settings.device == "cpu" else "combo_kernels"
-        compiled = partial(torch.compile, fullgraph=True, options={option: True})
+        # PyTorch keeps compiled headers, for half the time, by a hash of theirs that it has the program openssl take.
+        options = {option: True, "cpp_cache_precompile_headers": shutil.which("openssl") is not None}
+        compiled = partial(torch.compile, fullgraph=True, options=options)
         by_layer = partial(tinylm.layer_by_layer, compiled=compiled)
         if settings.shard or machine.num_ranks() > 1:
             gradients = by_layer(gradients)
