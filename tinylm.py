@@ -3,7 +3,7 @@
 Part I is the language model, a whole program: each operation as it is defined, in the order in which one would learn
 it. Part II has forms that compute the same in less time, part III splits a model over ranks. Parameters are a nested
 dict of tensors; inside a block the keys are the argument names of the functions that use them. Functions change nothing
-of the caller's but what a docstring calls donated. Randomness comes from a seed or a generator that is passed in.
+of the caller's but what a docstring calls donated. Randomness comes from a seed, a generator or, without, torch's own.
 Axes in shapes: B batch, T query positions, S key positions, V vocabulary, H heads, D features of a head, N several of
 these flattened into one; `...` any.
 """
@@ -190,7 +190,7 @@ def multi_head_attention(x, cos, sin, cache, config, wq, wk, wv, wo):
 
 @operation
 def transformer_block(x, cos, sin, cache, config, attention_norm, attention, mlp_norm, mlp):
-    """One pre-norm block: x + attention(rmsnorm(x)), then x + swiglu(rmsnorm(x)). x (B, T, d_model) → the same."""
+    """One pre-norm block: x + multi_head_attention(rmsnorm(x)), then x + swiglu(rmsnorm(x)). x (B, T, d_model)."""
     x = x + multi_head_attention(rmsnorm(x, attention_norm, config.norm_eps), cos, sin, cache, config, **attention)
     return x + swiglu(rmsnorm(x, mlp_norm, config.norm_eps), **mlp)
 
@@ -215,7 +215,7 @@ def hidden_states(params, tokens, config, dtype=torch.float32, cache=None, remat
     """What the output matrix reads, computed in `dtype`. tokens (B, T) of int64 → (B, T, d_model) and the new cache.
 
     `cache` has keys and values of the positions before `tokens`; it is donated, as to copy it for each token is slow.
-    Where one token is read, cache["filled"] may be a tensor (1), from which no number can be taken: index by it.
+    Where one token is read, cache["filled"] may be a tensor (1), as in CUDA graphs, whose number forms can't take.
     """
     start, T = cache["filled"] if cache else 0, tokens.shape[1]
     cos, sin = angles_at(start, T, config, tokens.device)
@@ -322,7 +322,7 @@ def adamw_update(params, grads, state, lr, beta1=0.8, beta2=0.98, eps=1e-8, weig
     """One step of AdamW with bias correction (Loshchilov and Hutter 2019, alg. 2); returns (params, state), both new.
 
     Decay, times lr as in PyTorch, applies to matrices only, as a norm's gain has no reason to be near 0. lr is a number
-    or a scalar tensor. The corrections are taken in float64, as 1 - beta2 ** step subtracts nearly equal numbers.
+    or a scalar tensor. Corrections are in float64, as 1 - beta2 ** step cancels. Of the betas data/README.md has more.
     """
     step = state["step"] + 1
     m = tree_map(lambda m, g: beta1 * m + (1 - beta1) * g, state["m"], grads)
@@ -339,14 +339,14 @@ POLAR_EXPRESS = (8.16, -22.5, 15.9), (4.04, -2.81, 0.5), (3.89, -2.77, 0.506), (
 
 @operation
 def orthogonalize(g):
-    """Bring the singular values of matrices near 1 (Jordan et al. 2024, Muon), by Polar Express (Amsel et al. 2025).
+    """Bring singular values near 1 (Muon, Jordan et al. 2024), by Polar Express (Amsel et al. 2025; 2 % are spare).
 
     X ← aX + (bA + cA²)X, A = XXᵀ: values from 0.001 of the norm on end between 0.84 and 1.15. g (..., m, n) → like g.
     """
     tall, norm = g.shape[-2] > g.shape[-1], torch.linalg.vector_norm(g, dim=(-2, -1), keepdim=True)
     x = (g.mT if tall else g) / (1.02 * norm + 1e-7)  # so that no singular value is above 1, and A is the smaller one
     for a, b, c in POLAR_EXPRESS:
-        A = x @ x.mT  # (..., m, m)
+        A = x @ x.mT  # (..., s, s), s the smaller of m and n
         x = a * x + (b * A + c * A @ A) @ x
     return x.mT if tall else x
 
@@ -452,7 +452,7 @@ def nucleus_floor(probabilities, top_p):
 def sample_token(logits, chance, temperature, top_k, top_p):
     """Draw the next token: softmax at a temperature over the top_k best, then the nucleus of mass top_p among them.
 
-    Temperature 0 takes the best token, top_k 0 keeps all; ties with the last one kept stay too. logits (B, V), chance
+    Temperature 0 takes the best token, top_k 0 keeps all; ties with the last of either stay too. logits (B, V), chance
     (B, 1) of float64, drawn evenly from [0, 1) → (B) of int64.
     """
     if temperature == 0:
@@ -477,13 +477,13 @@ def next_token(params, tokens, config, dtype, cache, chance, stopped, temperatur
 
 @operation
 def weights_for_generation(params, dtype, batch_size):
-    """`params` with matrices cast to dtype once for all the tokens of `batch_size` texts, by which forms may choose."""
+    """`params` with matrices cast to dtype, once for all tokens. Forms go by the number of texts, `batch_size`, too."""
     return tree_map(lambda w: w.to(dtype) if w.ndim == 2 else w, params)
 
 @torch.inference_mode()
 def generate(params, prompt, config, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop_tokens=(),
              generator=None, dtype=torch.float32):
-    """Continue prompts token by token, yielding (B) of int64 each time, until each row has drawn a stop token.
+    """Continue prompts token by token, yielding (B) of int64 max_new_tokens times, or until all rows have stopped.
 
     prompt (B, T) of int64, T ≥ 1. A row that has stopped repeats the first stop token. The model sees context_length
     tokens at most, of a longer prompt the last; then it drops the older half and reads the newer half again.

@@ -110,7 +110,7 @@ class Settings:
                            stated="CPU 4, CUDA 64 d_model tokens, at most a 25th of the text, 4 or more")
     grad_accum_steps: int = flag(1, "batches in a step", "[1, 1000000000]")
     num_steps: int = flag({"cpu": default_num_steps(2500), "cuda": default_num_steps(5000)}, "steps in all", "[1, inf)",
-                          stated="CPU 2500, CUDA 5000, or 16 readings of a text, at least 800; of --init_from 3, 100",
+                          stated="CPU 2500, CUDA 5000, or 16 readings of a text (--init_from: 3), 800 (100) at least",
                           may_change=True)
     schedule: str = flag("cosine", f"course of the learning rate, {' or '.join(tinylm.SCHEDULES)}",
                          choices=tinylm.SCHEDULES)
@@ -123,7 +123,7 @@ class Settings:
     optimizer: str = flag("adamw", "adamw, or muon for the matrices of the blocks (AdamW for the rest)",
                           choices=tinylm.OPTIMIZERS)
     weight_decay: float = flag(default_weight_decay, "decoupled decay of the matrices", "[0, inf)",
-                               stated="0.1, and more where a short text is read often")
+                               stated="0.1, and more for a text of few steps")
     beta1: float = own_flag("beta1", "decay of AdamW's first moment", "[0, 1)")
     beta2: float = own_flag("beta2", "decay of AdamW's second moment", "[0, 1)")
     eps: float = own_flag("eps", "epsilon of AdamW", "(0, inf)")
@@ -139,7 +139,7 @@ class Settings:
     remat: bool = flag(False, "compute each block again in the backward pass, which takes time and saves memory",
                        may_change=True)
     # Run
-    output_dir: str = flag(None, "folder to write to", stated="runs/RUN_NAME")
+    output_dir: str = flag(None, "folder to write to", stated="runs/RUN_NAME, with a number where that is taken")
     run_name: str = flag(None, "name of the run", stated="that of the data")
     resume: str = flag(None, "folder of a run to go on with, its flags kept; or auto, to go on where there is one and "
                        "else start it")
@@ -148,7 +148,7 @@ class Settings:
     eval_interval: int = flag(lambda settings: min(500, max(1, settings.num_steps // 5)), "steps between evaluations",
                               "[1, inf)", stated="500, at most a fifth of num_steps", may_change=True)
     eval_tokens: int = flag({"cpu": 131072, "cuda": 4194304}, "tokens of the validation split to evaluate on at most",
-                            "[1, inf)", may_change=True)
+                            "[1, inf)", stated="CPU 131072, CUDA 4194304; with --eval_only all", may_change=True)
     checkpoint_interval: int = flag(lambda settings: settings.eval_interval, "steps between checkpoints", "[1, inf)",
                                     stated="eval_interval", may_change=True)
     save_dtype: str = flag(lambda settings: settings.weights_dtype, "of a checkpoint's model, float32, bfloat16 or "
@@ -163,8 +163,8 @@ class Settings:
     wandb_histograms: bool = flag(False, "with --use_wandb: at evaluations the distribution of each parameter and "
                                   "gradient", may_change=True)
     # Instead of training
-    eval_only: bool = flag(None, "print the loss of --resume or --init_from on --data (a data folder, or a text file) "
-                           "and end")
+    eval_only: bool = flag(None, "print the loss of --resume (its latest checkpoint) or --init_from (of a run its "
+                           "best) on --data (a data folder, or a text file) and end")
     split: str = flag(None, "part of a data folder to evaluate on then, val or train", choices=("val", "train"),
                       stated="val")
 

@@ -77,7 +77,7 @@ def svg_of(runs):
                       f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>', *body, *legend, "</svg>"])
 
 def plot(*runs, output: str = None):
-    """Draw the losses and learning rates of one or several runs into an SVG that a browser opens.
+    """Draw the losses and learning rates of runs into an SVG that a browser opens: python train.py plot RUN [RUN …].
 
     output: the file to write [loss.svg in the first run's folder]
     """

@@ -530,5 +530,5 @@ def conclude(run, step, problem):
     else:
         cli.say(f"done; write with: python sample.py --checkpoint={cli.quoted(run.folder)}")
         if run.best_step not in (None, step):
-            cli.say(f"  that takes step {run.best_step}, whose validation loss, {run.lowest:.4f}, is the lowest; "
+            cli.say(f"  that takes step {run.best_step}, whose validation loss, {run.lowest:.4f}, is the lowest saved; "
                     f"--checkpoint={cli.quoted(run.folder / 'latest')} is the last one")
