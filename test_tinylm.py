@@ -3677,6 +3677,16 @@ def test_a_run_goes_on_without_its_text(tmp_path, monkeypatch, capsys):
     os.remove("my.text.txt")
     assert train.train(**flags | dict(num_steps=8)).folder == Path("runs/my.text")
 
+def test_a_text_that_was_prepared_by_hand_too(tmp_path, monkeypatch, capsys):
+    """By other flags: what --data=TEXT takes is said, once."""
+    monkeypatch.setattr(prepare, "DATA", tmp_path)
+    (tmp_path / "my.txt").write_text("Once upon a time there was a cat, and it ran. " * 200)
+    prepare.prepare(input=str(tmp_path / "my.txt"), vocab_size=257)
+    for said in (1, 0):
+        capsys.readouterr()
+        assert prepare.find_data(tmp_path / "my.txt") != tmp_path / "my" == prepare.find_data("my")
+        assert capsys.readouterr().out.count(f"--data=my takes what is in {tmp_path}/my\n") == said
+
 def test_sizes_that_a_run_has_may_be_given_again(tmp_path):
     """Also where Config chose them; and a rate, which leaves the lower one as it is."""
     data = prepared(tmp_path)

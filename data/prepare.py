@@ -403,6 +403,9 @@ def find_data(name, model=None):
     if folder is None and (is_text(name) or name in CORPORA):
         folder, flags = made_of(name, model), {"input": str(name)} if is_text(name) else {"dataset": name}
         if not is_data(folder):
+            named = DATA / Path(name).stem
+            if is_text(name) and is_data(named):
+                cli.say(f"the text is prepared by default flags; --data={named.name} takes what is in {named}")
             prepare(**flags | ({"tokenizer": str(model)} if model else {}), output=str(folder))
     if folder:
         return folder
