@@ -1341,7 +1341,8 @@ def test_old_and_new_ways_to_say_rope_theta(tmp_path, tokenizer_file):
     del description["rope_theta"]
     for change, theta in (({"rope_theta": 500.0}, 500.0),
                           ({"rope_parameters": {"rope_theta": 600.0, "rope_type": "default"}}, 600.0),
-                          ({}, 10000.0), ({"rope_theta": 500.0, "rope_scaling": None}, 500.0)):
+                          ({}, 10000.0), ({"rope_theta": 500.0, "rope_scaling": None}, 500.0),
+                          ({"rope_parameters": {"rope_theta": 700.0}, "rope_scaling": {"type": "default"}}, 700.0)):
         (tmp_path / "m/config.json").write_text(json.dumps(description | change))
         assert checkpoint.load_checkpoint(tmp_path / "m")[1].rope_theta == theta
 
@@ -1357,7 +1358,7 @@ def test_other_models_are_refused_by_name(tmp_path, tokenizer_file, change):
     checkpoint.save_checkpoint(tmp_path / "m", params, config, files.read_json(tokenizer_file), (END, 256))
     description = json.loads((tmp_path / "m/config.json").read_text()) | change
     (tmp_path / "m/config.json").write_text(json.dumps(description))
-    named = {"rope_parameters": "rope_type", "hidden_size": "d_model", "rope_scaling": "rope_type|factor|both rope_par",
+    named = {"rope_parameters": "rope_type", "hidden_size": "d_model", "rope_scaling": "rope_type|factor|differ; say",
              "model_type": "model_type is 'gpt2', expected 'llama'", "head_dim": "q_proj.weight is|head_dim"}
     with pytest.raises(cli.InputError, match=named.get(*[next(iter(change))] * 2)):
         checkpoint.load_checkpoint(tmp_path / "m")
@@ -1574,8 +1575,11 @@ def test_other_families_in_files_and_again(other_families, tmp_path, monkeypatch
         assert bpe.are_same(ours, bpe.load(tmp_path / "again.json"))
         assert again.encode(text, add_special_tokens=False).ids == theirs.encode(text, add_special_tokens=False).ids
 
-def test_threads_encode_by_one_tokenizer(tokenizer_file):
+def test_threads_encode_by_one_tokenizer(tokenizer_file, monkeypatch, request):
     tokenizer = bpe.load(tokenizer_file)
+    monkeypatch.setattr(bpe, "OF_THREAD", threading.local())
+    request.addfinalizer(functools.partial(sys.setswitchinterval, sys.getswitchinterval()))
+    sys.setswitchinterval(1e-5)
     texts = ["".join(stories.story(i, j) for j in range(300)) for i in range(4)]
     expected = [bpe.Encoder(tokenizer).encode(text.encode()).tolist() for text in texts]
     with concurrent.futures.ThreadPoolExecutor(4) as threads:
@@ -3657,12 +3661,12 @@ def test_resuming_after_a_plot(tmp_path, monkeypatch):
 def test_advice_about_data_that_was_moved_names_the_run(tmp_path, monkeypatch):
     """As its folder has the name of the data: with another --data alone --resume=auto would begin a new one."""
     monkeypatch.chdir(tmp_path)
-    os.rename(prepared(tmp_path), "one")
-    train.train(data="one", resume="auto", **TINY)
-    os.rename("one", "two")
-    with pytest.raises(cli.InputError, match="say where it is, with --resume=runs/one --data=FOLDER$"):
-        train.train(data="one", resume="auto", **TINY | dict(num_steps=7))
-    assert train.train(data="two", resume="runs/one", num_steps=7).step == 7
+    os.rename(prepared(tmp_path), "one.v1")
+    train.train(data="one.v1", resume="auto", **TINY)
+    os.rename("one.v1", "two")
+    with pytest.raises(cli.InputError, match="say where it is, with --resume=runs/one.v1 --data=FOLDER$"):
+        train.train(data="one.v1", resume="auto", **TINY | dict(num_steps=7))
+    assert train.train(data="two", resume="runs/one.v1", num_steps=7).step == 7
 
 def test_a_run_goes_on_without_its_text(tmp_path, monkeypatch, capsys):
     """Which was prepared; and is not prepared again where its path is written in another way."""
@@ -3695,6 +3699,8 @@ def test_sizes_that_a_run_has_may_be_given_again(tmp_path):
     assert again.settings.lr_min == first.settings.lr_min == 3e-3 / 100
     with pytest.raises(cli.InputError, match="--d_ff=64: the run has d_ff 128, which can't change"):
         train.train(resume=tmp_path / "run", num_steps=8, d_ff=64)
+    train.train(data=data, output_dir=tmp_path / "next", d_ff=0, **TINY)
+    train.train(resume=tmp_path / "next", num_steps=7, d_ff=0)
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "training/optimizer.safetensors"])
 @pytest.mark.parametrize("content", [None, "x"])
@@ -3743,6 +3749,21 @@ def test_old_checkpoints_are_put_aside_before_they_are_removed(tmp_path, monkeyp
     train.train(data=prepared(tmp_path), output_dir=tmp_path / "run",
                 **TINY | dict(keep_checkpoints=1, checkpoint_interval=1, eval_interval=6))
     assert ".step-0000004.partial" in removed and not [name for name in removed if str(name).startswith("step-")]
+
+def test_old_checkpoints_that_cannot_be_removed(tmp_path, monkeypatch):
+    """As where they are read on Windows, or have names of the user's, cost no new one."""
+    def replace(source, target):
+        if Path(target).name.startswith(".step-") and tries.pop():
+            raise PermissionError(13, "in use")
+        genuine(source, target)
+
+    train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", **TINY)
+    os.rename(tmp_path / "run/step-0000006", tmp_path / "run/step-6")
+    genuine, tries = os.replace, [False] * 9 + [True]
+    flags = dict(keep_checkpoints=1, checkpoint_interval=1, eval_interval=100)
+    monkeypatch.setattr(os, "replace", replace)
+    train.train(resume=tmp_path / "run", num_steps=10, eval_tokens=64, **flags)
+    assert len(tries) < 9 and [*run.checkpoints(tmp_path / "run")] == [10]
 
 def test_what_replaces_a_file_is_on_the_disk_first(tmp_path, monkeypatch):
     """Metrics, and what is downloaded."""
@@ -3925,6 +3946,7 @@ def test_added_tokens_that_are_text(tokenizer_file, tmp_path):
     data = prepared(tmp_path, text * 4, tokenizer=str(tmp_path / "tokenizer.json"), vocab_size=None, val_fraction=0.5)
     meta, ids = prepare.open_data(data)
     assert sum(meta[split]["bytes"] for split in ids) == 4 * len(text.removesuffix(END))
+    assert prepare.text_sizes(replace(bpe.load(data), text_tokens={END, "<think>"}), [], 256)[256] == 0
     train.train(data=data, output_dir=tmp_path / "run", **TINY)
     for file in (data / "tokenizer.json", tmp_path / "run/latest/tokenizer.json"):
         again = tokenizers.Tokenizer.from_file(str(file))
@@ -3937,7 +3959,8 @@ def test_added_tokens_that_are_text(tokenizer_file, tmp_path):
 def test_added_tokens_that_others_look_for_first(tokenizer_file, tmp_path):
     """Those that are not normalized, before others that overlap with them; where none do, ids are the same."""
     theirs = tokenizers.Tokenizer.from_file(str(tokenizer_file))
-    theirs.add_tokens([tokenizers.AddedToken("<arg>", normalized=False), tokenizers.AddedToken("<a>", normalized=True)])
+    theirs.add_tokens([tokenizers.AddedToken("<arg>", normalized=False)])
+    theirs.add_tokens([tokenizers.AddedToken(text, normalized=True) for text in ("<a>", "<a")])
     theirs.save(str(tmp_path / "tokenizer.json"))
     text = "x<a><arg>y<arg<a>"
     assert bpe.encode(bpe.load(tmp_path), text).tolist() == theirs.encode(text, add_special_tokens=False).ids
@@ -3963,11 +3986,13 @@ def test_what_is_no_text(trained, tmp_path, capsys):
     """Prepared data and models in a folder of texts, or instead of one, and files with zero bytes."""
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts/a.txt").write_text("Once upon a time.\n" * 100)
+    (tmp_path / "texts/meta.json").write_text("{}")  # of others
     plain = prepare.text_files(tmp_path / "texts", tmp_path / "out")
     shutil.copytree(trained / "data", tmp_path / "texts/data")
     shutil.copytree(trained / "runs/tiny/latest", tmp_path / "texts/model")
     capsys.readouterr()
-    assert prepare.text_files(tmp_path / "texts", tmp_path / "out") == plain == [tmp_path / "texts/a.txt"]
+    assert prepare.text_files(tmp_path / "texts", tmp_path / "out") == plain
+    assert plain == [tmp_path / "texts/a.txt", tmp_path / "texts/meta.json"]
     said = capsys.readouterr().out
     assert said.count("left out, as prepared data or a model is in it:") == 2 and f"{tmp_path}/texts/model\n" in said
     for folder in ("data", "model"):

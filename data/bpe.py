@@ -904,11 +904,13 @@ class Encoder:
         self.make_room(len(here))
         return np.concatenate((first, self.encode_words([(here, *with_lengths(here, starts))])))
 
-encoder_of_thread = lru_cache(maxsize=4)(lambda tokenizer, thread: Encoder(tokenizer))
+OF_THREAD = threading.local()
 
 def encoder(tokenizer):
-    """A tokenizer's Encoder, which keeps what it has met from call to call; each thread has one, as they change."""
-    return encoder_of_thread(tokenizer, threading.get_ident())
+    """A tokenizer's Encoder, which keeps what it has met from call to call; each thread has its own, as they change."""
+    if not hasattr(OF_THREAD, "encoder"):
+        OF_THREAD.encoder = lru_cache(maxsize=4)(Encoder)
+    return OF_THREAD.encoder(tokenizer)
 
 def as_bytes(text):
     try:
@@ -1431,7 +1433,7 @@ def from_description(description):
     first = [token["content"] for token in added if not token.get("normalized")]
     for text in special.keys() - set(first):
         for other in first:
-            if any(other.startswith(text[i:i + len(other)]) for i in range(len(text))):
+            if any(other.startswith(text[i:i + len(other)]) for i in range(len(text) <= len(other), len(text))):
                 raise ValueError(f"its token {text} overlaps with {other}, which, as it is not normalized, goes before "
                                  "wherever it stands")
     vocab = model["vocab"] | special

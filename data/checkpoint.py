@@ -242,13 +242,14 @@ def config_from_hf(hf, source):
     for option in hf.keys() - HF_SIZES.values():
         if option.startswith("tinylm_"):
             raise InputError(f"{source} has {option}, as of a changed tinylm: read it with the code that wrote it")
-    if hf.get("rope_scaling") and hf.get("rope_parameters", hf["rope_scaling"]) != hf["rope_scaling"]:
-        raise InputError(f"{source} has both rope_parameters and rope_scaling, which differ; leave one of them there")
     for option, value in HF_PLAIN.items():
         if hf.get(option, value) not in (value, None):
             raise InputError(f"{source} asks for {option} {hf[option]!r}, which this model has not")
     try:
-        rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+        both = [hf[name] for name in ("rope_parameters", "rope_scaling") if hf.get(name)]
+        if len({scaling_from_hf(rope) for rope in both}) > 1:
+            raise ValueError("its rope_parameters and rope_scaling differ; say all in rope_parameters")
+        rope = both[0] if both else {}
         hf = {"num_key_value_heads": hf["num_attention_heads"]} | {
             name: value for name, value in (hf | {"rope_theta": rope.get("rope_theta", hf.get("rope_theta"))}).items()
             if value is not None}

@@ -145,9 +145,10 @@ def within_memory(advice):
         yield
     except (RuntimeError, MemoryError) as error:  # from CUDA; from a CPU, in PyTorch and in NumPy
         if os.strerror(errno.ENOSPC) in str(error):
-            place = os.environ.get("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())
-            raise InputError(f"no space is left in {place}, where code is compiled; make room there, set TMPDIR to "
-                             "another folder, or give --compile=False") from None
+            variable = "TORCHINDUCTOR_CACHE_DIR" if "TORCHINDUCTOR_CACHE_DIR" in os.environ else "TMPDIR"
+            raise InputError(f"no space is left in {os.environ.get(variable, tempfile.gettempdir())}, where code is "
+                             f"compiled; make room, let {variable} name another folder, or give --compile=False"
+                             ) from None
         texts = "can't allocate memory", "out of memory", "ALLOC_FAILED"
         if not isinstance(error, MemoryError) and not any(text in str(error) for text in texts):
             raise

@@ -169,14 +169,15 @@ def text_files(source, output):
 
 def is_no_text(folder):
     """Whether what is in a folder is data that was prepared, or a model."""
-    return is_data(folder) or (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+    has = lambda name: any(folder.glob(name))
+    return has("meta.json") and has("train.bin") or has("config.json") and has("*.safetensors")
 
 def check_is_text(path):
     """Raise InputError where a file that was named is no text."""
     bpe.as_span(path)  # raises for UTF-16 that says so
     if is_binary(path):
-        raise InputError(f"{path} has a zero byte near its start, so it is no UTF-8 text; unpack it, if it is "
-                         "compressed, or save it as UTF-8")
+        raise InputError(f"{path} has a zero byte near its start, so it seems to be no text in UTF-8; unpack it, save "
+                         "it as UTF-8, or remove the zero bytes")
 
 def is_binary(path):
     """Whether a file is no text, as git and grep judge: by a zero byte near its start."""
@@ -246,9 +247,10 @@ def default_vocab_size(num_bytes):
 
 # ---- What is written ----
 
-def text_sizes(tokenizer):
-    """How many bytes of text each id stands for; special tokens are no text."""
-    special = {i for token, i in tokenizer.special_tokens.items() if token not in tokenizer.text_tokens}
+def text_sizes(tokenizer, begin, end):
+    """How many bytes of text each id stands for; special tokens, as those that begin or end a document, are no text."""
+    is_text = lambda token, i: token in tokenizer.text_tokens and i not in (*begin, end)
+    special = {i for token, i in tokenizer.special_tokens.items() if not is_text(token, i)}
     return np.array([0 if i in special else len(token) for i, token in enumerate(tokenizer.tokens)])
 
 def with_end(tokenizer, end):
@@ -269,8 +271,8 @@ def write_ids(tokenizer, begin, end, spans, path, workers, errors):
 
     Each file's text is ended by the id `end`, and texts begin with the ids `begin`, where the model has such.
     """
+    sizes, counts, digest = text_sizes(tokenizer, begin, end), {"tokens": 0, "bytes": 0}, hashlib.sha256()
     tokenizer, end = with_end(tokenizer, end), np.array([end], tokenizer.dtype)
-    sizes, counts, digest = text_sizes(tokenizer), {"tokens": 0, "bytes": 0}, hashlib.sha256()
     before, last = None, end
     with open(path, "wb") as file:
 
@@ -426,8 +428,9 @@ def made_of(name, model=None):
     if model:
         tokenizer, begin, end = load_tokenizer(model)
         told_apart += [tokenizer.split, [token.hex() for token in tokenizer.tokens], tokenizer.merges.tolist()]
-        told_apart += [sorted(tokenizer.special_tokens.items()), sorted(tokenizer.text_tokens), tokenizer.whole_words]
         told_apart += [begin, end]
+        more = sorted(tokenizer.special_tokens.items()), sorted(tokenizer.text_tokens), tokenizer.whole_words
+        told_apart += more if more != ([(bpe.END_OF_TEXT, end)], [], False) else []  # which older folders do not tell
     digest = hashlib.sha256(json.dumps(told_apart).encode()).hexdigest()
     return DATA / (f"{Path(name).stem[:50]}-{digest[:8]}" if told_apart else name)  # names of files are bounded
 
@@ -538,7 +541,7 @@ def ids_of(name, folder, split):
             pieces = [ids for _, ids in bpe.encode_pieces(with_end(tokenizer, end), [text])]
         ids = np.concatenate([[] if begin else [end], *pieces]).astype(tokenizer.dtype)
         ids = with_begin_ids(ids, True, begin, end)
-        num_bytes = int(text_sizes(tokenizer)[ids].sum())
+        num_bytes = int(text_sizes(tokenizer, begin, end)[ids].sum())
     else:
         data = find_data(name, folder)
         meta, splits = open_data(data)

@@ -192,8 +192,9 @@ def find_run(resume, init_from, given, table, check, claims):
 def folder_named(settings):
     """The folder that the flags name: runs/NAME, NAME that of the data unless given."""
     data = Path(settings.data)
-    is_folder = data.is_dir() or (prepare.DATA / data).is_dir()  # else it is a text, which may be gone since
-    name = settings.run_name or (data.name if is_folder else data.stem)
+    is_folder = data.is_dir() or (prepare.DATA / data).is_dir() or newest(Path("runs") / data.name)
+    is_text = prepare.is_text(settings.data) or not is_folder  # which may be gone since
+    name = settings.run_name or (data.stem if is_text else data.name)
     return Path(settings.output_dir or Path("runs") / name)
 
 def new_folder(settings):
@@ -284,9 +285,11 @@ def resume_run(folder, given, table, check, claims, error_if_done=InputError):
     lock = claims.enter_context(hold(folder))
     latest = newest(folder)  # another run may have ended since
     try:
-        config, _ = checkpoint.load_config(latest), bpe.load(latest)
+        for name in ("config.json", "tokenizer.json"):
+            files.read_json(latest / name)
     except InputError as error:
         raise InputError(f"{error}; {checkpoint.ANOTHER}") from None
+    config = checkpoint.load_config(latest)
     with state_of(latest) as state:
         kept, step, seconds = (state[name] for name in ("settings", "step", "seconds"))
         if not (step >= 0 and isinstance(seconds, (int, float))
@@ -305,9 +308,9 @@ def resume_run(folder, given, table, check, claims, error_if_done=InputError):
             kept = kept | {"shard": False}
         for flag, value in given.items():
             before = kept.get(flag, cli.flags_of(table)[flag].metadata["default"])  # for a run of before it was a flag
-            before = before or getattr(config, flag, before)  # 0 means what Config chooses
-            if not cli.may_change(table, flag) and value != before:
-                has = f"{flag} {before}" if flag in kept else f"no {flag}"
+            chosen = before or getattr(config, flag, before)  # where 0 lets Config choose
+            if not cli.may_change(table, flag) and value not in (before, chosen):
+                has = f"{flag} {chosen}" if flag in kept else f"no {flag}"
                 raise InputError(f"--{flag}={value}: the run has {has}, which can't change on resuming; start a new "
                                  "run for that")
         for name in kept.keys() - cli.flags_of(table):
@@ -499,11 +502,12 @@ def save(run, step, seconds, val_loss):
     for name in ["latest"] + ["best"] * (best_step in (step, None)):
         update_link(folder, name, target.name)
     files.flush_folder(folder)
-    for old_step in list(checkpoints(folder))[:-run.settings.keep_checkpoints]:
-        if old_step != best_step:
+    for old_step, old in list(checkpoints(folder).items())[:-run.settings.keep_checkpoints]:
+        if old_step != best_step and old.name.startswith("step-"):
             going = folder / f".step-{old_step:07d}.partial"  # which `hold` removes where this is killed halfway
-            os.replace(folder / f"step-{old_step:07d}", going)
-            files.remove(going)
+            with suppress(OSError):  # as on Windows, where it is read: the next time then
+                os.replace(old, going)
+                files.remove(going)
 
 def try_to_save(run, step, seconds, val_loss):
     """`save`, or say why not: a disk that is full now must not end a run that has room later. → why not, or None."""
