@@ -3315,7 +3315,7 @@ def test_a_mistake_of_a_later_rank_ends_all(tmp_path):
         process.join(180)
         assert process.exitcode == 0
     for rank in "01":
-        assert re.fullmatch("rank 1, on .*: no such data here", (tmp_path / rank).read_text())
+        assert re.fullmatch("rank 1, on .*: no such data here; or copy it from .*", (tmp_path / rank).read_text())
 
 @pytest.mark.parametrize("alone_from", [0, 1 << 20])
 @pytest.mark.parametrize("remat, compiled", [(False, False), (True, False), (False, True)])
@@ -3750,7 +3750,7 @@ def test_old_checkpoints_are_put_aside_before_they_are_removed(tmp_path, monkeyp
                 **TINY | dict(keep_checkpoints=1, checkpoint_interval=1, eval_interval=6))
     assert ".step-0000004.partial" in removed and not [name for name in removed if str(name).startswith("step-")]
 
-def test_old_checkpoints_that_cannot_be_removed(tmp_path, monkeypatch):
+def test_old_checkpoints_that_cannot_be_removed(tmp_path, monkeypatch, capsys):
     """As where they are read on Windows, or have names of the user's, cost no new one."""
     def replace(source, target):
         if Path(target).name.startswith(".step-") and tries.pop():
@@ -3763,6 +3763,7 @@ def test_old_checkpoints_that_cannot_be_removed(tmp_path, monkeypatch):
     flags = dict(keep_checkpoints=1, checkpoint_interval=1, eval_interval=100)
     monkeypatch.setattr(os, "replace", replace)
     train.train(resume=tmp_path / "run", num_steps=10, eval_tokens=64, **flags)
+    assert "step-0000003 can't be removed (in use); it is tried again at the next checkpoint\n" in capsys.readouterr().out
     assert len(tries) < 9 and [*run.checkpoints(tmp_path / "run")] == [10]
 
 def test_what_replaces_a_file_is_on_the_disk_first(tmp_path, monkeypatch):
@@ -3786,6 +3787,50 @@ def test_what_replaces_a_file_is_on_the_disk_first(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare.urllib.request, "urlopen", lambda *_, **__: Response(b"text"))
     prepare.download("https://none", tmp_path / "kept/t.txt", 4, pause=0)
     assert events[-2:] == ["flush", "replace"] and (tmp_path / "kept/t.txt").read_bytes() == b"text"
+
+def test_disks_that_lack_a_function(tmp_path, monkeypatch):
+    """They may not flush, or not say what is free; what a disk that can flush refuses names the file."""
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    monkeypatch.setattr(shutil, "disk_usage", fail)
+    for number in (errno.EINVAL, errno.ENOSYS):
+        files.write_json(tmp_path / "a.json", 1)
+        files.check_room(tmp_path, 1e30, "this needs", "that")
+    number = errno.EIO
+    with pytest.raises(OSError) as error:
+        files.write_json(tmp_path / "a.json", 1)
+    assert error.value.filename == str(tmp_path / "a.json")
+
+def test_a_wandb_that_is_broken_is_told(monkeypatch):
+    class Broken:
+        def find_spec(self, name, *_):
+            if name == "wandb":
+                raise AttributeError("module 'numpy' has no attribute\n'float_'")
+
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    with pytest.raises(cli.InputError, match="^--use_wandb: wandb can't be imported .*'float_'.*install it anew"):
+        log.import_wandb()
+
+@pytest.mark.parametrize("is_rank, written", [(True, "now\n"), (False, "now\nlater\n")])
+def test_ranks_end_at_once(is_rank, written):
+    """So that no thread of gloo is there as Python ends, with the code and all output that they would have."""
+    program = """if True:
+        import atexit
+        import sys
+        from data import machine
+        atexit.register(print, "later")
+        with machine.leaving_gloo():
+            print("now")
+            sys.exit(5)
+        """
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    environment |= dict.fromkeys(names, "0") if is_rank else {}
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert (done.stdout, done.returncode) == (written, 5), done.stderr
 
 def test_stories_are_the_same_on_windows(tmp_path, monkeypatch):
     import _pyio

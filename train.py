@@ -582,4 +582,5 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["plot"]:
         cli.run(plot.plot, sys.argv[2:])
     else:
-        cli.run(train)
+        with machine.leaving_gloo():
+            cli.run(train)

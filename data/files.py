@@ -1,5 +1,6 @@
 """Files and folders that are there whole, or not at all, and belong to one process at a time."""
 
+import errno
 import json
 import os
 import shutil
@@ -11,9 +12,14 @@ from pathlib import Path
 from data.cli import InputError
 
 def flush(file):
-    """Make sure a file's bytes are on the disk before anything is renamed over an older one."""
+    """Make sure a file's bytes are on the disk, where it can do that, before anything is renamed over an older one."""
     file.flush()
-    os.fsync(file.fileno())
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # as of some network drives
+            error.filename = file.name
+            raise
 
 def flush_folder(folder):
     """Make sure the names in a folder are on the disk, where a system lets folders be opened and flushed."""
@@ -58,7 +64,10 @@ def check_output(path, beginning):
 def check_room(folder, needed, purpose, instead):
     """Raise InputError where the disk that a folder is or will be on has less than `needed` bytes free."""
     parent = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(parent).free
+    try:
+        free = shutil.disk_usage(parent).free
+    except OSError:  # of a system that does not say
+        return
     if free < needed:
         raise InputError(f"{parent} has {free / 1e6:,.0f} MB free; {purpose} {needed / 1e6:,.0f} MB; make room, or "
                          f"{instead}")

@@ -29,6 +29,9 @@ def import_wandb():
         import wandb
     except ImportError:
         raise InputError("--use_wandb needs the package wandb; pip install wandb, or leave the flag out") from None
+    except Exception as error:  # as where it does not go with other packages
+        raise InputError(f"--use_wandb: wandb can't be imported ({' '.join(str(error).split())}); install it anew, or "
+                         "leave the flag out") from None
     return wandb
 
 def check_wandb():

@@ -255,10 +255,27 @@ def ranks(device):
         raise
     if dist.is_initialized():
         if dist.get_backend() == "gloo":
-            # While this waits, gloo's threads let go of the last tensors. Where Python ends before, they abort.
+            # While this waits, gloo's threads let go of the last tensors, as a rule; see `leaving_gloo`.
             with suppress(RuntimeError):  # of a rank that failed
                 dist.barrier()
         dist.destroy_process_group()
+
+@contextmanager
+def leaving_gloo():
+    """After it a process that torchrun started ends at once, once it has written all. A thread of gloo may hold a last
+    tensor of a split model still, and would abort where Python, taking its time to end, no longer lets it go.
+    """
+    code = 0
+    try:
+        yield
+    except SystemExit as end:
+        code = end.code
+    if not has_ranks():
+        sys.exit(code)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # whose reader is gone
+            stream.flush()
+    os._exit(code or 0)
 
 def join_ranks(device):
     """Join the other ranks, where there are some. → (device of this rank, its number, how many)."""

@@ -483,6 +483,8 @@ def open_data(folder):
     """
     folder = Path(folder)
     again = f"remove {folder}, and prepare the data again"
+    if not is_data(folder):
+        raise InputError(f"{folder} has no meta.json; expected a folder that data/prepare.py wrote")
     try:
         meta = files.read_json(folder / "meta.json")
         begin, vocab_size = meta["begin_ids"], meta["vocab_size"]

@@ -415,7 +415,10 @@ def await_state(run):
 
     So a machine needs no checkpoint of its own, and can't have another one.
     """
-    meta, run.ids = prepare.open_data(run.data)
+    try:
+        meta, run.ids = prepare.open_data(run.data)
+    except InputError as error:
+        raise InputError(f"{error}; or copy it from the machine of the first rank, to the same path") from None
     for what in ("tokenizer_sha256", *run.ids):
         if meta[what] != run.meta[what]:
             raise InputError(f"{run.data} is not the same there as where the first rank is "
@@ -505,9 +508,11 @@ def save(run, step, seconds, val_loss):
     for old_step, old in list(checkpoints(folder).items())[:-run.settings.keep_checkpoints]:
         if old_step != best_step and old.name.startswith("step-"):
             going = folder / f".step-{old_step:07d}.partial"  # which `hold` removes where this is killed halfway
-            with suppress(OSError):  # as on Windows, where it is read: the next time then
+            try:
                 os.replace(old, going)
                 files.remove(going)
+            except OSError as error:  # as on Windows, where it is read
+                cli.say(f"{old} can't be removed ({error.strerror}); it is tried again at the next checkpoint")
 
 def try_to_save(run, step, seconds, val_loss):
     """`save`, or say why not: a disk that is full now must not end a run that has room later. → why not, or None."""
