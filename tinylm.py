@@ -658,13 +658,13 @@ def rope_angles_once(length, head_dim, theta, scaling, device):
 rope_angles_once._dynamo_marked_constant = True
 
 def has_pairs(x):
-    """Whether pairs of x stand where complex numbers can."""
-    return x.stride(-1) == 1 and not any(size % 2 for size in (x.storage_offset(), *x.stride()[:-1]))
+    """Whether pairs of x stand where complex numbers can, or will in a copy without gaps."""
+    return x.stride(-1) != 1 or not any(size % 2 for size in (x.storage_offset(), *x.stride()[:-1]))
 
 @faster(rope, lambda x, cos, sin: is_eager() and has_pairs(x))
 def rope_eager(x, cos, sin):
     """A pair is a complex number and its rotation a product: one pass over x, where the definition makes six."""
-    x32 = at_least_float32(x)
+    x32 = at_least_float32(x if x.stride(-1) == 1 else x.contiguous())
     pairs = torch.view_as_complex(x32.unflatten(-1, (-1, 2)))  # (..., T, D/2)
     return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(x.dtype)
 

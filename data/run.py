@@ -300,8 +300,8 @@ def resume_run(folder, given, table, check, claims, error_if_done=InputError):
         given = {flag: value for flag, value in given.items() if not is_its_own(names.get(flag))}
         text = given.get("data", "")
         versions = [prepare.made_of(text, model).name for model in (None, latest)] if prepare.is_text(text) else []
-        is_its_own = Path(state["data_folder"]).name in versions
-        if is_its_own:  # however its path is written
+        is_same_text = Path(state["data_folder"]).name in versions
+        if is_same_text:  # however its path is written
             given = given | {"data": kept["data"]}
         if kept.get("shard") and "shard" not in given and not cli.has_ranks():
             cli.say("the run was split over ranks; here it goes on in one process, whole")
@@ -323,7 +323,7 @@ def resume_run(folder, given, table, check, claims, error_if_done=InputError):
         lowest, best_step = math.inf if state["best"] is None else state["best"], step_and_best(latest)[1]
         is_moved = given.get("data", kept["data"]) != kept["data"]
         data = prepare.find_data(given["data"], latest) if is_moved else data_of(state, latest)
-        if versions and not is_its_own and not is_moved:
+        if versions and not is_same_text and not is_moved:
             cli.say(f"{text} has another size or time than when the run began, which goes on with what it was, in "
                     f"{data}; for a new text begin a new run")
         if given.get("eval_tokens", kept["eval_tokens"]) != kept["eval_tokens"]:
