@@ -2465,16 +2465,15 @@ def test_wrong_flags_of_sample(trained, monkeypatch, capsys, arguments, message)
     code, error = call(monkeypatch, capsys, sample.sample, *arguments)
     assert code == 2 and message in error and error.count("\n") == 1, error
 
-@pytest.mark.parametrize("program", ["/usr/bin/openssl", None])
-def test_compiling_without_openssl(monkeypatch, program):
+def test_compiling_without_openssl(monkeypatch):
     """By which PyTorch takes a hash: where it is not there, what needs that is left out."""
-    chosen = []
-    monkeypatch.setattr(train.shutil, "which", lambda name: program)
-    monkeypatch.setattr(torch, "compile", lambda function, fullgraph, options: chosen.append(options) or function)
-    settings = train.Settings.complete(dict(device="cpu"))
+    settings, chosen = train.Settings.complete(dict(device="cpu")), []
     settings.compile = True
-    train.step_functions(run.model_config(settings, 300), settings)
-    assert chosen and all(options["cpp_cache_precompile_headers"] == bool(program) for options in chosen)
+    monkeypatch.setattr(torch, "compile", lambda function, fullgraph, options: chosen.append(options) or function)
+    for program in ("/usr/bin/openssl", None):
+        monkeypatch.setattr(train.shutil, "which", lambda name: program)
+        train.step_functions(run.model_config(settings, 300), settings)
+        assert chosen.pop()["cpp_cache_precompile_headers"] == bool(program)
     assert hasattr(importlib.import_module("torch._inductor.config"), "cpp_cache_precompile_headers")
 
 def test_a_disk_with_no_room_to_compile_in_is_named(tmp_path, monkeypatch):
@@ -3317,8 +3316,8 @@ def test_a_mistake_of_a_later_rank_ends_all(tmp_path):
     for rank in "01":
         assert re.fullmatch("rank 1, on .*: no such data here; or copy it from .*", (tmp_path / rank).read_text())
 
-@pytest.mark.parametrize("alone_from", [0, 1 << 20])
-@pytest.mark.parametrize("remat, compiled", [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("alone_from, remat, compiled", [
+    (0, False, False), (1 << 20, False, False), (0, True, False), (1 << 20, True, False), (1 << 20, False, True)])
 def test_blocks_of_ranks_are_gathered_ahead_and_freed(alone_from, remat, compiled, monkeypatch, mesh_of_one):
     """And gathered once more to go backward, whether their tensors travel together or alone: each block's are sent just
     before the block in front of it is computed, or its gradients. These are those of whole tensors. What is compiled
@@ -3702,16 +3701,18 @@ def test_sizes_that_a_run_has_may_be_given_again(tmp_path):
     train.train(data=data, output_dir=tmp_path / "next", d_ff=0, **TINY)
     train.train(resume=tmp_path / "next", num_steps=7, d_ff=0)
 
-@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "training/optimizer.safetensors"])
-@pytest.mark.parametrize("content", [None, "x"])
-def test_advice_about_a_damaged_checkpoint(tmp_path, file, content):
+def test_advice_about_a_damaged_checkpoint(tmp_path):
     """Is the same, and works, whichever file it is."""
     train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", **TINY)
-    path = tmp_path / "run/step-0000006" / file
-    path.unlink() if content is None else path.write_text(content)
     resume = lambda: train.train(resume=tmp_path / "run", num_steps=7)
-    with pytest.raises(cli.InputError, match="goes on from the one before, where the folder of this one is moved away"):
-        resume()
+    for file in ("config.json", "tokenizer.json", "training/optimizer.safetensors"):
+        path = tmp_path / "run/step-0000006" / file
+        content = path.read_bytes()
+        for damage in (path.unlink, lambda: path.write_text("x")):
+            damage()
+            with pytest.raises(cli.InputError, match="goes on from the one before, where the folder of this one is"):
+                resume()
+        path.write_bytes(content)
     os.rename(tmp_path / "run/step-0000006", tmp_path / "away")
     assert resume().step == 7
 
@@ -3763,7 +3764,7 @@ def test_old_checkpoints_that_cannot_be_removed(tmp_path, monkeypatch, capsys):
     flags = dict(keep_checkpoints=1, checkpoint_interval=1, eval_interval=100)
     monkeypatch.setattr(os, "replace", replace)
     train.train(resume=tmp_path / "run", num_steps=10, eval_tokens=64, **flags)
-    assert "step-0000003 can't be removed (in use); it is tried again at the next checkpoint\n" in capsys.readouterr().out
+    assert "step-0000003 can't be removed (in use); it is tried again at" in capsys.readouterr().out
     assert len(tries) < 9 and [*run.checkpoints(tmp_path / "run")] == [10]
 
 def test_what_replaces_a_file_is_on_the_disk_first(tmp_path, monkeypatch):
@@ -6024,8 +6025,10 @@ SMALL_MEASUREMENTS = {  # flags, and figures with what they must lie between; al
 }
 
 @pytest.mark.parametrize("name", MEASUREMENTS)
-def test_small_measurements(name):
+def test_small_measurements(name, monkeypatch):
     flags, limits = SMALL_MEASUREMENTS[name]
+    for kinds in (SCRIPTS, RANDOM):  # some are enough here
+        monkeypatch.setitem(globals(), "SCRIPTS" if kinds is SCRIPTS else "RANDOM", dict([*kinds.items()][1:3]))
     measurement = functools.partial(MEASUREMENTS[name], **flags)
     # The most memory that this process had may lie behind it.
     figures = in_new_processes(measurement, ())[0] if name == "memory" else measurement()
