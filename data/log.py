@@ -145,7 +145,7 @@ class Log:
 
     @property
     def seconds(self):
-        """Of time that the run took so far, evaluations and checkpoints included."""
+        """Seconds that the run took so far, with evaluations and checkpoints."""
         return self.run.seconds + time.perf_counter() - self.begin
 
     is_behind = property(lambda self: self.settings.device != "cpu")  # whether the device may be at work still
