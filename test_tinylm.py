@@ -440,7 +440,10 @@ def test_every_form_of_the_loss(at_once, monkeypatch):
     config = small_config()
     params, (inputs, targets) = random_params(config), random_tokens(config, 2, 3, 9)
     expected = F.cross_entropy(tinylm.forward(params, inputs, config).mT, targets, reduction="none")
+    pieces, to_logits = [], tinylm.to_logits
+    monkeypatch.setattr(tinylm, "to_logits", lambda params, x: [pieces.append(len(x)), to_logits(params, x)][1])
     same(tinylm.token_losses_in_pieces(params, inputs, targets, config, torch.float32), expected, 1e-5)
+    assert sum(pieces) == 27 and max(pieces) * 300 <= max(at_once, 300), "however long a text is"
     for tie_embeddings, dtype in itertools.product((False, True), (torch.float32, torch.bfloat16)):
         config = small_config(tie_embeddings=tie_embeddings)
         args = random_params(config), inputs, targets, config, dtype
@@ -836,7 +839,7 @@ def test_recorded_steps_follow_parameters_and_caches(monkeypatch):
                     written.append((token, *(cache[name].clone() for name in ("k", "v"))))
     torch.testing.assert_close(written[24:], written[:24])
     table = weakref.ref(tinylm.all_angles(config, torch.device("cpu"))[0])
-    for length in range(40, 50):
+    for length in range(300, 3000, 300):
         tinylm.rope_angles(length, 8, 1e4, NO_SCALING, "cpu")
     assert table() is not None
 
@@ -989,7 +992,8 @@ def test_graphs_are_recorded_each_on_a_stream_of_the_device(monkeypatch):
 
 @pytest.mark.parametrize("changes", [dict(d_model=30), dict(d_model=12), dict(num_kv_heads=3), dict(vocab_size=0),
                                      dict(num_layers=-1), dict(d_model=2.5), dict(rope_theta=0.0),
-                                     dict(norm_eps=math.nan)])
+                                     dict(norm_eps=math.nan), dict(context_length=2**31), dict(rope_theta=1e-300),
+                                     dict(norm_eps=1e308)])
 def test_config_refuses_what_cannot_be(changes):
     with pytest.raises(ValueError):
         small_config(**changes)
@@ -1224,6 +1228,18 @@ def test_the_model_with_forms_and_without(dtype, compiled):
     for (path, g), (_, plain) in zip(tinylm.tree_leaves(grads), tinylm.tree_leaves(plain_grads)):
         assert (g - plain).norm() <= tolerance * plain.norm(), path
 
+def test_long_contexts_cost_what_is_read_of_them(monkeypatch):
+    lengths, angles = [], tinylm.rope_angles.definition
+    monkeypatch.setattr(tinylm.rope_angles, "definition", lambda length, *args: [
+        lengths.append(length), angles(length, *args)][1])
+    tinylm.rope_table.cache_clear()
+    short, config = small_config(context_length=600), small_config(context_length=2**31 - 1)
+    prompt, params = random_tokens(short, 1, 250), random_params(short)
+    for one in (config, short):
+        written = torch.stack(list(tinylm.generate(params, prompt, one, 10, temperature=0)))
+    assert lengths == [256, 512], "each table serves for many positions"
+    assert written.equal(torch.stack(list(tinylm.generate(params, prompt, config, 10, temperature=0))))
+
 def test_part_one_is_a_whole_program():
     """Executed alone it trains, to the losses of all three parts, and writes the same text; and it is plain."""
     source = (ROOT / "tinylm.py").read_text(encoding="utf-8")
@@ -1351,7 +1367,8 @@ def test_old_and_new_ways_to_say_rope_theta(tmp_path, tokenizer_file):
     {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "default"}},
     {"head_dim": 64}, {"head_dim": "x"},
     {"rope_parameters": {"rope_type": "yarn"}}, {"rope_scaling": {"type": "dynamic"}}, {"hidden_size": "x"},
-    {"rope_scaling": {"rope_type": "linear"}}, {"rope_scaling": {"rope_type": "linear", "factor": 0.25}}])
+    {"rope_scaling": {"rope_type": "linear"}}, {"rope_scaling": {"rope_type": "linear", "factor": 0.25}},
+    {"sliding_window": 4096}, {"quantization_config": {"bits": 4}}, {"mlp_bias": True}])
 def test_other_models_are_refused_by_name(tmp_path, tokenizer_file, change):
     config = small_config()
     params = tinylm.init_params(config, generator())
@@ -1360,7 +1377,7 @@ def test_other_models_are_refused_by_name(tmp_path, tokenizer_file, change):
     (tmp_path / "m/config.json").write_text(json.dumps(description))
     named = {"rope_parameters": "rope_type", "hidden_size": "d_model", "rope_scaling": "rope_type|factor|differ; say",
              "model_type": "model_type is 'gpt2', expected 'llama'", "head_dim": "q_proj.weight is|head_dim"}
-    with pytest.raises(cli.InputError, match=named.get(*[next(iter(change))] * 2)):
+    with pytest.raises(cli.InputError, match=f"({named.get(*[next(iter(change))] * 2)}).*; take |expected float"):
         checkpoint.load_checkpoint(tmp_path / "m")
 
 @pytest.mark.parametrize("dtype", ["f16", "q8_0"])
@@ -2242,6 +2259,14 @@ def test_plot_draws_what_was_measured(tmp_path, trained, monkeypatch, capsys):
     (tmp_path / "odd/metrics.jsonl").write_text("\n".join([*map(json.dumps, odd), "[" * 200_000]))
     assert call(monkeypatch, capsys, plot.plot, str(tmp_path / "odd")) == (0, "")
 
+def test_a_curve_of_many_points():
+    """Only as many as can be seen are drawn, the extremes among them, in the order of steps."""
+    points = [(step, math.sin(step / 50)) for step in range(100_000)]
+    points[777], points[55_555] = (777, 9.0), (55_555, -9.0)
+    seen = plot.visible(points, 100_000)
+    assert len(seen) <= 2 * plot.WIDTH and seen == sorted(seen) and {points[777], points[55_555]} < set(seen)
+    assert plot.visible(points[:9], 8) == points[:9]
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
@@ -2625,6 +2650,19 @@ def test_checkpoints_kept_are_the_newest_and_the_best(tmp_path, monkeypatch):
     assert kept == ["step-0000002", "step-0000005", "step-0000006"]
     assert (tmp_path / "run/best").resolve().name == "step-0000002"
     assert (tmp_path / "run/latest").resolve().name == "step-0000006"
+
+def test_room_for_the_checkpoints_of_a_run(tmp_path, monkeypatch):
+    """For no more than it writes, however many it may keep."""
+    asked = []
+    monkeypatch.setattr(files, "check_room", lambda folder, size, *_: asked.append(size))
+    for keep, number in ((1, 3), (2, 3), (1000, 3)):
+        folder = tmp_path / str(keep)
+        train.train(data=prepared(tmp_path), output_dir=folder, **TINY | dict(num_steps=5, checkpoint_interval=2,
+                                                                              keep_checkpoints=keep))
+        sizes = [size for size in asked if size % run.checkpoint_bytes(checkpoint.load_config(folder / "latest")) == 0]
+        assert sizes[0] == number * sizes[1]
+        assert len(list(folder.glob("step-*"))) <= number
+        asked.clear()
 
 def test_a_checkpoint_that_cannot_be_saved(tmp_path, monkeypatch, capsys):
     """A disk that is full for a while costs nothing but that checkpoint; at the end it is an error."""
@@ -3249,6 +3287,29 @@ def test_ranks_do_what_one_process_does(tmp_path, flags):
         train_on_ranks(count, output_dir=str(folder), shard=shard, compile=compiled, **flags)
         same_run(tmp_path / "one", folder)
 
+def test_a_run_that_begins_holds_one_model(tmp_path, monkeypatch):
+    """And its moments: of the state by which it reads these only the shapes are left, and what is put on a device is
+    freed where it was."""
+    train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", **TINY)
+    alive, most = weakref.WeakSet(), []
+    load, to_all = checkpoint.load_optimizer, machine.of_first_rank
+
+    def load_seen(folder, like):
+        assert all(leaf.is_meta for _, leaf in tinylm.tree_leaves(like))
+        state = load(folder, like)
+        alive.update(leaf for _, leaf in tinylm.tree_leaves(state))
+        return state
+
+    def placed(tensor):
+        most.append(len(alive))
+        return to_all(tensor)
+
+    monkeypatch.setattr(checkpoint, "load_optimizer", load_seen)
+    monkeypatch.setattr(machine, "of_first_rank", placed)
+    train.train(resume=tmp_path / "run", num_steps=7)
+    count = len(most)
+    assert most == [min(count // 3 * 2 + 1, count - i) for i in range(count)], most
+
 def test_a_run_resumes_on_other_ranks(tmp_path):
     """4 ranks sharded, then 2 data parallel, then 1 sharded, then no ranks at all: the run of one process."""
     flags = dict(data=str(prepared(tmp_path)), num_steps=8, lr_max=1e-3, lr_min=1e-3, warmup_steps=0, eval_interval=8)
@@ -3512,7 +3573,7 @@ def test_locks_where_there_are_none(tmp_path, monkeypatch, without):
     with files.lock(tmp_path / "lock"):
         pass
 
-def test_prepare_writes_into_the_folder_that_is_there(tmp_path):
+def test_prepare_writes_into_the_folder_that_is_there(tmp_path, monkeypatch):
     """It may be a mount point or a link; the folder itself is never moved or replaced."""
     (tmp_path / "disk").mkdir()
     (tmp_path / "data").symlink_to(tmp_path / "disk")
@@ -3522,6 +3583,12 @@ def test_prepare_writes_into_the_folder_that_is_there(tmp_path):
         inode = os.stat(tmp_path / "disk").st_ino if vocab_size == 300 else inode
     assert os.stat(tmp_path / "disk").st_ino == inode
     assert not list((tmp_path / "disk").glob(".partial"))
+    monkeypatch.setattr(prepare, "NUM_STORIES", {"train.txt": 9, "val.txt": 3})
+    prepare.prepare(dataset="stories", output=tmp_path / "data", vocab_size=300)
+    names = lambda: {path.name for path in (tmp_path / "disk").iterdir()} - {".lock"}
+    assert {"train.txt", "val.txt"} < names()
+    prepared(tmp_path)
+    assert names() == {"tokenizer.json", "train.bin", "val.bin", "meta.json"}, "no text of what was there before"
 
 def test_a_run_without_links(tmp_path, monkeypatch, capsys):
     """What is newest and best does not depend on links: saved, pruned, resumed and sampled without a word."""
@@ -4454,6 +4521,13 @@ def test_folders_of_texts(tmp_path, monkeypatch, capsys):
     sizes = [sum(prepare.open_data(tmp_path / f"data/{name}")[0][split]["bytes"] for split in ("train", "val"))
              for name in ("c.v1", "c.v2")]
     assert sizes == [2600, 1400]
+    for number in range(9):
+        (tmp_path / f"c.v2/{number}.jsonl").write_text('{"text": "More."}')
+    looks, iterdir = [], Path.iterdir
+    monkeypatch.setattr(Path, "iterdir", lambda path: [looks.append(path), iterdir(path)][1])
+    prepare.prepare(input=tmp_path / "c.v2", vocab_size=257)
+    meta, _ = prepare.open_data(tmp_path / "data/c.v2")
+    assert meta["train"]["bytes"] + meta["val"]["bytes"] == 1445 and len(looks) < 9, "no look at all for each"
     walk = lambda top, onerror, followlinks: onerror(PermissionError(13, "Permission denied", "far"))
     monkeypatch.setattr(os, "walk", walk)
     code, error = call(monkeypatch, capsys, prepare.prepare, f"--input={tmp_path}/c.v1")
@@ -5364,9 +5438,11 @@ def test_what_is_refused_is_named(tmp_path, tokenizer_file):
     checkpoint.save_checkpoint(folder, tinylm.init_params(small_config(), generator()), small_config(),
                                files.read_json(tokenizer_file), (END, 256))
     os.rename(folder / "tokenizer.json", folder / "tokenizer.model")
+    os.rename(folder / "model.safetensors", folder / "pytorch_model.bin")
     for function, flag in ((sample.sample, "checkpoint"), (train.train, "init_from")):
         with pytest.raises(cli.InputError, match="SentencePiece"):
             function(**{flag: folder})
+    os.rename(folder / "pytorch_model.bin", folder / "model.safetensors")
     description = json.loads(Path(tokenizer_file).read_text())
     description["model"]["byte_fallback"] = True
     (folder / "tokenizer.json").write_text(json.dumps(description))
@@ -5504,7 +5580,8 @@ def test_damaged_files_are_refused_or_load_whole(to_be_damaged, name):
 
 @pytest.mark.parametrize("change, message", [
     ({"model": {"type": "WordPiece", "vocab": {}}}, "its model is WordPiece"),
-    ({"pre_tokenizer": {"type": "Metaspace"}}, "split pattern"),
+    ({"model": {"type": "Unigram", "vocab": []}}, "it is a SentencePiece tokenizer"),
+    ({"pre_tokenizer": {"type": "Metaspace"}}, "it is a SentencePiece tokenizer"),
     ({"pre_tokenizer": None}, "split pattern"),
     ({"normalizer": {"type": "NFC"}}, "asks for normalizer"),
     ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Split"}, {"type": "ByteLevel"}]}},
@@ -5514,13 +5591,14 @@ def test_other_tokenizers_are_refused_by_name(tokenizer_file, tmp_path, change, 
     with pytest.raises(cli.InputError, match=message):
         bpe.load(tmp_path / "tokenizer.json")
 
-@pytest.mark.parametrize("option, value", [("num_hidden_layers", 10**18), ("hidden_size", 10**18),
-                                           ("vocab_size", 10**18)])
+@pytest.mark.parametrize("option, value", [
+    ("num_hidden_layers", 10**18), ("hidden_size", 10**18), ("vocab_size", 10**18), ("rope_theta", 1e308),
+    ("max_position_embeddings", 10**40), ("max_position_embeddings", 2**40), ("rms_norm_eps", 1e-300)])
 def test_absurd_sizes_are_refused(valid_checkpoint, tmp_path, option, value):
     shutil.copytree(valid_checkpoint, tmp_path / "model")
     config = json.loads((tmp_path / "model/config.json").read_text()) | {option: value}
     (tmp_path / "model/config.json").write_text(json.dumps(config))
-    with pytest.raises(cli.InputError):
+    with pytest.raises(cli.InputError, match="model/config.json"):
         checkpoint.load_checkpoint(tmp_path / "model")
 
 def test_data_that_changes_under_a_run(tmp_path):

@@ -152,9 +152,9 @@ class Config:
             value = getattr(self, field.name)
             if field.type not in (int, float) or value == field.default:  # a default such as 0 may mean "none"
                 continue
-            if not isinstance(value, (int, field.type)) or isinstance(value, bool) or not 0 < value < math.inf:
-                kind = "whole number" if field.type is int else "number"
-                raise ValueError(f"{field.name} is {value!r}; expected a {kind} above 0")
+            kind, least, most = ("whole number", 1, 2**31 - 1) if field.type is int else ("number", 1e-20, 1e20)
+            if not isinstance(value, (int, field.type)) or isinstance(value, bool) or not least <= value <= most:
+                raise ValueError(f"{field.name} is {value!r}; expected a {kind} from {least} to {most}")
         fill_in("d_ff", self.d_ff or 64 * math.ceil(8 * self.d_model / (3 * 64)))
         heads = f"d_model {self.d_model} over num_heads {self.num_heads}"
         if not self.head_dim and self.d_model % self.num_heads:
@@ -208,8 +208,8 @@ def angles_at(start, T, config, device):
     """`rope_angles` of T positions. Raises ValueError beyond context_length: the model has learned no others."""
     if start + T > config.context_length:
         raise ValueError(f"{start + T} positions, {start} of them cached; expected {config.context_length} at most")
-    table = rope_angles(config.context_length, config.head_dim, config.rope_theta, config.rope_scaling, device)
-    return tuple(angles[start:start + T] for angles in table)  # (T, D/2) each
+    so_far = rope_angles(int(start) + T, config.head_dim, config.rope_theta, config.rope_scaling, device)
+    return tuple(angles[start:] for angles in so_far)  # (T, D/2) each
 
 def hidden_states(params, tokens, config, dtype=torch.float32, cache=None, remat=False):
     """What the output matrix reads, computed in `dtype`. tokens (B, T) of int64 → (B, T, d_model) and the new cache.
@@ -643,6 +643,10 @@ class RMSNorm(torch.autograd.Function):
 def rmsnorm_trained(x, gain, eps):
     return RMSNorm.apply(x, gain, eps)
 
+def power_of_two(size):
+    """The least that is not below a size."""
+    return 1 << (size - 1).bit_length()
+
 @lru_cache(maxsize=4)
 def rope_table(length, head_dim, theta, scaling, device):
     """`rope_angles`, computed once."""
@@ -651,7 +655,9 @@ def rope_table(length, head_dim, theta, scaling, device):
 
 @faster(rope_angles, always)
 def rope_angles_once(length, head_dim, theta, scaling, device):
-    return rope_table(length, head_dim, theta, scaling, device)
+    """From a table with some positions to come, by which it need not be made for each."""
+    table = rope_table(max(256, power_of_two(length)), head_dim, theta, scaling, device)
+    return tuple(angles[:length] for angles in table)
 
 # Compiled code would take the sines again for each head and each layer, so the table is a constant to it. This is what
 # torch.compiler.assume_constant_result says, which would import the compiler for it: a second and more.
@@ -792,9 +798,9 @@ LOGITS_AT_ONCE = 1 << 27  # numbers; with 50,304 tokens in the vocabulary the lo
 def token_losses_in_pieces(params, inputs, targets, config, dtype):
     """`token_losses` of a model, for evaluation. inputs, targets (B, T) of int64 → (B, T)."""
     x, _ = hidden_states(params, inputs, config, dtype)
-    size = max(1, LOGITS_AT_ONCE // (config.vocab_size * inputs.shape[1]))
-    pieces = zip(x.split(size), targets.split(size))
-    return torch.cat([token_losses(to_logits(params, x), targets) for x, targets in pieces])
+    size = max(1, LOGITS_AT_ONCE // config.vocab_size)
+    pieces = zip(x.flatten(0, 1).split(size), targets.flatten().split(size))
+    return torch.cat([token_losses(to_logits(params, x), targets) for x, targets in pieces]).view(targets.shape)
 
 class LossInPieces(torch.autograd.Function):
     """The mean of `token_losses` of x wᵀ, some rows of x at a time; no more logits than of these exist.
@@ -1398,10 +1404,6 @@ KERNEL_BLOCKS = {"attention_kernel": ((128, 64, 8, 2), (128, 32, 8, 3), (64, 64,
                  "keys_backward_kernel": ((32, 128, 8, 2), (64, 64, 8, 2), (32, 64, 4, 3), (32, 64, 4, 2)),
                  "queries_backward_kernel": ((128, 32, 8, 2), (128, 32, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2))}
 
-def power_of_two(size):
-    """The least that is not below a size."""
-    return 1 << (size - 1).bit_length()
-
 def kernel_options(name, D, dtype, is_large):
     """What a kernel is compiled for beside types: its sizes, warps and stages, for heads of D features on a GPU, which
     is large if it is an H100 or B200."""
@@ -1570,7 +1572,7 @@ def cached_attention_in_kernel(q, k, v, cache):
 
 def all_angles(config, device):
     """`rope_angles` of a model: the same tensors as long as its table is kept."""
-    return rope_angles(config.context_length, config.head_dim, config.rope_theta, config.rope_scaling, device)
+    return rope_table(config.context_length, config.head_dim, config.rope_theta, config.rope_scaling, device)
 
 @faster(angles_at, lambda start, T, config, device: isinstance(start, torch.Tensor))
 def angles_at_place(start, T, config, device):

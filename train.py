@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import torch
 import tinylm
 from data import bpe, checkpoint, cli, machine, plot, prepare
 from data.cli import InputError, flag
+from data.forms import check_forms
 from data.log import Log, check_wandb
 from data.machine import DTYPES, DTYPES_OF_FILES
 from data.run import conclude, data_of, find_checkpoint, newest, open_run, state_of, try_to_save
@@ -126,6 +127,7 @@ class Settings:
                                stated="0.1, and more for a text of few steps")
     beta1: float = own_flag("beta1", "decay of AdamW's first moment", "[0, 1)")
     beta2: float = own_flag("beta2", "decay of AdamW's second moment", "[0, 1)")
+    momentum: float = own_flag("momentum", "decay of Muon's momentum", "[0, 1)")
     eps: float = own_flag("eps", "epsilon of AdamW", "(0, inf)")
     clip_grad: float = flag(1.0, "highest norm of all gradients together", "(0, inf)")
     seed: int = flag(0, "chooses the first parameters and the batches", "[-9223372036854775808, 9223372036854775807]")
@@ -203,6 +205,8 @@ class Settings:
                              "torchrun --nproc_per_node=DEVICES train.py --shard …, or give --shard=False")
         return settings
 
+    of_optimizer = property(lambda self: {  # the hyperparameters of its update
+        name: getattr(self, name) for name in hyperparameters(self.optimizer) if hasattr(self, name)})
     tokens_per_step = property(lambda self: self.batch_size * self.grad_accum_steps * self.context_length)
     train_tokens, is_pretrained, weights_dtype = math.inf, False, "float32"  # defaults depend on them, once known
     epochs = property(lambda self: self.num_steps * self.tokens_per_step / self.train_tokens)
@@ -278,10 +282,6 @@ def schedule(settings):
                              "line in Settings of train.py")
     return partial(function, **{p.name: getattr(settings, p.name) for p in own if hasattr(settings, p.name)})
 
-def own_hyperparameters(settings):
-    """The optimiser's own hyperparameters, as the settings have them: {name: value}."""
-    return {name: getattr(settings, name) for name in hyperparameters(settings.optimizer) if hasattr(settings, name)}
-
 def step_functions(config, settings):
     """What a step computes, compiled where asked: the gradients of a batch, the update, the losses of each token.
 
@@ -289,7 +289,6 @@ def step_functions(config, settings):
     is overwritten by their next call.
     """
     dtype, (_, optimizer_update) = DTYPES[settings.dtype], tinylm.OPTIMIZERS[settings.optimizer]
-    own = own_hyperparameters(settings)
 
     def loss(params, inputs, targets):
         return tinylm.loss_fn(params, inputs, targets, config, dtype, settings.remat)
@@ -300,7 +299,7 @@ def step_functions(config, settings):
 
     def updated_if_finite(params, grads, optimizer, lr, norm, loss):  # else a step changes nothing
         grads = tinylm.clip_gradients(grads, norm, settings.clip_grad)
-        new = optimizer_update(params, grads, optimizer, lr, **own)
+        new = optimizer_update(params, grads, optimizer, lr, **settings.of_optimizer)
         return [tinylm.if_finite(loss + norm, *trees) for trees in zip(new, (params, optimizer))]
 
     def update(params, grads, optimizer, lr, loss):
@@ -342,134 +341,6 @@ def step_functions(config, settings):
         if settings.device != "cpu" and not settings.shard and settings.grad_accum_steps == machine.num_ranks() == 1:
             gradients, update = tinylm.in_graph(gradients, 1), tinylm.in_graph(update, 3)
     return gradients, torch.no_grad()(update), torch.no_grad()(losses)
-
-def check_forms(config, settings):
-    """Raise InputError where faster forms give other numbers than the definitions, as where one was changed.
-
-    A small model, of at most two blocks, is compared: on the device its loss, gradients and hidden states, read in
-    pieces as to write, in float64, which no mode of products rounds, and roughly in the dtype of training, and some
-    tokens that it writes; on the CPU clipping and two updates. To be split, all blocks are read too. Where a model
-    can't be small, that is said.
-    """
-    axes = {path: len(shape) for path, shape in tinylm.tree_leaves(tinylm.param_shapes(config))}
-    if settings.shard and 0 in axes.values():
-        raise InputError(f"--shard splits along the first axis, and {min(axes, key=axes.get)} has none; give it the "
-                         "shape (1,)")
-    most = {"num_layers": 2, "d_model": 64, "d_ff": 128, "vocab_size": 256, "num_kv_heads": 2}
-    small = {name: min(size, getattr(config, name)) for name, size in most.items()}
-    small["num_heads"] = min(2, config.num_heads // config.num_kv_heads) * small["num_kv_heads"]
-    try:
-        read, write, losses, step, update = small_run(replace(config, **small), settings)
-        if settings.shard:
-            read_deep, *_ = small_run(replace(config, **small | {"num_layers": config.num_layers}), settings)
-        with tinylm.definitions_alone():
-            step(torch.float64), update(), write()
-    except InputError:
-        raise
-    except Exception as error:
-        return cli.say("whether faster forms follow their definitions is not known, as a small model fails: "
-                       f"{type(error).__name__}: {error}")
-    forms = tinylm.transformer_blocks.forms
-    over_ranks = [(tinylm.always, tinylm.one_block_at_a_time)] if settings.shard and forms else []
-    forms[:0] = over_ranks
-    try:
-        differing = (tinylm.forms_that_differ(partial(step, torch.float64)) or tinylm.forms_that_differ(update)
-                     or tinylm.forms_that_differ(lambda: {"written": write()}))
-        if not differing and over_ranks:  # which ask for definitions that don't look beyond a block
-            differing = tinylm.forms_that_differ(lambda: {"read": read_deep(False)})
-        if not differing and (settings.device, settings.dtype) != ("cpu", "float32"):  # where other forms serve
-            differing = tinylm.forms_that_differ(partial(step, DTYPES[settings.dtype]), 0.1)
-    finally:
-        del forms[:len(over_ranks)]
-    if differing:
-        names, advice = ", ".join(differing), "; ".join(f"{name}.forms.clear()" for name in differing)
-        raise InputError(f"{names}: by faster forms not what it is by the definitions in tinylm.py; let these follow, "
-                         f"or drop them there by {advice}")
-    dtype = read(False, DTYPES[settings.dtype]).dtype
-    if dtype != DTYPES[settings.dtype]:
-        cli.say(f"--dtype={settings.dtype}: hidden states become {str(dtype)[6:]}, which is slow, where a parameter of "
-                "that dtype is added to x or multiplied; let it be p.to(x.dtype)")
-    whole, again, pieces, (learned, evaluated) = read(False), read(False, seed=1), read(True), losses()
-    if not whole.equal(again):  # it draws numbers
-        return
-    if (pieces - whole).norm() > 1e-4 * whole.norm():
-        cli.say("what the model writes is not what it learns: its numbers depend on how many positions are read at "
-                "once, as where cached_attention does not follow, or the cache of init_cache lacks what a position "
-                "needs of earlier ones")
-    if abs(learned - evaluated) > 1e-4 * abs(learned):
-        cli.say(f"training lowers another loss, {learned:.4f} of a small model, than evaluations give, "
-                f"{evaluated:.4f}: right where loss_fn adds a term; what evaluations and sampling should have too "
-                "belongs in to_logits")
-
-def small_run(config, settings):
-    """What `check_forms` compares of a model: read(in_pieces), the final hidden states of some positions read at once
-    or in pieces; write(), some tokens; losses(), of training and of evaluation; step(dtype), the loss and its
-    gradients, and what is read in pieces and last of all; update(), clipping and two updates.
-    """
-    draw, own = torch.Generator().manual_seed(0), own_hyperparameters(settings)
-    init, optimizer_update = tinylm.OPTIMIZERS[settings.optimizer]
-    T, last, far = (min(size, config.context_length) for size in (256, 64, 8192))
-    params = tinylm.tree_map(lambda p: p + 0.02 * torch.randn(p.shape, generator=draw),  # zeros and ones hide much
-                             tinylm.init_params(config, draw))
-    doubles = tinylm.tree_map(lambda p: p.to(settings.device, torch.float64), params)
-    tokens = torch.arange(2 * T + 2, device=settings.device).view(2, -1) % config.vocab_size
-    batch = tokens[:, :-1], tokens[:, 1:]
-    cache = tinylm.init_cache(config, 1, far, torch.float32, "cpu")
-    past = torch.randn(cache["k"].shape, generator=draw)
-    update_once = lambda params, grads, state: optimizer_update(params, grads, state, torch.tensor(1e-2), **own)
-    checkpoint.check_goes_on(params, init(params), update_once)
-
-    @torch.no_grad()
-    def read(in_pieces, dtype=torch.float64, seed=0):
-        borders, xs = sorted({0, T // 2, T - 1, T}) if in_pieces else (0, T), []  # the last piece is one token
-        cache = tinylm.init_cache(config, 2, T, dtype, tokens.device)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            for start, end in zip(borders, borders[1:]):
-                if end == start + 1 and tokens.is_cuda:
-                    cache = cache | {"filled": tokens.new_tensor([start])}  # as where a step is recorded
-                x, cache = tinylm.hidden_states(doubles, tokens[:, start:end], config, dtype, cache)
-                xs.append(x)
-        return torch.cat(xs, 1)
-
-    def write():
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return torch.cat(list(tinylm.generate(doubles, tokens[:, :1], config, 5, 0, dtype=torch.float64)))
-
-    @torch.no_grad()
-    def read_last(dtype):  # of positions that look back far, on keys and values that are drawn
-        cache = tinylm.init_cache(config, 1, far, dtype, tokens.device)
-        for name in ("k", "v"):
-            cache[name].copy_(past)
-        cache = cache | {"filled": far - last}
-        return tinylm.hidden_states(doubles, tokens[:1, :last], config, dtype, cache)[0]
-
-    @torch.no_grad()
-    def losses():
-        with torch.random.fork_rng(devices=[]):
-            evaluated = tinylm.token_losses_in_pieces(doubles, *batch, config, torch.float64).mean()
-            return tinylm.loss_fn(doubles, *batch, config, torch.float64), evaluated
-
-    def step(dtype):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            loss, grads = tinylm.value_and_grad(tinylm.loss_fn, doubles, *batch, config, dtype)
-            return {"loss": loss, "gradients": grads, "read": read(True, dtype), "last": read_last(dtype)}
-
-    def update():
-        norm = tinylm.global_norm(params)
-        clipped = {str(share): tinylm.clip_gradients(params, norm, share * norm) for share in (0.5, 2)}
-        if settings.compile and tinylm.is_separable(optimizer_update):
-            new, state = tinylm.tree_map(torch.clone, params), init(params)
-            tinylm.block_by_block(tinylm.in_place(update_once))(new, params, state)
-        else:
-            new, state = update_once(params, params, init(params))
-        others = tinylm.tree_map(lambda p: p.flip(-1) if p.ndim else -p, params)  # a first step has no past
-        new, _ = update_once(new, others, state)
-        return {"clipped": clipped, "update": tinylm.tree_map(torch.sub, new, params)}
-
-    return read, write, losses, step, update
 
 def accumulate_gradients(gradients, params, ids, settings, step, rank=0, num_ranks=1):
     """The loss on this rank and the mean gradients of a step, over its grad_accum_steps batches and all ranks.

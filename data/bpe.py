@@ -1413,10 +1413,11 @@ def from_description(description):
     """The tokenizer that a parsed tokenizer.json describes. Raises ValueError or the like where it can't be."""
     model, steps = description["model"], description.get("pre_tokenizer") or {}
     steps = steps.get("pretokenizers", [steps])
-    if model.get("type", "BPE") != "BPE":
-        raise ValueError(f"its model is {model['type']}")
-    if model.get("byte_fallback"):
+    kind = model.get("type", "BPE")
+    if kind == "Unigram" or model.get("byte_fallback") or any(step.get("type") == "Metaspace" for step in steps):
         raise ValueError("it is a SentencePiece tokenizer")
+    if kind != "BPE":
+        raise ValueError(f"its model is {kind}")
     split = split_of(steps)
     options = {"normalizer": description.get("normalizer"), "add_prefix_space": steps[-1].get("add_prefix_space"),
                "dropout": model.get("dropout"), "continuing_subword_prefix": model.get("continuing_subword_prefix"),

@@ -125,6 +125,7 @@ HF_SIZES = {
 # What a Llama may ask for and this model has not, with the value that asks for nothing.
 HF_PLAIN = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "sliding_window": None,
             "quantization_config": None}
+NOT_HERE = "which this model has not; take a Llama model without it"
 
 def layer_of(path):
     """A parameter's layer and its name with {} for that: blocks.0.mlp.w_up → ("0", "blocks.{}.mlp.w_up")."""
@@ -238,16 +239,17 @@ def config_from_hf(hf, source):
     """The Config of a Llama config.json. Raises InputError that names an option which this model has not."""
     if not isinstance(hf, dict) or hf.get("model_type") not in ("llama", "tinylm"):
         kind = repr(hf.get("model_type")) if isinstance(hf, dict) else "not there"
-        raise InputError(f"{source} is not the config of a Llama model (model_type is {kind}, expected 'llama')")
+        raise InputError(f"{source} is not the config of a Llama model (model_type is {kind}, expected 'llama'); take a "
+                         "Llama model")
     for option in hf.keys() - HF_SIZES.values():
         if option.startswith("tinylm_"):
             raise InputError(f"{source} has {option}, as of a changed tinylm: read it with the code that wrote it")
     for option, value in HF_PLAIN.items():
         if hf.get(option, value) not in (value, None):
-            raise InputError(f"{source} asks for {option} {hf[option]!r}, which this model has not")
+            raise InputError(f"{source} asks for {option} {hf[option]!r}, {NOT_HERE}")
     try:
         both = [hf[name] for name in ("rope_parameters", "rope_scaling") if hf.get(name)]
-        if len({scaling_from_hf(rope) for rope in both}) > 1:
+        if len({scaling_from_hf(rope, source) for rope in both}) > 1:
             raise ValueError("its rope_parameters and rope_scaling differ; say all in rope_parameters")
         rope = both[0] if both else {}
         hf = {"num_key_value_heads": hf["num_attention_heads"]} | {
@@ -256,14 +258,16 @@ def config_from_hf(hf, source):
         for needed in ("intermediate_size", "rms_norm_eps"):
             hf[needed]  # what Config has by default would be wrong here
         return Config(**{name: hf[theirs] for name, theirs in HF_SIZES.items() if theirs in hf},
-                      rope_scaling=scaling_from_hf(rope))
+                      rope_scaling=scaling_from_hf(rope, source))
+    except InputError:
+        raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{source} is damaged, incomplete or of another model ({error})") from None
+        raise InputError(f"{source} is damaged, incomplete or of another model ({error}); {ANOTHER}") from None
 
 NO_SCALING = tinylm.Config.__dataclass_fields__["rope_scaling"].default
 
-def scaling_from_hf(rope):
-    """Config.rope_scaling of what a config.json says of RoPE. Raises ValueError for a kind that this model has not."""
+def scaling_from_hf(rope, source):
+    """Config.rope_scaling of what a config.json says of RoPE. Raises InputError for a kind that this model has not."""
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return NO_SCALING
@@ -273,7 +277,7 @@ def scaling_from_hf(rope):
         scaling = tuple(rope[name] for name in ("factor", "low_freq_factor", "high_freq_factor",
                                                 "original_max_position_embeddings"))
     else:
-        raise ValueError(f"it asks for rope_type {kind!r}, which this model has not")
+        raise InputError(f"{source} asks for rope_type {kind!r}, {NOT_HERE}")
     factor, low, high, context = scaling
     if not (1 <= factor < math.inf and 0 < low < high < math.inf and 0 <= context < math.inf):
         raise ValueError(f"rope_type {kind!r} has factors {scaling}")

@@ -116,11 +116,10 @@ class Log:
         self.run, self.settings = run, run.settings
         self.flops, peak = flops_per_token(run.config), machine.peak_flops(run.settings.device)
         self.peak_flops = peak and peak * run.num_ranks
-        before = [] if run.rank else cli.json_lines(run.folder / "metrics.jsonl")
-        self.overfitting = Overfitting()
-        for line in before:
+        self.overfitting, self.samples = Overfitting(), []
+        for line in [] if run.rank else cli.json_lines(run.folder / "metrics.jsonl"):
             self.overfitting.begins(line)
-        self.samples = [[line["step"], line["sample"]] for line in before if "sample" in line]
+            self.samples += [[line["step"], line["sample"]]] if "sample" in line else []
         self.cut = False  # whether the last line is
         self.screen = cli.Progress("training", stream=sys.stdout)
         self.wandb = import_wandb() if run.settings.use_wandb else None

@@ -16,7 +16,7 @@ def read_metrics(run):
     path = Path(run) / "metrics.jsonl"
     if not path.is_file():
         raise InputError(f"{run} has no metrics.jsonl; expected the folder of a run, such as runs/stories")
-    lines = json_lines(path)
+    lines = list(json_lines(path))
     if not any("train_loss" in line or "val_loss" in line for line in lines):
         raise InputError(f"{path} has no losses yet; wait for the first steps")
     return lines
@@ -32,6 +32,13 @@ def ticks(low, high, count=5):
     size = 10 ** math.floor(math.log10(rough))
     size *= next(factor for factor in (1, 2, 5, 10) if factor * size >= rough)
     return [i * size for i in range(math.ceil(low / size), math.floor(high / size) + 1)]
+
+def visible(points, steps):
+    """No more points of a curve than can be seen: of each column of pixels the lowest and the highest."""
+    columns, value = {}, lambda point: point[1]
+    for step, loss in points:
+        columns.setdefault(step * WIDTH // steps, []).append((step, loss))
+    return [point for column in columns.values() for point in sorted({min(column, key=value), max(column, key=value)})]
 
 def panel(curves, marks, top, height, title, steps):
     """One diagram over steps, as SVG elements. curves: [(color, dash, points)], marks: [(color, point)]."""
@@ -50,7 +57,7 @@ def panel(curves, marks, top, height, title, steps):
     for step in ticks(0, steps, 8):
         out.append(f'<text x="{x(step):.1f}" y="{top + height + 16}" text-anchor="middle">{step:g}</text>')
     for color, dash, points in curves:
-        line = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in points)
+        line = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in visible(points, steps))
         out.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="1.5" '
                    f'stroke-dasharray="{dash}"/>')
     for color, (step, value) in marks:

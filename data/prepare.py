@@ -3,6 +3,7 @@
 import codecs
 import hashlib
 import http.client
+import itertools
 import json
 import multiprocessing
 import os
@@ -363,8 +364,8 @@ def write_beside(partial, sources, settings, dataset, tokenizer, begin, end, voc
         kept = DATA / "downloads"
         sources = [[download(url, kept / f"{dataset}-{url.split('/')[-1]}", size)] for url, size in DOWNLOADS[dataset]]
     stamps = {path: stamp(path) for paths in sources for path in paths}
-    copy = lambda: partial / f"{len(list(partial.iterdir()))}-copy.txt"
-    spans = [whole_spans([as_text(path, copy(), settings.errors) for path in paths], paths) for paths in sources]
+    copies = (partial / f"{number}-copy.txt" for number in itertools.count())
+    spans = [whole_spans([as_text(path, next(copies), settings.errors) for path in paths], paths) for paths in sources]
     val_fraction = settings.val_fraction or 0.1
     train, val = spans if len(spans) == 2 else split_spans(spans[0], val_fraction)
     if not train or not val:
@@ -384,7 +385,9 @@ def write_beside(partial, sources, settings, dataset, tokenizer, begin, end, voc
 
 def put_in_place(partial, output):
     """Move new data over old. The folder itself stays, as it may be a mount point; without meta.json it is no data."""
-    (output / "meta.json").unlink(missing_ok=True)
+    if is_data(output):  # else what is there may be of `partial`, by a process that was killed here
+        for name in ("train.txt", "val.txt", "meta.json"):  # the text is that of a corpus, which other data has not
+            (output / name).unlink(missing_ok=True)
     for path in sorted(partial.iterdir(), key=lambda path: path.name == "meta.json"):  # that one last
         os.replace(path, output / path.name)
     files.flush_folder(output)
@@ -475,8 +478,8 @@ def report(folder, most_tokens):
 
 # ---- Reading it back ----
 
-def open_data(folder):
-    """Open a data folder → (meta, {"train": ids, "val": ids} as np.memmap). Checks all of it first.
+def open_data(folder, splits=("train", "val")):
+    """Open a data folder → (meta, {"train": ids, "val": ids} as np.memmap), or some of its splits. Checks them first.
 
     Raises InputError where a file is missing, is not what was written, or has no text, or where the tokenizer is not
     the one the ids were made with.
@@ -497,7 +500,7 @@ def open_data(folder):
         if digest != meta["tokenizer_sha256"]:
             raise InputError(f"{folder}/tokenizer.json is not the tokenizer that made train.bin and val.bin; {again}")
         ids = {}
-        for split in ("train", "val"):
+        for split in splits:
             path, count = folder / f"{split}.bin", meta[split]["tokens"]
             dtype, size = np.dtype(meta["dtype"]).newbyteorder("<"), path.stat().st_size
             if size != count * dtype.itemsize or not count:
@@ -507,7 +510,7 @@ def open_data(folder):
             file = open(path, "rb")  # stays open, and what it names there, also when the path names another
             ids[split] = np.memmap(file, dtype, "r")
             ids[split].file, ids[split].stamp = file, stamp(file.fileno())
-            highest, digest = summary(ids[split])
+            highest, digest = summary(file, dtype)
             if highest >= meta["vocab_size"]:
                 raise InputError(f"{path} holds the id {highest}, beyond the vocabulary of {meta['vocab_size']}; "
                                  f"{again}")
@@ -522,12 +525,17 @@ def open_data(folder):
         raise InputError(f"{folder}/meta.json is damaged ({type(error).__name__}: {error}); {again}") from None
     return meta, ids
 
-def summary(ids):
-    """The highest id, and the SHA-256 of all."""
+def summary(file, dtype):
+    """The highest id in a file, and the SHA-256 of all. It is read, as what is mapped counts as this process' memory.
+    """
     highest, digest = 0, hashlib.sha256()
-    for piece in np.split(ids, range(1 << 24, len(ids), 1 << 24)):
+    progress = cli.Progress(f"checking {Path(file.name).name}", os.fstat(file.fileno()).st_size)
+    file.seek(0)
+    while len(piece := np.fromfile(file, dtype, 1 << 22)):
         highest = max(highest, int(piece.max()))
         digest.update(piece.data)
+        progress.update(file.tell())
+    progress.close()
     return highest, digest.hexdigest()
 
 def ids_of(name, folder, split):
@@ -541,14 +549,15 @@ def ids_of(name, folder, split):
         with tempfile.TemporaryDirectory() as scratch:
             text = as_text(Path(name), Path(scratch) / "text")
             pieces = [ids for _, ids in bpe.encode_pieces(with_end(tokenizer, end), [text])]
-        ids = np.concatenate([[] if begin else [end], *pieces]).astype(tokenizer.dtype)
+        sizes = text_sizes(tokenizer, begin, end)
+        num_bytes = sum(int(sizes[ids].sum()) for ids in pieces)
+        ids = np.concatenate([np.array([] if begin else [end], tokenizer.dtype), *pieces])
         ids = with_begin_ids(ids, True, begin, end)
-        num_bytes = int(text_sizes(tokenizer, begin, end)[ids].sum())
     else:
         data = find_data(name, folder)
-        meta, splits = open_data(data)
+        meta, opened = open_data(data, [split])
         check_tokenizer(data, folder)
-        ids, num_bytes = splits[split], meta[split]["bytes"]
+        ids, num_bytes = opened[split], meta[split]["bytes"]
     if not num_bytes:
         raise InputError(f"--data={name} has no text to evaluate on")
     return ids, num_bytes
@@ -568,7 +577,7 @@ def check_unchanged(ids):
     """Raise InputError where others have written into the file of these ids: reading on could crash."""
     if not hasattr(ids, "stamp") or stamp(ids.file.fileno()) == ids.stamp:  # not from `open_data`, or as it was
         return
-    if stamp(ids.file.fileno())[0] != ids.nbytes or summary(ids)[1] != ids.digest:
+    if stamp(ids.file.fileno())[0] != ids.nbytes or summary(ids.file, ids.dtype)[1] != ids.digest:
         raise InputError(f"{ids.filename} has changed while it was in use; prepare the data again and resume the run")
     ids.stamp = stamp(ids.file.fileno())  # it was but touched
 

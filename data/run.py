@@ -236,14 +236,14 @@ def start_run(given, init_from, folder, table, check, claims):
         init_from = find_checkpoint(init_from, "init_from")
         config, has_tokenizer = checkpoint.load_config(init_from), any(
             (init_from / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+        if has_tokenizer:
+            checkpoint.check_vocabulary(init_from, bpe.load(init_from), config)
         known["weights_dtype"] = checkpoint.weights_dtype(init_from)
         sizes = {name: value for name, value in vars(config).items() if name in cli.flags_of(table)}
         for flag, value in sizes.items():
             if given.get(flag, value) != value and not (flag == "context_length" and given[flag] < value):
                 raise InputError(f"--{flag}={given[flag]}: the model of --init_from={init_from} has {flag} {value}; "
                                  "leave the flag out" + ", or give a smaller one" * (flag == "context_length"))
-    if has_tokenizer:
-        checkpoint.check_vocabulary(init_from, bpe.load(init_from), config)
     settings = table.complete(sizes | given, **known)
     config = model_config(settings, 1, init_from)  # raises where sizes don't fit, before any work
     checkpoint.check_can_be_saved(config)
@@ -261,7 +261,9 @@ def start_run(given, init_from, folder, table, check, claims):
     config = model_config(settings, meta["vocab_size"], init_from)
     with cli.as_input_error():
         tinylm.get_batch(ids["train"], 1, config.context_length, 0, 0)  # raises where the text is too short
-    files.check_room(folder or new_folder(settings), checkpoint_bytes(config) * (settings.keep_checkpoints + 2),
+    # Beside those that are kept, the best and the one being written; no more than are ever written.
+    most = min(settings.keep_checkpoints + 2, math.ceil(settings.num_steps / settings.checkpoint_interval))
+    files.check_room(folder or new_folder(settings), checkpoint_bytes(config) * most,
                      "the checkpoints of this run need", "choose another --output_dir")
     check(config, settings)
     folder = make_folder(settings, folder)
@@ -403,8 +405,10 @@ def load_state(run):
     else:
         params = tinylm.init_params(config, torch.Generator().manual_seed(settings.seed))
     optimizer = init_optimizer(params)
-    if run.step:
-        optimizer = checkpoint.load_optimizer(run.source, optimizer)
+    if run.step:  # of that state only the shapes matter, and its memory is for the one that is loaded
+        shapes = tinylm.tree_map(lambda tensor: tensor.to("meta"), optimizer)
+        del optimizer
+        optimizer = checkpoint.load_optimizer(run.source, shapes)
     run.config, run.params, run.optimizer = config, params, optimizer
     run.tokenizer = bpe.load(run.data / "tokenizer.json")
     run.tokenizer_json = files.read_json(run.data / "tokenizer.json")
@@ -431,18 +435,25 @@ def place_state(run):
     """Put the first rank's parameters and optimiser on the device of each rank, split over the ranks if asked."""
     mesh = machine.mesh_of_ranks(run.settings.device) if run.settings.shard else None
 
-    def place(tensor):  # one after the other, as a device may have no room for all that it gets a part of
+    def place(tensor):
         tensor = machine.of_first_rank(tensor.to(run.settings.device, copy=True))  # no two in one place, for updates
         return tinylm.shard(tensor, mesh) if mesh else tensor
 
-    run.params, run.optimizer = (tinylm.tree_map(place, tree) for tree in (run.params, run.optimizer))
+    # One after the other, each freed where it was: a device may have no room for all that it gets a part of, and a CPU
+    # none for all twice.
+    for name in ("params", "optimizer"):
+        leaves, placed = tinylm.tree_leaves(getattr(run, name))[::-1], []
+        setattr(run, name, None)
+        while leaves:
+            path, tensor = leaves.pop()
+            placed.append((path, place(tensor)))
+        setattr(run, name, tinylm.tree_build(placed))
 
 def keep_metrics(path, last_step):
     """Drop from a run's metrics what it measured after `last_step`, a line cut short by its death included."""
-    kept = [f"{json.dumps(line)}\n" for line in cli.json_lines(path) if line["step"] <= last_step]
     partial = path.with_name(f".{path.name}.partial")
     with open(partial, "w", encoding="utf-8") as file:
-        file.writelines(kept)
+        file.writelines(f"{json.dumps(line)}\n" for line in cli.json_lines(path) if line["step"] <= last_step)
         files.flush(file)
     os.replace(partial, path)
 
