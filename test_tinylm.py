@@ -121,6 +121,10 @@ def test_rmsnorm_with_a_gain_of_another_kind(gain):
     tinylm.rmsnorm(x, gain, 1e-5).sum().backward()
     assert x.grad is not None
 
+def test_rmsnorm_with_a_gain_for_each_head():
+    same_with_gradients(lambda x, gain: tinylm.rmsnorm(x, gain, 1e-5),
+                        lambda x, gain: F.rms_norm(x, (8,), None, 1e-5) * gain, leaf(3, 2, 8), leaf(2, 8, seed=1))
+
 def test_rmsnorm_takes_the_mean_in_float32():
     x = torch.full((4096,), 256.0, dtype=torch.bfloat16)
     same(tinylm.rmsnorm(x, torch.ones(4096), 1e-5).float(), torch.ones(4096), 1e-3)
@@ -467,6 +471,14 @@ def test_trees():
     same(again, tree)
     same(tinylm.tree_map(torch.add, tree, tree), tinylm.tree_map(lambda x: 2 * x, tree))
 
+def test_stacks_of_matrices(monkeypatch):
+    """More than fit one; and no direction of zeros."""
+    monkeypatch.setattr(tinylm, "STACKED_AT_MOST", {"cpu": 80})  # two at once, then one
+    matrices = tree_of((8, 5), (8, 5), (8, 5))
+    same(tinylm.orthogonalize_all(matrices), tinylm.orthogonalize_all.definition(matrices), 1e-4)
+    for function in (tinylm.orthogonalize, tinylm.orthogonalize.definition):
+        assert not function(torch.zeros(2, 3, 5)).any()
+
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
 def test_adamw_over_50_steps(weight_decay):
     """PyTorch's AdamW, with decay for matrices only; the arguments stay as they were."""
@@ -529,6 +541,25 @@ def test_muon_serves_devices_that_no_form_knows():
     updated, _ = tinylm.muon_update(params, params, tinylm.muon_init(params), 0.01)
     assert [w.shape for _, w in tinylm.tree_leaves(updated)] == [w.shape for _, w in tinylm.tree_leaves(params)]
 
+def test_defaults_by_size(monkeypatch):
+    complete = lambda tokens=math.inf, **given: train.Settings.complete({"device": "cpu"} | given, train_tokens=tokens)
+    assert [complete(d_model=d).num_heads for d in (32, 64, 128, 704, 768, 1024)] == [1, 2, 4, 22, 12, 16]
+    assert [complete(tokens).context_length for tokens in (10, 1000, 2047, 2048)] == [2, 64, 128, 256]
+    assert [complete(num_steps=n).warmup_steps for n in (5, 100, 5000)] == [0, 10, 100]
+    assert [complete(num_steps=n).eval_interval for n in (1, 100, 5000)] == [1, 20, 500]
+    assert [prepare.default_vocab_size(n) for n in (16_383, 16_384, 40_000, 10**6)] == [257, 512, 1250, 2048]
+    with pytest.raises(cli.InputError, match="--lr_min=1.*: expected a number from 0 up to lr_max, 0.1"):
+        complete(lr_max=0.1, lr_min=1)
+    monkeypatch.setattr(machine, "choose_device", lambda device: device or "cuda")
+    for name in ("has_bfloat16", "check_compiler", "check_dtype"):
+        monkeypatch.setattr(machine, name, lambda *_: True)
+    batch_size = lambda tokens: train.Settings.complete({}, train_tokens=tokens).batch_size
+    assert [batch_size(tokens) for tokens in (math.inf, 160_000, 9)] == [128, 24, 4]
+    monkeypatch.setattr(machine, "num_ranks", lambda: 3)
+    assert batch_size(math.inf) == 132
+    with pytest.raises(cli.InputError, match="--batch_size=4 can't be split over 3 ranks"):
+        complete(batch_size=4)
+
 def test_defaults_follow_from_the_text_and_the_width(tmp_path, capsys):
     """A text that is read often gets fewer steps and more decay, never too much; what is given stays."""
     complete = lambda tokens=math.inf, **given: train.Settings.complete({"device": "cpu"} | given, train_tokens=tokens)
@@ -554,6 +585,25 @@ def test_defaults_follow_from_the_text_and_the_width(tmp_path, capsys):
     said = f"reads       the text {chosen.epochs:.2g} times in all; weight decay {chosen.weight_decay:.2g}"
     assert said in capsys.readouterr().out
 
+def test_epochs_and_seeds_have_windows_of_their_own():
+    """And the last token is learned too."""
+    tokens = np.arange(1001, dtype=np.uint16)
+    windows = lambda seed, epoch: tinylm.get_batch(tokens, 99, 10, seed, epoch)
+    orders = [windows(seed, epoch)[0][:, 0] for seed in range(3) for epoch in range(3)]
+    assert len({tuple(((order - order.min()) // 10).tolist()) for order in orders}) == 9
+    assert len({order.min().item() for order in orders}) > 2
+    assert max(windows(0, epoch)[1].max().item() for epoch in range(100)) == 1000
+
+def test_remat_computes_each_block_again(monkeypatch):
+    calls, swiglu = [], tinylm.swiglu
+    monkeypatch.setattr(tinylm, "swiglu", lambda *args, **weights: [calls.append(1), swiglu(*args, **weights)][1])
+    tokens = random_tokens(small_config(), 2, 9)
+    for remat, count in ((False, 2), (True, 4)):
+        settings = train.Settings.complete(dict(device="cpu", remat=remat))
+        calls.clear()
+        train.step_functions(small_config(), settings)[0](random_params(small_config()), tokens, tokens)
+        assert len(calls) == count
+
 def test_remat_changes_nothing():
     config = small_config()
     params, tokens = tinylm.init_params(config, generator()), random_tokens(config, 2, 21)
@@ -572,6 +622,23 @@ def test_clip_gradients(max_norm):
     clipped = tinylm.clip_gradients(tree, norm, max_norm)
     same(norm.double(), expected, 1e-5)
     same([t for _, t in tinylm.tree_leaves(clipped)], [t.grad for t in theirs], 1e-5)
+
+def test_hyperparameters_reach_the_update():
+    """Decay, of a gradient of zero; and the norm to clip at, which is told as it was before."""
+    params, size = random_params(small_config()), lambda tree: math.sqrt(
+        sum(p.square().sum().item() for _, p in tinylm.tree_leaves(tree)))
+
+    def updated(grads, **given):
+        settings = train.Settings.complete(dict(device="cpu", d_model=32, num_layers=2) | given)
+        _, update, _ = train.step_functions(small_config(), settings)
+        return update(params, grads, tinylm.adamw_init(params), torch.tensor(0.1), torch.tensor(1.0))
+
+    new, _, _ = updated(tinylm.tree_map(torch.zeros_like, params), weight_decay=2.0)
+    same(new["lm_head"], params["lm_head"] * 0.8, 1e-5)
+    _, state, norm = updated(params, clip_grad=0.5, beta1=0.7)
+    assert norm.item() == pytest.approx(size(params)) and size(state["m"]) == pytest.approx(0.5 * 0.3, rel=1e-4)
+    settings = train.Settings.complete(dict(device="cpu", optimizer="muon", momentum=0.5))
+    assert settings.of_optimizer["momentum"] == 0.5 and settings.of_optimizer["eps"] == 1e-8
 
 def test_cosine_lr():
     lr = lambda step: tinylm.cosine_lr(step, 1.0, 0.1, 10, 110)
@@ -689,6 +756,27 @@ def test_cache_gives_the_same_logits(sizes):
         start += size
     same(torch.cat(pieces, 1), whole, 1e-5)
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_deviations_of_first_parameters(tied):
+    """Those that `init_params` tells of."""
+    config = tinylm.Config(2000, 8, 128, 8, 4, d_ff=512, tie_embeddings=tied)
+    stream, into = 128**-0.5, 16**-0.5 / (5 if tied else 1)
+    expected = {"embedding": stream if tied else 1.0, "lm_head": stream / 3, "wo": into * stream,
+                "w_down": into * 512**-0.5}
+    for path, w in tinylm.tree_leaves(tinylm.init_params(config, generator())):
+        if w.ndim == 2:
+            assert w.std().item() == pytest.approx(expected.get(path.split(".")[-1], stream), rel=0.03), path
+
+def test_positions_beyond_the_context():
+    with pytest.raises(ValueError, match="33 positions, 0 of them cached; expected 32 at most"):
+        tinylm.forward(random_params(small_config()), random_tokens(small_config(), 1, 33), small_config())
+
+def test_of_a_long_prompt_the_end_is_read():
+    config, prompt = small_config(context_length=8), random_tokens(small_config(), 2, 13)
+    params = random_params(config)
+    first = next(tinylm.generate(params, prompt, config, 1, temperature=0))
+    assert first.equal(tinylm.forward(params, prompt[:, -8:], config)[:, -1].argmax(-1))
+
 def test_bfloat16_is_close_to_float32():
     config = small_config()
     params, tokens = tinylm.init_params(config, generator()), random_tokens(config, 2, 24)
@@ -703,7 +791,7 @@ def draw(logits, temperature, top_k, top_p, seed):
     chance = torch.rand(len(logits), 1, dtype=torch.float64, generator=generator(seed))
     return tinylm.sample_token(logits, chance, temperature, top_k, top_p)
 
-@given(st.integers(0, 5), st.floats(0.1, 3), st.integers(0, 12), st.floats(0.01, 1))
+@given(st.integers(0, 5), st.floats(0.1, 3), st.integers(0, 15), st.floats(0.01, 1))
 def test_sample_token_draws_from_the_nucleus(seed, temperature, top_k, top_p):
     logits = randn(2000, 12, seed=seed)[:1].expand(4000, -1)
     drawn = torch.bincount(draw(logits, temperature, top_k, top_p, seed), minlength=12) / 4000
@@ -1349,6 +1437,46 @@ def test_llama_folders_of_transformers_open(tmp_path, dtype, tied, shard):
             with told:
                 checkpoint.load_checkpoint(tmp_path)
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes_of_folders(tmp_path, dtype, tokenizer_file):
+    """A folder says what it has. Old ones have the rotary frequencies too; what a model has beyond ours is refused."""
+    checkpoint.save_checkpoint(tmp_path / "m", random_params(small_config()), small_config(),
+                               files.read_json(tokenizer_file), (END, 256), dtype=dtype)
+    assert checkpoint.weights_dtype(tmp_path / "m") == str(dtype)[6:]
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype="auto").dtype == dtype
+    params, _ = checkpoint.load_checkpoint(tmp_path / "m", None)
+    assert params["embedding"].dtype == (torch.float32 if dtype == torch.float16 else dtype)
+    tensors, prefix = load_file(tmp_path / "m/model.safetensors"), "model.layers.0.self_attn"
+    save_file(tensors | {f"{prefix}.rotary_emb.inv_freq": torch.ones(4)}, tmp_path / "m/model.safetensors")
+    checkpoint.load_checkpoint(tmp_path / "m")
+    save_file(tensors | {f"{prefix}.q_proj.bias": torch.ones(32)}, tmp_path / "m/model.safetensors")
+    with pytest.raises(cli.InputError, match="has unknown .*q_proj.bias"):
+        checkpoint.load_checkpoint(tmp_path / "m")
+
+@pytest.mark.parametrize("change, said", [
+    (dict(b=dict(dtype="F32", shape=[1], data_offsets=[0, 4])), "overlap"),
+    (dict(b=dict(dtype="F32", shape=[1], data_offsets=[8, 12])), "gap"), ({}, "its header speaks of 4")])
+def test_headers_of_safetensors(tmp_path, change, said):
+    header = json.dumps({"a": dict(dtype="F32", shape=[1], data_offsets=[0, 4])} | change).encode()
+    (tmp_path / "x").write_bytes(len(header).to_bytes(8, "little") + header + bytes(12 if change else 8))
+    with pytest.raises(cli.InputError, match=f"is damaged .*{said}"):
+        checkpoint.read_header(tmp_path / "x")
+    header = b"{%s, %s}" % ((b'"a": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}',) * 2)
+    (tmp_path / "x").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(cli.InputError, match="a name stands twice"):
+        checkpoint.read_header(tmp_path / "x")
+    for name in ("a", "ab", "abc"):
+        checkpoint.write_safetensors(tmp_path / "x", {name: torch.ones(2)})
+        assert checkpoint.read_header(tmp_path / "x")[1] % 8 == 0
+
+def test_an_optimizer_of_another_model(tmp_path):
+    state, other = (tinylm.adamw_init(random_params(small_config(d_ff=d_ff))) for d_ff in (32, 64))
+    (tmp_path / "training").mkdir()
+    checkpoint.write_safetensors(tmp_path / "training/optimizer.safetensors", dict(tinylm.tree_leaves(state)))
+    checkpoint.load_optimizer(tmp_path, state)
+    with pytest.raises(cli.InputError, match="does not belong to this model"):
+        checkpoint.load_optimizer(tmp_path, other)
+
 def test_old_and_new_ways_to_say_rope_theta(tmp_path, tokenizer_file):
     config = small_config()
     params = tinylm.init_params(config, generator())
@@ -1437,6 +1565,38 @@ def test_gguf_files_are_those_of_the_package(tmp_path, tokenizer_file, dtype, si
     unused = 600 - tokenizer.vocab_size
     assert kinds == [3 if token == END else 1 for token in tokens[:tokenizer.vocab_size]] + [5] * unused
     assert [merge.split(" ") for merge in said["tokenizer.ggml.merges"]] == description["model"]["merges"]
+
+def test_gguf_files_say_all_sizes(tmp_path, tokenizer_file, other_families):
+    """Those that llama.cpp reads, and the divisors of frequencies, by which `transformers` has the same angles."""
+    from gguf import GGUFReader
+    config, folder = small_config(num_kv_heads=2, head_dim=16, d_ff=96, norm_eps=1e-3, num_layers=3,
+                                  rope_scaling=(8.0, 1.0, 4.0, 16)), tmp_path / "name/step-0000001"
+    checkpoint.save_checkpoint(folder, random_params(config), config, files.read_json(tokenizer_file), (END, 256))
+    gguf.export(str(folder), output=str(tmp_path / "m.gguf"))
+    reader = GGUFReader(tmp_path / "m.gguf")
+    said = {name: field.contents() for name, field in reader.fields.items()}
+    expected = {"general.name": "name", "llama.vocab_size": 300, "llama.context_length": 32,
+                "llama.embedding_length": 32, "llama.block_count": 3, "llama.feed_forward_length": 96,
+                "llama.attention.head_count": 4, "llama.attention.head_count_kv": 2, "llama.attention.key_length": 16,
+                "llama.attention.value_length": 16, "llama.rope.dimension_count": 16,
+                "llama.rope.freq_base": 10000.0, "tokenizer.ggml.pre": "gpt-2", "general.file_type": 1}
+    assert {name: said[name] for name in expected} == expected
+    assert said["llama.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-3)
+    hf = transformers.LlamaConfig(**checkpoint.config_to_hf(config, 0, 0))
+    rotary = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(hf)
+    divisors, = (torch.tensor(tensor.data) for tensor in reader.tensors if tensor.name == "rope_freqs.weight")
+    same(10000.0 ** (-torch.arange(8) / 8) / divisors, rotary.inv_freq, 1e-4)
+    for kind, name in (("smollm", "smollm"), ("llama3", "llama-bpe")):
+        assert gguf.description(config, other_families[kind][1], "f16", "m", [], (), [])["tokenizer.ggml.pre"] == name
+
+def test_gguf_files_of_bytes(tmp_path):
+    """They have a merge, as llama.cpp wants one."""
+    from gguf import GGUFReader
+    bpe.save(bpe.train([], 257), tmp_path / "tokenizer.json")
+    config, tokenizer = small_config(vocab_size=257), files.read_json(tmp_path / "tokenizer.json")
+    checkpoint.save_checkpoint(tmp_path / "m", random_params(config), config, tokenizer, (END, 256))
+    gguf.export(str(tmp_path / "m"), output=str(tmp_path / "m.gguf"))
+    assert GGUFReader(tmp_path / "m.gguf").fields["tokenizer.ggml.merges"].contents() == ["ÿ ÿ"]
 
 def test_gguf_files_say_how_a_model_is_spoken_to(trained, tmp_path, capsys):
     """Up to three tokens that end a text, and the template of a chat, from either file that may have it."""
@@ -1868,6 +2028,19 @@ def test_a_word_without_end_of_long_tokens(tmp_path):
     for length in (16_385, 70_003):
         assert bpe.encode(tokenizer, "=" * length + "a").tolist() == theirs.encode("=" * length + "a").ids
 
+def test_mistakes_are_told(tmp_path, monkeypatch, tokenizer_file):
+    for special in ([END, END], ["x"]):
+        with pytest.raises(cli.InputError, match="expected different ones of two bytes or more"):
+            train_on("some text", tmp_path, 300, special)
+    with pytest.raises(cli.InputError, match="spelled like another token"):
+        bpe.save(train_on("some text", tmp_path, 258, [END, bpe.byte_alphabet()[32]]), tmp_path / "t.json")
+    with pytest.raises(cli.InputError, match="half a surrogate pair at character 2"):
+        bpe.encode(bpe.load(tokenizer_file), "ab\ud800")
+    monkeypatch.setattr(bpe, "CHUNK_BYTES", 100)
+    (tmp_path / "bad.txt").write_bytes(b"some words " * 30 + b"\xff")
+    with pytest.raises(cli.InputError, match="at byte 330;"):
+        bpe.train([tmp_path / "bad.txt"], 300)
+
 def test_decoding_replaces_what_is_not_utf8(three_tokenizers):
     ours = three_tokenizers[0]
     assert bpe.decode(ours, [0xF0, 0x9F, ord("a")]) == b"\xf0\x9fa".decode(errors="replace")
@@ -1894,6 +2067,12 @@ def test_stories():
     for text in texts[:2000]:
         assert not set(text) & set("{}[]|~") and text.count("\n\n") == 2 and text.isascii()
         assert not re.search(r"\ba ([aeiou]|hon|hour)|\ban (?!hon|hour)[^aeiou\W]|  | [.,]|[.!?] [a-z]", text), text
+        for met in re.finditer(r"named ([A-Z]\w+)", text):
+            assert not re.search(rf"\b{met[1]}\b", text[:met.start()]), text  # who is met was not there before
+        bow = re.search(r"From that day on, \w+ and (\w+)", text)
+        assert not bow or text[:bow.start()].count(bow[1]) > ("best friend was" in text), text
+    for cast in (stories.draw_cast(random.Random(i)) for i in range(3000)):
+        assert cast["friend"] != cast["hero"] and cast["color2"] != cast["color"] and cast["home"] != cast["place"]
     nouns = "fox mouse pony monkey walrus ostrich deer peach fig".split()
     assert list(map(stories.plural, nouns)) == "foxes mice ponies monkeys walruses ostriches deer peaches figs".split()
 
@@ -1981,6 +2160,13 @@ def test_download_from_a_server_without_ranges(server, tmp_path):
     path = prepare.download(f"{url}/file", tmp_path / "file", len(handler.content), pause=0)
     assert path.read_bytes() == handler.content
 
+def test_download_over_a_part_that_is_too_long(server, tmp_path):
+    handler, url = server
+    handler.content = bytes(range(256)) * 40
+    (tmp_path / "file.part").write_bytes(b"x" * 20_000)
+    path = prepare.download(f"{url}/file", tmp_path / "file", len(handler.content), pause=0)
+    assert path.read_bytes() == handler.content
+
 def test_download_says_how_far_it_came(server, tmp_path):
     handler, url = server
     handler.content = b"short"
@@ -2046,6 +2232,29 @@ def test_evaluation_is_the_mean_over_the_whole_split(tmp_path):
             logits = model(val[i:i + 32][None, :len(targets)]).logits[0]
             total += F.cross_entropy(logits, targets, reduction="sum").item()
     assert metrics(tmp_path / "run")[-1]["val_loss"] == pytest.approx(total / (len(val) - 1), abs=1e-4)
+
+def test_seeds_begin_with_other_parameters(trained):
+    models = []
+    for seed in (0, 0, 1):
+        settings = train.Settings.complete(dict(device="cpu", d_model=16, num_layers=1, seed=seed))
+        one = run.Run(settings, trained, trained / "data", meta=files.read_json(trained / "data/meta.json"))
+        run.load_state(one)
+        models.append(one.params["embedding"])
+    assert models[0].equal(models[1]) and not models[0].equal(models[2])
+
+def test_each_part_of_a_step_draws_numbers_of_its_own():
+    """As for dropout: by seed, step, batch of a step and rank."""
+    def gradients(params, inputs, targets):
+        drawn.append(torch.rand(()).item())
+        return torch.zeros(()), params
+
+    drawn = []
+    for seed, step, rank in itertools.product((0, 1), repeat=3):
+        settings = train.Settings.complete(dict(device="cpu", batch_size=2, context_length=4, grad_accum_steps=2,
+                                                seed=seed))
+        settings.shard = True  # so that nothing travels
+        train.accumulate_gradients(gradients, {"w": torch.zeros(1)}, np.arange(40), settings, step, rank, 2)
+    assert len(set(drawn)) == 16
 
 def test_gradient_accumulation_is_one_large_batch(tmp_path):
     data = prepared(tmp_path)
@@ -2195,6 +2404,18 @@ def test_share_of_peak_flops(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU of tomorrow")
     assert machine.peak_flops("cuda:0") is None
 
+def test_what_is_measured(tmp_path, monkeypatch):
+    """Perplexity, and of two GPUs the share of both."""
+    monkeypatch.setattr(machine, "peak_flops", lambda device: 1e9)
+    train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", **TINY)
+    lines, config = metrics(tmp_path / "run"), checkpoint.load_config(tmp_path / "run/latest")
+    assert lines[-1]["val_perplexity"] == pytest.approx(math.exp(lines[-1]["val_loss"]))
+    share = lines[4]["tokens_per_second"] * log.flops_per_token(config) / 1e9
+    assert lines[4]["flops_share"] == pytest.approx(share, abs=1e-4)
+    monkeypatch.setattr(log, "introduce", lambda run: None)
+    settings = types.SimpleNamespace(device="cuda", use_wandb=False)
+    assert log.Log(run.Run(settings, tmp_path, tmp_path, rank=1, num_ranks=2, config=config)).peak_flops == 2e9
+
 def test_samples_show_the_model_learning(tmp_path, capsys):
     """The sample at an evaluation is what generate writes with the checkpoint of that step."""
     data = prepared(tmp_path)
@@ -2220,6 +2441,12 @@ def test_eval_only_gives_the_loss_of_transformers(trained, split, capsys):
     assert loss == pytest.approx(sum(losses) / 500, abs=1e-4)
     assert float(re.search(r"perplexity ([\d.]+)", out)[1]) == pytest.approx(math.exp(loss), rel=1e-3)
     assert " 500 tokens" in out
+
+def test_bits_per_byte_of_a_part_of_a_split(trained, capsys):
+    loss = train.train(eval_only=True, resume=str(trained / "runs/tiny"), eval_tokens=500)
+    meta = files.read_json(trained / "data/meta.json")["val"]
+    bits = float(re.search(r"([\d.]+) bits per byte", capsys.readouterr().out)[1])
+    assert bits == pytest.approx(loss / math.log(2) * (meta["tokens"] - 1) / meta["bytes"], abs=1e-4)
 
 def test_eval_only_of_a_text(trained, tmp_path, capsys):
     """A text file is encoded with the model's tokenizer; bits per byte count its bytes."""
@@ -2258,6 +2485,19 @@ def test_plot_draws_what_was_measured(tmp_path, trained, monkeypatch, capsys):
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd/metrics.jsonl").write_text("\n".join([*map(json.dumps, odd), "[" * 200_000]))
     assert call(monkeypatch, capsys, plot.plot, str(tmp_path / "odd")) == (0, "")
+
+def test_plots_of_many_runs():
+    """Each has its lowest evaluation marked; a learning rate that grows evenly is a line up; ticks are round."""
+    import xml.etree.ElementTree as xml
+    lines = [{"step": step, "train_loss": 5.0 - step, "lr": step / 4, "grad_norm": 9.0} for step in range(5)]
+    lines += [{"step": step, "val_loss": loss} for step, loss in ((1, 5.0), (2, 3.0), (4, 4.0))]
+    root = xml.fromstring(plot.svg_of({f"run {i}": lines for i in range(9)}))
+    texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert texts.count("3 at 2") == 9
+    *_, last = root.iter("{http://www.w3.org/2000/svg}polyline")
+    y = np.array([float(point.split(",")[1]) for point in last.get("points").split()])
+    assert np.allclose(np.diff(y), np.diff(y)[0], atol=0.2) and y[0] > y[-1]
+    assert plot.ticks(0, 4, 8) == [0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4] and plot.ticks(0.3, 9.8) == [2, 4, 6, 8]
 
 def test_a_curve_of_many_points():
     """Only as many as can be seen are drawn, the extremes among them, in the order of steps."""
@@ -2308,6 +2548,40 @@ def test_a_run_that_learns_by_heart_says_so_once(tmp_path, monkeypatch, capsys):
 def test_a_run_whose_training_does_not_fall_is_not_accused():
     overfitting = log.Overfitting()
     assert not any(overfitting.begins({"train_loss": loss, "val_loss": loss + 1}) for loss in range(10))
+
+def test_one_rise_is_no_rule():
+    overfitting = log.Overfitting()
+    measured = [{"train_loss": 5.0 - i, "val_loss": 5.0 + i} for i in range(5)]
+    assert [overfitting.begins(line) for line in measured] == [False] * 3 + [True, False]
+
+def test_what_sample_asks_of_generate(tmp_path, monkeypatch, capsys, tokenizer_file):
+    """All flags, and the dtype of the weights. The end of a text and ids beyond the tokenizer's print nothing."""
+    asked, config = [], small_config(d_model=24, d_ff=40)
+    written = [torch.tensor([token]) for token in (65, 450, 256)]
+    monkeypatch.setattr(tinylm, "generate", lambda params, prompts, config, *args: [
+        asked.append(args), iter(written)][1])
+    for dtype in (torch.float32, torch.bfloat16):
+        checkpoint.save_checkpoint(tmp_path / str(dtype), random_params(config), config,
+                                   files.read_json(tokenizer_file), (END, 256), dtype=dtype)
+        texts = sample.sample(checkpoint=tmp_path / str(dtype), prompt="It", max_new_tokens=7, temperature=0.5,
+                              top_k=9, top_p=0.6, device="cpu")
+        assert texts == ["ItA"] and capsys.readouterr().out == "ItA\n"
+        *flags, ends, _, computed_in = asked.pop()
+        assert (flags, ends, computed_in) == ([7, 0.5, 9, 0.6], (256,), dtype)
+    with pytest.raises(cli.InputError, match="int8 needs sizes that are multiples of 32.* d_model 24 and d_ff 40"):
+        sample.sample(checkpoint=tmp_path / str(dtype), dtype="int8", device="cpu")
+    monkeypatch.setattr(tinylm, "generate", lambda *_, **__: iter(written))
+    settings = types.SimpleNamespace(sample_tokens=3, device="cpu", dtype="float32", shard=False)
+    meta = {"begin_ids": [256], "end_of_text_id": 256}
+    assert train.sample_text(run.Run(settings, None, None, meta=meta, tokenizer=bpe.load(tokenizer_file))) == "A"
+
+def test_the_newest_run_is_sampled(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, when in (("a", 3), ("b", 9), ("c", 6)):
+        Path(f"runs/{name}/step-0000001").mkdir(parents=True)
+        Path(f"runs/{name}/step-0000001/config.json").touch()
+        os.utime(f"runs/{name}/step-0000001/config.json", (when, when))
+    assert run.find_checkpoint("") == Path("runs/b/step-0000001")
 
 def test_sample_is_repeatable_and_whole(trained, capsys, monkeypatch):
     monkeypatch.chdir(trained)
@@ -2385,6 +2659,13 @@ WRONG_TRAIN = [
     (["--compile=maybe"], "True or False"),
     (["--init_from="], "--init_from is empty; give it a value"),
     (["--device", ""], "--device is empty"),
+    (["--seed=1", "--seed=2"], "--seed is given twice; give it once"),
+    (["--split=val"], "belongs to --eval_only; leave it out"),
+    (["--eval_only"], "needs a model: give --resume=RUN"),
+    (["--eval_only", "--resume=auto"], "needs a model: give --resume=RUN"),
+    (["--eval_only", "--resume=runs/tiny", "--init_from=runs/tiny"], "needs a model: give --resume=RUN"),
+    (["--eval_only", "--init_from=runs/tiny", "--d_model=64"], "--d_model=64: --eval_only does not use it"),
+    (["--data=corpus.txt", "--eval_only", "--init_from=runs/tiny", "--split=val"], "is a text, which has no parts"),
 ]
 
 @pytest.mark.parametrize("arguments, message", WRONG_TRAIN, ids=lambda value: str(value)[:40])
@@ -2454,7 +2735,20 @@ WRONG_PREPARE = [
     (["--input=text.txt", "--workers=0"], "1 or more"),
     (["--input=text.txt", "--tokenizer=nowhere.json"], "nowhere.json is missing"),
     (["--input="], "--input is empty"),
+    (["--input=text.txt", "--tokenizer=nowhere.json", "--vocab_size=300"], "leave out --vocab_size"),
+    (["--val_input=text.txt"], "goes with --input"),
+    (["--input=text.txt", "--val_input=text.txt", "--val_fraction=0.2"], "without --val_fraction"),
 ]
+
+def test_data_that_does_not_end(tmp_path):
+    data = prepared(tmp_path)
+    digest = lambda: hashlib.sha256((data / "val.bin").read_bytes()).hexdigest().encode()
+    before = digest()
+    damage(data, "val.bin", lambda content: content[:-2] + b"a\0")
+    damage(data, "meta.json", lambda content: content.replace(before, digest()))
+    with pytest.raises(cli.InputError, match="val.bin does not end with the end of a text"):
+        prepare.open_data(data)
+    prepare.open_data(data, ["train"])
 
 @pytest.mark.parametrize("arguments, message", WRONG_PREPARE, ids=lambda value: str(value)[:40])
 def test_wrong_flags_of_prepare(tmp_path, monkeypatch, capsys, arguments, message):
@@ -2518,6 +2812,10 @@ def test_a_full_disk_is_named(monkeypatch, capsys):
     code, error = call(monkeypatch, capsys, write)
     assert code == 2 and error == "command.py: model.gguf: No space left on device; make room and start again\n"
 
+def test_room_is_asked_for(tmp_path):
+    with pytest.raises(cli.InputError, match="MB free; this needs .* MB; make room, or that"):
+        files.check_room(tmp_path / "not yet", 1e30, "this needs", "that")
+
 def test_no_checkpoint_yet(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     code, error = call(monkeypatch, capsys, sample.sample)
@@ -2579,7 +2877,9 @@ def poisoned(monkeypatch, steps):
 
     def accumulate(gradients, params, ids, settings, step, *ranks):
         loss, grads = genuine(gradients, params, ids, settings, step, *ranks)
-        return (loss, tinylm.tree_map(lambda g: g * math.inf, grads)) if step in steps else (loss, grads)
+        if step not in steps:
+            return loss, grads
+        return (loss * math.nan, grads) if step == 4 else (loss, tinylm.tree_map(lambda g: g * math.inf, grads))
 
     monkeypatch.setattr(train, "accumulate_gradients", accumulate)
 
@@ -2630,6 +2930,27 @@ def test_the_pace_is_that_of_steps_that_compile_nothing(tmp_path, monkeypatch, i
     assert rates[interval == 1:] == pytest.approx([1280] * (5 if interval == 1 else 2), abs=0.1), rates
     left = re.findall(r"(\d)s left", capsys.readouterr().out)
     assert all(int(seconds) <= 1 for seconds in left[interval == 1:]), left
+
+def test_bad_steps_that_do_not_follow_each_other_end_no_run(tmp_path, monkeypatch):
+    poisoned(monkeypatch, range(0, 12, 2))
+    assert train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", **TINY | dict(num_steps=12)).step == 12
+
+def test_the_pace_leaves_out_evaluations_and_checkpoints(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(log, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    def takes(seconds, function):
+        def call(*args):
+            clock[0] += seconds
+            return function(*args)
+        return call
+
+    for name, seconds in dict(accumulate_gradients=0.1, evaluate=7, try_to_save=9).items():
+        monkeypatch.setattr(train, name, takes(seconds, getattr(train, name)))
+    train.train(data=prepared(tmp_path), output_dir=tmp_path / "run",
+                **TINY | dict(eval_interval=2, checkpoint_interval=3))
+    rates = [line["tokens_per_second"] for line in metrics(tmp_path / "run") if "train_loss" in line]
+    assert rates == pytest.approx([1280] * 6, abs=0.1), rates
 
 def test_a_run_that_diverges_gives_up_and_keeps_its_checkpoint(tmp_path, monkeypatch, capsys):
     data = prepared(tmp_path)
@@ -2714,7 +3035,7 @@ def test_one_folder_one_run(tmp_path):
     with run.hold(tmp_path / "run"):
         with pytest.raises(cli.InputError, match=f"in use by another run .process {os.getpid()}."):
             train.train(resume=str(tmp_path / "run"), num_steps=9)
-    (tmp_path / "run/.step-0000009.partial").mkdir()
+    (tmp_path / "run/.step-0000012.partial").mkdir()
     train.train(resume=str(tmp_path / "run"), num_steps=9)
     assert not list((tmp_path / "run").glob(".*partial"))
 
@@ -2775,7 +3096,7 @@ def test_signals_that_end_what_is_no_training(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     with machine.Interrupt() as interrupt:
         assert not interrupt.asked
-        monkeypatch.setattr(os, "getppid", lambda: 1)
+        monkeypatch.setattr(os, "getppid", lambda: -1)
         assert interrupt.asked
 
 def test_what_machines_lack_in_one_line(tmp_path, monkeypatch, capsys):
@@ -3454,6 +3775,14 @@ def test_memory_of_ranks_does_not_grow(mesh_of_one):
             tinylm.loss_fn(learned, inputs, targets, config)
     assert resident("VmRSS") - before < 6 * size, (resident("VmRSS") - before, size)
 
+def test_gradients_of_several_buckets(monkeypatch, mesh_of_one):
+    monkeypatch.setattr(tinylm.GradientAverager, "BUCKET_BYTES", 100)
+    grads, averager = random_tree(), tinylm.GradientAverager()
+    for path, gradient in tinylm.tree_leaves(grads):
+        averager.add(path, gradient)
+    assert len(averager.sent) == 1 and averager.waiting
+    same(averager.averages(grads), grads, 0)
+
 def test_rows_of_ranks_with_less_than_one_each():
     program = """if True:
         import tinylm
@@ -3622,6 +3951,18 @@ def meanwhile(step, monkeypatch, action):
         return genuine(*args)
 
     monkeypatch.setattr(train, "accumulate_gradients", gradients)
+
+def test_what_was_prepared_meanwhile_by_other_flags(tmp_path, monkeypatch):
+    """It serves only who asked for the same."""
+    data = prepared(tmp_path)
+    monkeypatch.setattr(files, "wait_for_lock", lambda *_: contextlib.nullcontext(True))
+    when = (data / "meta.json").stat().st_mtime_ns
+    assert (prepared(tmp_path) / "meta.json").stat().st_mtime_ns == when
+    assert prepare.open_data(prepared(tmp_path, vocab_size=300))[0]["vocab_size"] == 300
+
+def test_processes_of_other_users_are_alive(monkeypatch):
+    monkeypatch.setattr(os, "kill", unittest.mock.Mock(side_effect=PermissionError))
+    assert files.is_alive(1)
 
 def test_a_folder_that_is_renamed_or_removed_under_its_run(tmp_path, monkeypatch, capsys):
     """A run of the same name may begin there; both keep what is theirs. The run of a removed folder makes it again."""
@@ -3856,6 +4197,20 @@ def test_what_replaces_a_file_is_on_the_disk_first(tmp_path, monkeypatch):
     prepare.download("https://none", tmp_path / "kept/t.txt", 4, pause=0)
     assert events[-2:] == ["flush", "replace"] and (tmp_path / "kept/t.txt").read_bytes() == b"text"
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="no names of open files")
+def test_all_that_is_kept_is_flushed(tmp_path, monkeypatch):
+    """Before it has its name; and the names too."""
+    flushed, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: [flushed.append(os.readlink(f"/proc/self/fd/{file}")), fsync(file)])
+    train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", **TINY | dict(num_steps=1))
+    gguf.export(str(tmp_path / "run"), output=str(tmp_path / "m.gguf"))
+    flushed = {str(Path(path).relative_to(tmp_path)) for path in flushed}
+    expected = {"data", "run", ".m.gguf.partial"}
+    expected |= {f"data/.partial/{name}" for name in ("train.bin", "val.bin", "tokenizer.json", "meta.json")}
+    expected |= {f"run/.step-0000001.partial/{path.relative_to(tmp_path / 'run/latest')}"
+                 for path in (tmp_path / "run/latest").rglob("*")}
+    assert expected <= flushed, expected - flushed
+
 def test_disks_that_lack_a_function(tmp_path, monkeypatch):
     """They may not flush, or not say what is free; what a disk that can flush refuses names the file."""
     def fail(*_):
@@ -3927,6 +4282,27 @@ def test_mistakes_in_code_are_no_damage(tmp_path, monkeypatch):
             train.train(resume=tmp_path / "run", num_steps=7)
     assert all(ids.file.closed for ids in opened[-1][1].values())
 
+def test_a_run_begun_again(tmp_path):
+    """What one left before its first checkpoint is in no way, and none of its numbers stay. Its time counts on."""
+    (tmp_path / "run/wandb").mkdir(parents=True)
+    (tmp_path / "run/metrics.jsonl").write_text('{"step": 0, "val_loss": 5.0}\n{"step": 1, "train_loss": 5.0}\n')
+    train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", **TINY)
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 3, 4, 5, 6, 6]
+    again = train.train(resume=tmp_path / "run", num_steps=7, lr_max=1e-3, lr_min=1e-4)
+    assert again.settings.lr_min == 1e-4
+    path = tmp_path / "run/latest/training/train_state.json"
+    path.write_text(re.sub(r'"seconds": [\d.]+', '"seconds": 1000.0', path.read_text()))
+    train.train(resume=tmp_path / "run", num_steps=8)
+    assert metrics(tmp_path / "run")[-1]["seconds"] >= 1000
+
+def test_a_link_left_in_part(tmp_path):
+    """Of a run that was killed as it renamed it."""
+    train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", **TINY)
+    (tmp_path / "run/.latest.partial").symlink_to("step-0000006")
+    train.train(resume=tmp_path / "run", num_steps=7)
+    assert (tmp_path / "run/latest").resolve().name == "step-0000007"
+    assert (tmp_path / "run/step-0000006").is_dir() and not (tmp_path / "run/.latest.partial").is_symlink()
+
 def test_a_folder_of_other_things_is_no_run(tmp_path, capsys):
     """And one of a run is named as a shell takes it."""
     (tmp_path / "run/best").mkdir(parents=True)
@@ -3955,6 +4331,15 @@ def test_metrics_on_a_full_disk(tmp_path, monkeypatch, capsys):
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "metrics.jsonl could not be written" in error and "No space left" in error
     assert run.newest(tmp_path / "run").name == "step-0000006"
+
+def test_lines_behind_one_that_was_cut(tmp_path, monkeypatch):
+    """By a full disk; they are whole."""
+    one = log.Log.__new__(log.Log)
+    one.run, one.cut = types.SimpleNamespace(folder=tmp_path), True
+    monkeypatch.setattr(log, "own_folder", lambda run: tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "tr')
+    one.keep('{"step": 2}'), one.keep('{"step": 3}')
+    assert list(cli.json_lines(tmp_path / "metrics.jsonl")) == [{"step": 2}, {"step": 3}]
 
 def test_a_terminal_that_is_not_utf8(trained, tmp_path):
     """What it can't show is replaced, and nothing ends for it."""
@@ -4193,6 +4578,13 @@ def test_wandb_that_cannot_be_used_is_said_before_the_work(tmp_path):
     process = command(tmp_path, *arguments, **unknown | dict(WANDB_MODE="offline"))
     out, error = process.communicate(timeout=180)
     assert process.returncode == 0 and list((tmp_path / "runs/data/wandb").glob("offline-run-*")), error
+
+def test_wandb_hears_how_a_run_ended():
+    codes, one = [], log.Log.__new__(log.Log)
+    one.screen, one.wandb = cli.Progress("x"), True
+    one.wandb_run = types.SimpleNamespace(finish=lambda exit_code: codes.append(exit_code))
+    one.__exit__(None), one.__exit__(KeyError)
+    assert codes == [0, 1]
 
 def test_wandb_that_is_lost_ends_no_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -4691,6 +5083,12 @@ def test_interrupting_prepare_is_one_line(tmp_path):
     assert process.returncode == 130 and error.split() == ["prepare.py:", "interrupted"]
     assert not (tmp_path / "data").exists()
 
+def test_times_and_what_is_left(capsys):
+    assert [cli.duration(seconds) for seconds in (42.9, 185, 7620, 90_000)] == ["42s", "3m05s", "2h07m", "25h00m"]
+    progress = cli.Progress("learning", 40, "merges", 1)
+    progress.show(20, 10, progress.begin + 10)
+    assert "20 of 40 merges, 1 merges/s, 20s left" in capsys.readouterr().err
+
 def test_counts_have_no_decimals(capsys):
     progress = cli.Progress("learning", 31743, "merges", 1)
     progress.show(15244, 0, progress.begin + 10)
@@ -4775,7 +5173,8 @@ def test_a_text_does_not_replace_a_corpus_of_the_project(tmp_path, monkeypatch):
     prepare.prepare(input=tmp_path / "stories.txt", output=tmp_path / "mine", vocab_size=257)
 
 @pytest.mark.parametrize("text", ["word " * 2000 + END + "A short last document.", "word " * 2000 + "\nshort\n",
-                                  f"one document of many words{END}" * 300, "a line of many words\n" * 300])
+                                  f"one document of many words{END}" * 300, "a line of many words\n" * 300,
+                                  "a" + "你" * 2000])
 def test_validation_is_a_tenth_wherever_documents_end(tmp_path, text):
     meta, _ = prepare.open_data(prepared(tmp_path, text, vocab_size=257))
     sizes = [meta[split]["bytes"] for split in ("train", "val")]
@@ -5350,6 +5749,7 @@ def test_models_of_other_families(tmp_path, monkeypatch, capsys, kind):
     assert tokens in capsys.readouterr().out
 
     train.train(data=prepared_folder, output_dir=tmp_path / "new", d_model=32, num_steps=2, device="cpu")
+    assert bpe.special_ids(tmp_path / "new/latest", bpe.load(prepared_folder))[0] == meta["begin_ids"]
     capsys.readouterr()
     sample.sample(checkpoint=tmp_path / "new", prompt=prompt, temperature=0, max_new_tokens=20)
     out = capsys.readouterr().out.replace("<|begin_of_text|>", "")  # special tokens are shown here, and not there
@@ -5590,6 +5990,18 @@ def test_other_tokenizers_are_refused_by_name(tokenizer_file, tmp_path, change, 
     (tmp_path / "tokenizer.json").write_text(json.dumps(json.loads(Path(tokenizer_file).read_text()) | change))
     with pytest.raises(cli.InputError, match=message):
         bpe.load(tmp_path / "tokenizer.json")
+
+@pytest.mark.parametrize("change, message", [
+    (lambda model: model["merges"].append(model["merges"][0]), "a merge stands twice"),
+    (lambda model: model["vocab"].update(zz=9999), "its ids are not 0, 1, 2"),
+    (lambda model: model["merges"].pop(), "merges are missing: nothing makes 1 of its tokens"),
+    (lambda model: model["vocab"].update({"": len(model["vocab"])}), "it has an empty token")])
+def test_mistakes_in_a_tokenizer_file(tokenizer_file, tmp_path, change, message):
+    description = json.loads(Path(tokenizer_file).read_text())
+    change(description["model"])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(description))
+    with pytest.raises(cli.InputError, match=message):
+        bpe.load(tmp_path)
 
 @pytest.mark.parametrize("option, value", [
     ("num_hidden_layers", 10**18), ("hidden_size", 10**18), ("vocab_size", 10**18), ("rope_theta", 1e308),

@@ -239,8 +239,8 @@ def config_from_hf(hf, source):
     """The Config of a Llama config.json. Raises InputError that names an option which this model has not."""
     if not isinstance(hf, dict) or hf.get("model_type") not in ("llama", "tinylm"):
         kind = repr(hf.get("model_type")) if isinstance(hf, dict) else "not there"
-        raise InputError(f"{source} is not the config of a Llama model (model_type is {kind}, expected 'llama'); take a "
-                         "Llama model")
+        raise InputError(f"{source} is not the config of a Llama model (model_type is {kind}, expected 'llama'); take "
+                         "a Llama model")
     for option in hf.keys() - HF_SIZES.values():
         if option.startswith("tinylm_"):
             raise InputError(f"{source} has {option}, as of a changed tinylm: read it with the code that wrote it")
