@@ -3376,7 +3376,7 @@ def train_and_write_on_device(data, folder, flags):
                  output_dir=folder) | flags
     with FakeTensorMode(allow_non_fake_inputs=True), Host() as host:
         torch.cuda.current_stream, torch.cuda.graph = host.current_stream, host.record
-        tinylm.rope_table(flags["context_length"], 16, 1e4, NO_SCALING, torch.device("cuda", 0))  # no part of a graph
+        tinylm.angles_table(flags["context_length"], 16, 1e4, NO_SCALING, torch.device("cuda", 0))  # no part of a graph
         train.train(**flags)
         config, params, dtype = runs[-1].config, runs[-1].params, machine.DTYPES[runs[-1].settings.dtype]
         on_device({"params": params, "optimizer": runs[-1].optimizer})
@@ -3530,7 +3530,7 @@ def report_launches():
             params = tinylm.tree_map(lambda p: p.to("cuda"), tinylm.init_params(config, generator()))
             grads, state = tinylm.tree_map(torch.zeros_like, params), tinylm.OPTIMIZERS[optimizer][0](params)
             tokens, loss = torch.zeros(4, 256, dtype=torch.int64).to("cuda"), torch.zeros(()).double().to("cuda")
-            tinylm.rope_table(256, config.head_dim, 1e4, NO_SCALING, tokens.device)  # no part of a graph
+            tinylm.angles_table(256, config.head_dim, 1e4, NO_SCALING, tokens.device)  # no part of a graph
             with contextlib.suppress(Written):
                 if optimizer == "adamw":
                     gradients(params, tokens, tokens)

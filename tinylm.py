@@ -653,11 +653,13 @@ def rope_table(length, head_dim, theta, scaling, device):
     with torch.inference_mode(False):  # so that what generation has computed can serve training too
         return rope_angles.definition(length, head_dim, theta, scaling, device)
 
+def angles_table(length, *args):
+    """`rope_angles` of so many positions, and of some to come, for which no table need be made then."""
+    return rope_table(max(256, power_of_two(length)), *args)
+
 @faster(rope_angles, always)
 def rope_angles_once(length, head_dim, theta, scaling, device):
-    """From a table with some positions to come, by which it need not be made for each."""
-    table = rope_table(max(256, power_of_two(length)), head_dim, theta, scaling, device)
-    return tuple(angles[:length] for angles in table)
+    return tuple(angles[:length] for angles in angles_table(length, head_dim, theta, scaling, device))
 
 # Compiled code would take the sines again for each head and each layer, so the table is a constant to it. This is what
 # torch.compiler.assume_constant_result says, which would import the compiler for it: a second and more.
@@ -1572,7 +1574,7 @@ def cached_attention_in_kernel(q, k, v, cache):
 
 def all_angles(config, device):
     """`rope_angles` of a model: the same tensors as long as its table is kept."""
-    return rope_table(config.context_length, config.head_dim, config.rope_theta, config.rope_scaling, device)
+    return angles_table(config.context_length, config.head_dim, config.rope_theta, config.rope_scaling, device)
 
 @faster(angles_at, lambda start, T, config, device: isinstance(start, torch.Tensor))
 def angles_at_place(start, T, config, device):
@@ -1591,7 +1593,8 @@ def next_token_in_graph(params, tokens, config, dtype, cache, chance, stopped, t
     long as parameters, keys, values and angles are the same ones.
     """
     filled, keys = cache["filled"], cache["k"].shape[3]
-    angles_at(filled, 1, config, tokens.device)  # raises beyond the last position
+    if filled >= config.context_length:
+        angles_at(filled, 1, config, tokens.device)  # raises
     if not has_next_attention(cache["k"]):
         keys = min(keys, max(KEYS_AT_LEAST, 1 << filled.bit_length()))
     position = torch.full((1,), filled, device=tokens.device)

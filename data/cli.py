@@ -379,7 +379,7 @@ def duration(seconds):
 class Progress:
     """Progress of long work on stderr: one refreshing line on a terminal, plain lines now and then in a log.
 
-    Quiet for the first two seconds, so that short work leaves no trace.
+    Quiet for the first two seconds, so that short work leaves no trace; and where another rank speaks.
     """
 
     def __init__(self, label, total=None, unit="MB", scale=1e6, stream=None):
@@ -406,6 +406,8 @@ class Progress:
         self.write(f"{self.label}: {number(done)}{of_total} {self.unit}, {number(rate)} {self.unit}/s{left}")
 
     def write(self, text):
+        if not speaks():
+            return
         put(f"\r\033[K{text}" if self.terminal else f"{text}\n", self.stream)
         self.shown = True
 
