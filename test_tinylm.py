@@ -2448,8 +2448,8 @@ def test_bits_per_byte_of_a_part_of_a_split(trained, capsys):
     bits = float(re.search(r"([\d.]+) bits per byte", capsys.readouterr().out)[1])
     assert bits == pytest.approx(loss / math.log(2) * (meta["tokens"] - 1) / meta["bytes"], abs=1e-4)
 
-def test_eval_only_of_a_text(trained, tmp_path, capsys):
-    """A text file is encoded with the model's tokenizer; bits per byte count its bytes."""
+def test_eval_only_of_a_text(trained, tmp_path, monkeypatch, capsys):
+    """A text file is encoded with the model's tokenizer, as far as it is asked for; bits per byte count its bytes."""
     text = "Once upon a time, there was a cat. " * 5
     (tmp_path / "text.txt").write_text(text)
     train.train(eval_only=True, init_from=str(trained / "runs/tiny/latest"), data=str(tmp_path / "text.txt"))
@@ -2457,6 +2457,14 @@ def test_eval_only_of_a_text(trained, tmp_path, capsys):
     tokens = len(bpe.encode(bpe.load(trained / "data/tokenizer.json"), text))
     loss, bits = float(re.search(r"loss ([\d.]+)", out)[1]), float(re.search(r"([\d.]+) bits per byte", out)[1])
     assert f" {tokens:,} tokens" in out and bits == pytest.approx(loss * tokens / math.log(2) / len(text), rel=1e-3)
+    (tmp_path / "text.txt").write_text(text * 40)
+    losses, pieces, encode_pieces = [], [], bpe.encode_pieces
+    monkeypatch.setattr(bpe, "encode_pieces", lambda *args: (pieces.append(1) or one for one in encode_pieces(*args)))
+    for chunk_bytes in (1 << 20, 100):
+        monkeypatch.setattr(bpe, "CHUNK_BYTES", chunk_bytes)
+        losses.append(train.train(eval_only=True, init_from=str(trained / "runs/tiny/latest"), eval_tokens=70,
+                                  data=str(tmp_path / "text.txt")))
+    assert losses[0] == losses[1] and 2 < len(pieces) < 20
 
 def test_plot_draws_what_was_measured(tmp_path, trained, monkeypatch, capsys):
     import xml.etree.ElementTree as xml

@@ -436,8 +436,9 @@ def evaluate_only(resume, init_from, given):
                          "the flag out, or give a smaller one")
     if settings.split and prepare.is_text(settings.data):
         raise InputError(f"--split={settings.split}: {settings.data} is a text, which has no parts; leave it out")
-    ids, num_bytes = prepare.ids_of(settings.data, folder, settings.split or "val")
-    count = settings.eval_tokens = min(len(ids) - 1, given.get("eval_tokens", len(ids) - 1))
+    most = given.get("eval_tokens", math.inf)
+    ids, num_bytes = prepare.ids_of(settings.data, folder, settings.split or "val", most)
+    count = settings.eval_tokens = min(len(ids) - 1, most)
     num_bytes *= count / (len(ids) - 1)
     settings.context_length = min(settings.context_length, count)  # nothing is computed that is not asked for
     settings.batch_size = min(settings.batch_size, -(-count // settings.context_length))

@@ -5,6 +5,7 @@ import hashlib
 import http.client
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import ssl
@@ -538,8 +539,9 @@ def summary(file, dtype):
     progress.close()
     return highest, digest.hexdigest()
 
-def ids_of(name, folder, split):
-    """Ids to evaluate the model in `folder` on, and the bytes of their text: a split of data, or a text file.
+def ids_of(name, folder, split, most=math.inf):
+    """Ids to evaluate the model in `folder` on, and the bytes of their text: a split of data, or a text file, of which
+    no more is read than makes `most` tokens and some.
 
     Raises InputError where there is no text, or it was prepared with another tokenizer than the model's.
     """
@@ -547,8 +549,12 @@ def ids_of(name, folder, split):
     if is_text(name):
         check_is_text(name)
         with tempfile.TemporaryDirectory() as scratch:
-            text = as_text(Path(name), Path(scratch) / "text")
-            pieces = [ids for _, ids in bpe.encode_pieces(with_end(tokenizer, end), [text])]
+            text, pieces, count = as_text(Path(name), Path(scratch) / "text"), [], 0
+            for _, ids in bpe.encode_pieces(with_end(tokenizer, end), [text]):
+                pieces.append(ids)
+                count += len(ids)
+                if count > most:
+                    break
         sizes = text_sizes(tokenizer, begin, end)
         num_bytes = sum(int(sizes[ids].sum()) for ids in pieces)
         ids = np.concatenate([np.array([] if begin else [end], tokenizer.dtype), *pieces])
