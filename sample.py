@@ -68,7 +68,7 @@ class Writer:
 @cli.command(Settings)
 @machine.within_memory("give a smaller --num_samples or --max_new_tokens, --dtype=bfloat16 or --device=cpu")
 def sample(given):
-    """Continue a prompt, and print it as it is written; it ends where the model ends it, or after max_new_tokens.
+    """Continue a prompt, and print it as it is written, until the model ends it, or for max_new_tokens.
     To Python it returns the texts.
 
     `python sample.py export --help` is about writing a model as one file for llama.cpp.

@@ -173,7 +173,7 @@ def init_cache(config, batch_size, length, dtype, device):
 
 @operation
 def cached_attention(q, k, v, cache):
-    """`attention` that sees earlier positions too. `cache`, of one layer, is donated: k and v go behind what it has."""
+    """`attention` to earlier positions too. k, v (B, H_kv, T, D) go behind those in a layer's `cache`, donated here."""
     start, end = cache["filled"], cache["filled"] + q.shape[2]
     cache["k"][:, :, start:end], cache["v"][:, :, start:end] = k, v
     return attention(q, cache["k"][:, :, :end], cache["v"][:, :, :end])
@@ -190,7 +190,7 @@ def multi_head_attention(x, cos, sin, cache, config, wq, wk, wv, wo):
 
 @operation
 def transformer_block(x, cos, sin, cache, config, attention_norm, attention, mlp_norm, mlp):
-    """One pre-norm block: x + multi_head_attention(rmsnorm(x)), then x + swiglu(rmsnorm(x)). x (B, T, d_model)."""
+    """x + multi_head_attention(rmsnorm(x)), then x + swiglu(rmsnorm(x)). x (B, T, d_model), cos, sin (T, D/2)."""
     x = x + multi_head_attention(rmsnorm(x, attention_norm, config.norm_eps), cos, sin, cache, config, **attention)
     return x + swiglu(rmsnorm(x, mlp_norm, config.norm_eps), **mlp)
 
@@ -208,14 +208,14 @@ def angles_at(start, T, config, device):
     """`rope_angles` of T positions. Raises ValueError beyond context_length: the model has learned no others."""
     if start + T > config.context_length:
         raise ValueError(f"{start + T} positions, {start} of them cached; expected {config.context_length} at most")
-    so_far = rope_angles(int(start) + T, config.head_dim, config.rope_theta, config.rope_scaling, device)
-    return tuple(angles[start:] for angles in so_far)  # (T, D/2) each
+    table = rope_angles(config.context_length, config.head_dim, config.rope_theta, config.rope_scaling, device)
+    return tuple(angles[start:start + T] for angles in table)  # (T, D/2) each
 
 def hidden_states(params, tokens, config, dtype=torch.float32, cache=None, remat=False):
     """What the output matrix reads, computed in `dtype`. tokens (B, T) of int64 → (B, T, d_model) and the new cache.
 
     `cache` has keys and values of the positions before `tokens`; it is donated, as to copy it for each token is slow.
-    Where one token is read, cache["filled"] may be a tensor (1), as in CUDA graphs, whose number forms can't take.
+    Where one token is read, cache["filled"] may be a tensor (1), as in CUDA graphs. Raises ValueError past the context.
     """
     start, T = cache["filled"] if cache else 0, tokens.shape[1]
     cos, sin = angles_at(start, T, config, tokens.device)
@@ -308,7 +308,7 @@ def global_norm(tree):
 
 @operation
 def clip_gradients(grads, norm, max_norm):
-    """Scale a tree, whose global norm is `norm`, to one of at most `max_norm` (Pascanu et al. 2013, alg. 1)."""
+    """Scale a tree of global norm `norm`, a scalar tensor, to at most `max_norm` (Pascanu et al. 2013, alg. 1)."""
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     return tree_map(lambda g: g * scale, grads)
 
@@ -319,9 +319,9 @@ def adamw_init(params):
 
 @operation
 def adamw_update(params, grads, state, lr, beta1=0.8, beta2=0.98, eps=1e-8, weight_decay=0.1):
-    """One step of AdamW with bias correction (Loshchilov and Hutter 2019, alg. 2); returns (params, state), both new.
+    """One step of AdamW with bias correction, in float32 (Loshchilov and Hutter 2019, alg. 2) → new params, new state.
 
-    Decay, times lr as in PyTorch, applies to matrices only, as a norm's gain has no reason to be near 0. lr is a number
+    Decay, times lr as in PyTorch, is for two axes or more, as a norm's gain has no reason to be near 0. lr is a number
     or a scalar tensor. Corrections are in float64, as 1 - beta2 ** step cancels. Of the betas data/README.md has more.
     """
     step = state["step"] + 1
@@ -467,7 +467,7 @@ def sample_token(logits, chance, temperature, top_k, top_p):
 
 @operation
 def next_token(params, tokens, config, dtype, cache, chance, stopped, temperature, top_k, top_p, stop_tokens):
-    """Read tokens (B, T) and draw the next by `sample_token` → (B), the new cache, which rows have stopped then (B)."""
+    """Read tokens (B, T), draw the next by `sample_token` → it (B), the new cache, whether rows have stopped (B)."""
     x, cache = hidden_states(params, tokens, config, dtype, cache)
     token = sample_token(to_logits(params, x[:, -1]), chance, temperature, top_k, top_p)  # (B)
     if stop_tokens:
@@ -643,27 +643,31 @@ class RMSNorm(torch.autograd.Function):
 def rmsnorm_trained(x, gain, eps):
     return RMSNorm.apply(x, gain, eps)
 
-def power_of_two(size):
-    """The least that is not below a size."""
-    return 1 << (size - 1).bit_length()
-
 @lru_cache(maxsize=4)
 def rope_table(length, head_dim, theta, scaling, device):
     """`rope_angles`, computed once."""
     with torch.inference_mode(False):  # so that what generation has computed can serve training too
         return rope_angles.definition(length, head_dim, theta, scaling, device)
 
-def angles_table(length, *args):
-    """`rope_angles` of so many positions, and of some to come, for which no table need be made then."""
-    return rope_table(max(256, power_of_two(length)), *args)
-
 @faster(rope_angles, always)
 def rope_angles_once(length, head_dim, theta, scaling, device):
-    return tuple(angles[:length] for angles in angles_table(length, head_dim, theta, scaling, device))
+    return rope_table(length, head_dim, theta, scaling, device)
 
 # Compiled code would take the sines again for each head and each layer, so the table is a constant to it. This is what
 # torch.compiler.assume_constant_result says, which would import the compiler for it: a second and more.
 rope_angles_once._dynamo_marked_constant = True
+
+def power_of_two(size):
+    """The least that is not below a size."""
+    return 1 << (size - 1).bit_length()
+
+@faster(angles_at, lambda start, T, config, device: isinstance(start, int) and start + T <= config.context_length
+        and is_eager())
+def angles_at_eager(start, T, config, device):
+    """From a table of no more than twice the positions so far, or 256: a model may take a million."""
+    length = max(256, power_of_two(start + T))
+    table = rope_table(length, config.head_dim, config.rope_theta, config.rope_scaling, device)
+    return tuple(angles[start:start + T] for angles in table)
 
 def has_pairs(x):
     """Whether pairs of x stand where complex numbers can, or will in a copy without gaps."""
@@ -706,8 +710,8 @@ def gated_silu_trained(gate, up):
 class TokenLosses(torch.autograd.Function):
     """`token_losses` with its own backward pass, d logits = (softmax(logits) - onehot(target)) · d loss.
 
-    It keeps exp(logits) and turns it into the gradient where it lies: with a large vocabulary each pass over an array
-    of this size, and each new one, is dear.
+    It keeps exp(logits - highest) and turns that into the gradient where it lies, so that it goes backward once alone:
+    with a large vocabulary each pass over an array of this size, and each new one, is dear.
     """
 
     @staticmethod
@@ -798,11 +802,17 @@ def orthogonalize_by_shape(matrices):
 LOGITS_AT_ONCE = 1 << 27  # numbers; with 50,304 tokens in the vocabulary the logits of 2,668 positions
 
 def token_losses_in_pieces(params, inputs, targets, config, dtype):
-    """`token_losses` of a model, for evaluation. inputs, targets (B, T) of int64 → (B, T)."""
+    """`token_losses` of a model, for evaluation; whole rows at once where they fit. inputs, targets (B, T) of int64 →
+    (B, T).
+    """
+    def of_rows(x, targets):
+        size = max(1, LOGITS_AT_ONCE // config.vocab_size)
+        pieces = zip(x.split(size, 1), targets.split(size, 1))
+        return torch.cat([token_losses(to_logits(params, x), targets) for x, targets in pieces], 1)
+
     x, _ = hidden_states(params, inputs, config, dtype)
-    size = max(1, LOGITS_AT_ONCE // config.vocab_size)
-    pieces = zip(x.flatten(0, 1).split(size), targets.flatten().split(size))
-    return torch.cat([token_losses(to_logits(params, x), targets) for x, targets in pieces]).view(targets.shape)
+    rows = max(1, LOGITS_AT_ONCE // (config.vocab_size * inputs.shape[1]))
+    return torch.cat(list(map(of_rows, x.split(rows), targets.split(rows))))
 
 class LossInPieces(torch.autograd.Function):
     """The mean of `token_losses` of x wᵀ, some rows of x at a time; no more logits than of these exist.
@@ -1574,7 +1584,7 @@ def cached_attention_in_kernel(q, k, v, cache):
 
 def all_angles(config, device):
     """`rope_angles` of a model: the same tensors as long as its table is kept."""
-    return angles_table(config.context_length, config.head_dim, config.rope_theta, config.rope_scaling, device)
+    return rope_angles(config.context_length, config.head_dim, config.rope_theta, config.rope_scaling, device)
 
 @faster(angles_at, lambda start, T, config, device: isinstance(start, torch.Tensor))
 def angles_at_place(start, T, config, device):
@@ -1589,12 +1599,11 @@ def is_worth_a_record(params, tokens, config, dtype, cache, *_):
 
 @faster(next_token, is_worth_a_record)
 def next_token_in_graph(params, tokens, config, dtype, cache, chance, stopped, temperature, top_k, top_p, stop_tokens):
-    """After one token. The graphs stay in the cache that they belong to, by what they depend on beside tensors, for as
-    long as parameters, keys, values and angles are the same ones.
+    """`next_token` after one token. The graphs stay in the cache that they belong to, by what they depend on beside
+    tensors, for as long as parameters, keys, values and angles are the same ones.
     """
     filled, keys = cache["filled"], cache["k"].shape[3]
-    if filled >= config.context_length:
-        angles_at(filled, 1, config, tokens.device)  # raises
+    angles_at(filled, 1, config, tokens.device)  # raises beyond the last position
     if not has_next_attention(cache["k"]):
         keys = min(keys, max(KEYS_AT_LEAST, 1 << filled.bit_length()))
     position = torch.full((1,), filled, device=tokens.device)
@@ -1768,7 +1777,7 @@ def shard(tree, mesh):
     return tree_map(lambda w: wrap(w) if w.ndim else w, tree)  # cloned, so that the whole can be freed
 
 def own_rows(w):
-    """This rank's rows of a tensor that every rank has whole. All have as many; the last ones may have fewer."""
+    """This rank's rows of a tensor that all ranks have whole: N / ranks, rounded up; the last have fewer, or none."""
     size = math.ceil(len(w) / torch.distributed.get_world_size())
     return w[torch.distributed.get_rank() * size:][:size]
 
@@ -2015,7 +2024,7 @@ class GradientAverager:
         self.waiting, self.size = [], 0
 
     def averages(self, grads):
-        """Wait for all buckets → a tree like `grads`, of means over the ranks. Raises ValueError where one lacks."""
+        """Wait for all → a tree like `grads`, of means over the ranks. Raises ValueError where one is missing."""
         taken = {path for gradients in (self.waiting, *(bucket[0] for bucket in self.sent)) for path, _ in gradients}
         for path in [path for path, _ in tree_leaves(grads) if path not in taken]:
             raise ValueError(f"the loss does not use {path}, of which ranks need a gradient; add 0 times its sum")

@@ -30,12 +30,12 @@ def default_num_layers(settings):
     return max(4, round(settings.d_model / 64))
 
 def default_num_heads(settings):
-    """Heads of at least 32 features (64 from d_model 768 on), as many as divide d_model into an even number each."""
+    """One, or heads of at least 32 features (64 from d_model 768 on), as many as divide d_model into even numbers."""
     most = max(1, settings.d_model // (64 if settings.d_model >= 768 else 32))
     return next((heads for heads in range(most, 0, -1) if settings.d_model % (2 * heads) == 0), 1)
 
 def default_context_length(settings):
-    """256, or for a text of under 2,048 tokens a power of two, at least 2, that goes into it 8 times or more."""
+    """256, or for a text of under 2,048 tokens the largest power of two that goes into it 8 times, 2 at least."""
     return 256 if settings.train_tokens >= 2048 else 2 ** max(1, int(math.log2(max(1, settings.train_tokens / 8))))
 
 def default_batch_size(settings):
@@ -93,7 +93,8 @@ def own_flag(name, meaning, within):
 class Settings:
     # Data
     data: str = flag("stories", "a name below data/, a folder that data/prepare.py wrote, or a text file; corpora and "
-                     "texts are prepared first, for --init_from with the tokenizer of that", may_change=True)
+                     "texts are prepared first, with --init_from by its model's tokenizer; on resuming, where the same "
+                     "data is now", may_change=True)
     context_length: int = flag(default_context_length, "tokens the model sees at once", "[1, inf)",
                                stated="256, less for a text of under 2,048 tokens")
     # Model
@@ -111,7 +112,7 @@ class Settings:
                            stated="CPU 4, CUDA 64 d_model tokens, at most a 25th of the text, 4 or more")
     grad_accum_steps: int = flag(1, "batches in a step", "[1, 1000000000]")
     num_steps: int = flag({"cpu": default_num_steps(2500), "cuda": default_num_steps(5000)}, "steps in all", "[1, inf)",
-                          stated="CPU 2500, CUDA 5000, or 16 readings of a text (--init_from: 3), 800 (100) at least",
+                          stated="16 readings of the text, 800 to 2500 (CUDA 5000); --init_from: 3, from 100 on",
                           may_change=True)
     schedule: str = flag("cosine", f"course of the learning rate, {' or '.join(tinylm.SCHEDULES)}",
                          choices=tinylm.SCHEDULES)
@@ -124,7 +125,7 @@ class Settings:
     optimizer: str = flag("adamw", "adamw, or muon for the matrices of the blocks (AdamW for the rest)",
                           choices=tinylm.OPTIMIZERS)
     weight_decay: float = flag(default_weight_decay, "decoupled decay of the matrices", "[0, inf)",
-                               stated="0.1, and more for a text of few steps")
+                               stated="0.1, more for a text that is read often")
     beta1: float = own_flag("beta1", "decay of AdamW's first moment", "[0, 1)")
     beta2: float = own_flag("beta2", "decay of AdamW's second moment", "[0, 1)")
     momentum: float = own_flag("momentum", "decay of Muon's momentum", "[0, 1)")
@@ -153,8 +154,8 @@ class Settings:
                             "[1, inf)", stated="CPU 131072, CUDA 4194304; with --eval_only all", may_change=True)
     checkpoint_interval: int = flag(lambda settings: settings.eval_interval, "steps between checkpoints", "[1, inf)",
                                     stated="eval_interval", may_change=True)
-    save_dtype: str = flag(lambda settings: settings.weights_dtype, "of a checkpoint's model, float32, bfloat16 or "
-                           "float16; beside 16 bits, training/ keeps float32 to go on from",
+    save_dtype: str = flag(lambda settings: settings.weights_dtype, "dtype of a checkpoint's model, float32, bfloat16 "
+                           "or float16; with 16 bits training/ has float32 too, to go on from",
                            choices=DTYPES_OF_FILES, stated="float32; with --init_from what that has", may_change=True)
     keep_checkpoints: int = flag(2, "the newest ones kept, beside the best", "[1, inf)", may_change=True)
     sample_tokens: int = flag(64, "tokens that the model writes at each evaluation, to see it learn", "[0, inf)",
@@ -167,7 +168,7 @@ class Settings:
     # Instead of training
     eval_only: bool = flag(None, "print the loss of --resume (its latest checkpoint) or --init_from (of a run its "
                            "best) on --data (a data folder, or a text file) and end")
-    split: str = flag(None, "part of a data folder to evaluate on then, val or train", choices=("val", "train"),
+    split: str = flag(None, "part of a data folder that --eval_only takes, val or train", choices=("val", "train"),
                       stated="val")
 
     @classmethod
@@ -205,8 +206,11 @@ class Settings:
                              "torchrun --nproc_per_node=DEVICES train.py --shard …, or give --shard=False")
         return settings
 
-    of_optimizer = property(lambda self: {  # the hyperparameters of its update
-        name: getattr(self, name) for name in hyperparameters(self.optimizer) if hasattr(self, name)})
+    @property
+    def of_optimizer(self):
+        """{name: value} of the hyperparameters of the optimiser's update."""
+        return {name: getattr(self, name) for name in hyperparameters(self.optimizer) if hasattr(self, name)}
+
     tokens_per_step = property(lambda self: self.batch_size * self.grad_accum_steps * self.context_length)
     train_tokens, is_pretrained, weights_dtype = math.inf, False, "float32"  # defaults depend on them, once known
     epochs = property(lambda self: self.num_steps * self.tokens_per_step / self.train_tokens)
@@ -285,10 +289,11 @@ def schedule(settings):
 def step_functions(config, settings):
     """What a step computes, compiled where asked: the gradients of a batch, the update, the losses of each token.
 
-    Compiled, the update is given its parameters and state, which it changes; on CUDA what it and the gradients return
-    is overwritten by their next call.
+    Compiled, the update changes the parameters and state that it is given, but not where ranks need more than their own
+    parts. What is one CUDA graph returns what its next call overwrites.
     """
     dtype, (_, optimizer_update) = DTYPES[settings.dtype], tinylm.OPTIMIZERS[settings.optimizer]
+    own = settings.of_optimizer
 
     def loss(params, inputs, targets):
         return tinylm.loss_fn(params, inputs, targets, config, dtype, settings.remat)
@@ -299,7 +304,7 @@ def step_functions(config, settings):
 
     def updated_if_finite(params, grads, optimizer, lr, norm, loss):  # else a step changes nothing
         grads = tinylm.clip_gradients(grads, norm, settings.clip_grad)
-        new = optimizer_update(params, grads, optimizer, lr, **settings.of_optimizer)
+        new = optimizer_update(params, grads, optimizer, lr, **own)
         return [tinylm.if_finite(loss + norm, *trees) for trees in zip(new, (params, optimizer))]
 
     def update(params, grads, optimizer, lr, loss):

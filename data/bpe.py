@@ -1333,7 +1333,8 @@ def train(paths, vocab_size, special_tokens=(END_OF_TEXT,), workers=None, errors
     """Learn a tokenizer from text files, or spans (path, start, end) of them: the 256 bytes, special tokens, merges.
 
     The vocabulary stays smaller where the text has no more pairs to merge. Raises InputError for a vocabulary too
-    small for the bytes and the special tokens, and for special tokens that are empty or stand twice.
+    small for the bytes and the special tokens, for special tokens of less than two bytes or that stand twice, and for
+    files that are missing or not UTF-8.
     """
     special_tokens = list(special_tokens)
     if len(set(special_tokens)) < len(special_tokens) or any(len(token.encode()) < 2 for token in special_tokens):

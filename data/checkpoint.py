@@ -7,6 +7,7 @@ import os
 import struct
 from collections import Counter
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -226,6 +227,10 @@ def check_goes_on(params, state, update):
                                  "of numbers")
         return [f"{path} {tuple(leaf.shape)} of {str(leaf.dtype)[6:]}" for path, leaf in leaves]
 
+    shape = partial(tinylm.tree_map, lambda leaf: None)
+    if shape(tree_build(tree_leaves(state))) != shape(state):
+        raise InputError("the optimiser's state would be lost in a checkpoint; expected a dict of tensors, or of such "
+                         "dicts, whose keys are names without points and of which none is empty")
     old = {"params": params, "state": state}
     before, copies = kinds(old), [leaf.clone() for _, leaf in tree_leaves(old)]
     after = kinds(dict(zip(old, update(params, params, state))))

@@ -379,7 +379,7 @@ def duration(seconds):
 class Progress:
     """Progress of long work on stderr: one refreshing line on a terminal, plain lines now and then in a log.
 
-    Quiet for the first two seconds, so that short work leaves no trace; and where another rank speaks.
+    Quiet for the first two seconds, so that short work leaves no trace, and on ranks that don't speak.
     """
 
     def __init__(self, label, total=None, unit="MB", scale=1e6, stream=None):

@@ -1,6 +1,7 @@
 """A corpus → data/NAME/: tokenizer.json, train.bin, val.bin and meta.json. See `prepare` for the flags."""
 
 import codecs
+import contextlib
 import hashlib
 import http.client
 import itertools
@@ -40,7 +41,7 @@ class Settings:
     dataset: str = flag(None, "stories (built in, no download; the default), tinystories (2.2 GB) or shakespeare "
                         "(1 MB), downloaded once", choices=CORPORA)
     input: str = flag(None, "a text file, or a folder of them, of your own instead; <|endoftext|> in it ends a "
-                      "document, as each file does; in a .jsonl file each line's \"text\" is one")
+                      "document, as the end of a file does; in a .jsonl file each line's \"text\" is one")
     val_input: str = flag(None, "text to validate on")
     val_fraction: float = flag(None, "or the part of the text to keep for validation, its end, between 0 and 1",
                                "(0, 1)", stated="0.1")
@@ -136,8 +137,8 @@ def is_text(name):
 def text_files(source, output):
     """The file that a user named, or all files below the folder in order of name, without hidden ones and `output`.
 
-    Links to folders are followed, each folder once. Pictures and the like are left out, which is said. Raises OSError
-    for what can't be read.
+    Links to folders are followed, each folder once. Pictures and the like are left out, which is said. Raises
+    InputError where nothing is there, or no text, and OSError for what can't be read.
     """
     def refuse(error):
         raise error
@@ -386,9 +387,12 @@ def write_beside(partial, sources, settings, dataset, tokenizer, begin, end, voc
 
 def put_in_place(partial, output):
     """Move new data over old. The folder itself stays, as it may be a mount point; without meta.json it is no data."""
-    if is_data(output):  # else what is there may be of `partial`, by a process that was killed here
-        for name in ("train.txt", "val.txt", "meta.json"):  # the text is that of a corpus, which other data has not
-            (output / name).unlink(missing_ok=True)
+    if is_data(output):  # else new files may be here that a process moved before it was killed
+        with contextlib.suppress(InputError, KeyError, TypeError):  # of a file that is damaged
+            is_corpus = files.read_json(output / "meta.json")["source"] == "stories"  # which has its text beside it
+            for name in NUM_STORIES if is_corpus else ():
+                (output / name).unlink(missing_ok=True)
+        (output / "meta.json").unlink()
     for path in sorted(partial.iterdir(), key=lambda path: path.name == "meta.json"):  # that one last
         os.replace(path, output / path.name)
     files.flush_folder(output)

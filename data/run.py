@@ -25,7 +25,7 @@ class Run:
     data: Path
     source: str | None = None  # the checkpoint that its model comes from
     step: int = 0  # steps done
-    seconds: float = 0.0  # that they took, with evaluations and checkpoints
+    seconds: float = 0.0  # that those before this start took, with evaluations and checkpoints
     lowest: float = math.inf  # validation loss
     best_step: int | None = None  # and when it was
     wandb_id: str | None = None
@@ -308,16 +308,17 @@ def resume_run(folder, given, table, check, claims, error_if_done=InputError):
         if kept.get("shard") and "shard" not in given and not cli.has_ranks():
             cli.say("the run was split over ranks; here it goes on in one process, whole")
             kept = kept | {"shard": False}
-        for flag, value in given.items():
-            before = kept.get(flag, cli.flags_of(table)[flag].metadata["default"])  # for a run of before it was a flag
-            chosen = before or getattr(config, flag, before)  # where 0 lets Config choose
-            if not cli.may_change(table, flag) and value not in (before, chosen):
-                has = f"{flag} {chosen}" if flag in kept else f"no {flag}"
-                raise InputError(f"--{flag}={value}: the run has {has}, which can't change on resuming; start a new "
-                                 "run for that")
         for name in kept.keys() - cli.flags_of(table):
             raise InputError(f"{latest} was written with a setting {name}, which this code has not; go on with the "
                              "code that began the run")
+        for flag, value in given.items():
+            before = kept.get(flag, cli.flags_of(table)[flag].metadata["default"])  # for a run of before it was a flag
+            before = before(table(**kept)) if callable(before) else before
+            chosen = before or getattr(config, flag, before)  # where 0 lets Config choose
+            if not cli.may_change(table, flag) and value not in (before, chosen):
+                has = f"no {flag}" if chosen is None else f"{flag} {chosen}"
+                raise InputError(f"--{flag}={value}: the run has {has}, which can't change on resuming; start a new "
+                                 "run for that")
         if given.get("lr_max", kept["lr_max"]) != kept["lr_max"] and "lr_min" not in given:  # in proportion
             given = given | {"lr_min": kept["lr_min"] * given["lr_max"] / (kept["lr_max"] or 1)}
     settings = table.complete(kept | given)  # outside, as a mistake in the code is no damage
@@ -405,7 +406,7 @@ def load_state(run):
     else:
         params = tinylm.init_params(config, torch.Generator().manual_seed(settings.seed))
     optimizer = init_optimizer(params)
-    if run.step:  # of that state only the shapes matter, and its memory is for the one that is loaded
+    if run.step:  # a fresh state tells the shapes alone, and is freed before the one that was saved is read
         shapes = tinylm.tree_map(lambda tensor: tensor.to("meta"), optimizer)
         del optimizer
         optimizer = checkpoint.load_optimizer(run.source, shapes)
@@ -439,15 +440,15 @@ def place_state(run):
         tensor = machine.of_first_rank(tensor.to(run.settings.device, copy=True))  # no two in one place, for updates
         return tinylm.shard(tensor, mesh) if mesh else tensor
 
-    # One after the other, each freed where it was: a device may have no room for all that it gets a part of, and a CPU
-    # none for all twice.
+    def moved(tree):  # which is emptied, so that each tensor is freed where it was
+        return {key: moved(tree.pop(key)) for key in [*tree]} if isinstance(tree, dict) else place(tree)
+
+    # One tensor after the other: a device may have no room for the whole model where it keeps a part, a CPU none for it
+    # twice.
     for name in ("params", "optimizer"):
-        leaves, placed = tinylm.tree_leaves(getattr(run, name))[::-1], []
+        tree = tinylm.tree_map(lambda tensor: tensor, getattr(run, name))  # dicts of its own
         setattr(run, name, None)
-        while leaves:
-            path, tensor = leaves.pop()
-            placed.append((path, place(tensor)))
-        setattr(run, name, tinylm.tree_build(placed))
+        setattr(run, name, moved(tree))
 
 def keep_metrics(path, last_step):
     """Drop from a run's metrics what it measured after `last_step`, a line cut short by its death included."""
