@@ -449,6 +449,7 @@ def test_every_form_of_the_loss(at_once, monkeypatch):
         pieces.append(x[..., 0].numel()), to_logits(params, x)][1])
     same(tinylm.token_losses_in_pieces(params, inputs, targets, config, torch.float32), expected, 1e-5)
     assert sum(pieces) == 27 and max(pieces) * 300 <= max(at_once, 300), "however long a text is"
+    assert at_once < 9 * 300 or all(size % 9 == 0 for size in pieces), "whole rows, where they fit"
     for tie_embeddings, dtype in itertools.product((False, True), (torch.float32, torch.bfloat16)):
         config = small_config(tie_embeddings=tie_embeddings)
         args = random_params(config), inputs, targets, config, dtype
@@ -1317,6 +1318,15 @@ def test_the_model_with_forms_and_without(dtype, compiled):
     assert loss.item() == pytest.approx(plain_loss.item(), rel=tolerance)
     for (path, g), (_, plain) in zip(tinylm.tree_leaves(grads), tinylm.tree_leaves(plain_grads)):
         assert (g - plain).norm() <= tolerance * plain.norm(), path
+
+def test_a_compiled_model_takes_any_length():
+    config = small_config(context_length=100)
+    params = random_params(config)
+    compiled = torch.compile(lambda params, tokens: tinylm.forward(params, tokens, config), backend="aot_eager",
+                             fullgraph=True)
+    for T in (10, 20, 33):
+        tokens = random_tokens(config, 1, T)
+        same(compiled(params, tokens), tinylm.forward(params, tokens, config), 1e-5)
 
 def test_long_contexts_cost_what_is_read_of_them(monkeypatch):
     lengths, angles = [], tinylm.rope_angles.definition
@@ -2304,6 +2314,12 @@ def test_resuming_refuses_what_would_make_another_run(tmp_path):
             train.train(**flags | dict(resume=str(tmp_path / flags["resume"])))
     with pytest.raises(run.Finished, match="has done its 6 steps"):
         train.train(resume="auto", data=str(tmp_path / "data"), output_dir=str(tmp_path / "run"))
+    train.train(data=tmp_path / "data", output_dir=tmp_path / "muon", optimizer="muon", **TINY)
+    damage(tmp_path / "muon/latest/training", "train_state.json",  # a run of before that was a flag
+           lambda content: re.sub(rb'"momentum": [\d.]+,', b"", content))
+    for momentum, message in ((0.5, "the run has momentum 0.95"), (0.95, "larger --num_steps")):
+        with pytest.raises(cli.InputError, match=message):
+            train.train(resume=tmp_path / "muon", momentum=momentum)
 
 def test_a_run_goes_on_where_it_was_moved(tmp_path):
     """Also with bytes in its metrics that are no text, as a failing disk leaves them."""
@@ -3929,6 +3945,9 @@ def test_prepare_writes_into_the_folder_that_is_there(tmp_path, monkeypatch):
     assert {"train.txt", "val.txt"} < names()
     prepared(tmp_path)
     assert names() == {"tokenizer.json", "train.bin", "val.bin", "meta.json"}, "no text of what was there before"
+    (tmp_path / "disk/train.txt").write_text("mine")
+    prepared(tmp_path, vocab_size=300)
+    assert (tmp_path / "disk/train.txt").read_text() == "mine"
 
 def test_a_run_without_links(tmp_path, monkeypatch, capsys):
     """What is newest and best does not depend on links: saved, pruned, resumed and sampled without a word."""
@@ -5094,11 +5113,15 @@ def test_interrupting_prepare_is_one_line(tmp_path):
     assert process.returncode == 130 and error.split() == ["prepare.py:", "interrupted"]
     assert not (tmp_path / "data").exists()
 
-def test_times_and_what_is_left(capsys):
+def test_times_and_what_is_left(monkeypatch, capsys):
     assert [cli.duration(seconds) for seconds in (42.9, 185, 7620, 90_000)] == ["42s", "3m05s", "2h07m", "25h00m"]
     progress = cli.Progress("learning", 40, "merges", 1)
     progress.show(20, 10, progress.begin + 10)
     assert "20 of 40 merges, 1 merges/s, 20s left" in capsys.readouterr().err
+    for name, value in dict(RANK="1", LOCAL_RANK="1", WORLD_SIZE="2", MASTER_ADDR="a", MASTER_PORT="1").items():
+        monkeypatch.setenv(name, value)
+    progress.show(20, 10, progress.begin + 10)
+    assert not capsys.readouterr().err, "one of the ranks tells"
 
 def test_counts_have_no_decimals(capsys):
     progress = cli.Progress("learning", 31743, "merges", 1)
@@ -5323,6 +5346,9 @@ def test_parameters_that_a_loss_does_not_use():
 @pytest.mark.parametrize("state, said", [
     (lambda p: torch.zeros_like(p, dtype=torch.bfloat16), r"makes state.m.* of float32 of state.m.* of bfloat16"),
     (lambda p: 0, "has state.m.*0, which a checkpoint can't hold; expected a tensor"),
+    (lambda p: {0: torch.zeros_like(p)}, "would be lost in a checkpoint; expected a dict"),
+    (lambda p: {"a.b": torch.zeros_like(p)}, "would be lost in a checkpoint; expected a dict"),
+    (lambda p: {}, "would be lost in a checkpoint; expected a dict"),
     (None, "writes into what it is given; let it return")])
 def test_an_optimizer_that_a_run_could_not_go_on_with(tmp_path, monkeypatch, state, said):
     """Is refused before the work: a state that changes its dtype, that is no tensor, an update in place."""
