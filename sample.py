@@ -93,7 +93,7 @@ def sample(given):
             raise InputError(f"--dtype=int8 needs sizes that are multiples of 32, and {folder} has d_model "
                              f"{config.d_model} and d_ff {config.d_ff}; leave it out")
     generator = torch.Generator(device).manual_seed(settings.seed)
-    prompts = torch.tensor([ids] * settings.num_samples, device=device)
+    prompts = torch.tensor(ids[-config.context_length:], device=device).expand(settings.num_samples, -1)
     tokens = tinylm.generate(params, prompts, config, settings.max_new_tokens, settings.temperature, settings.top_k,
                              settings.top_p, ends, generator, dtype)
 

@@ -165,6 +165,12 @@ def test_tiles_of_attention_make_the_whole(lead, group, T, before, block, tile):
         patch.setattr(tinylm, "TILE_SCORES", {"cpu": tile})
         same_with_gradients(tinylm.attention, tinylm.attention.definition, q, k, v)
 
+def test_scores_of_attention_are_kept_of_few_keys_alone():
+    """Else memory would grow with the square of a text's length."""
+    for T, kept in ((128, 1), (129, 0)):
+        q, k = randn(1, T, 1, 4), randn(1, T, 4)
+        assert len(tinylm.attention_in_tiles(q, k, k)) == 2 + kept
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.01)])
 @pytest.mark.parametrize("lead", [(), (1, 1), (3, 2), (16, 1), (32,), (33,), (5, 50)])
 @pytest.mark.parametrize("d_out", [4096, 4099])
@@ -247,7 +253,9 @@ def test_kernels_compute_the_definitions():
                 (torch.float32, 2, 2, 20, 13, 24, False)):
             tinylm.is_compiled = lambda: as_operations  # in compiled code each pass is an operation
             sizes = (kv_heads * group, T), (kv_heads, before + T), (kv_heads, before + T), (kv_heads * group, T)
-            *inputs, upstream = (random(2, *size, D, dtype=dtype) for size in sizes)
+            lead = (1, 2)[as_operations]  # of one text heads stand apart, as a model gives them
+            *inputs, upstream = (random(lead, T, H * D, dtype=dtype).unflatten(-1, (H, D)).transpose(1, 2)
+                                 for H, T in sizes)
             results = []
             for function, kind in ((tinylm.attention.definition, torch.float64), (tinylm.attention, dtype)):
                 leaves = [x.to(kind).requires_grad_() for x in inputs]
@@ -441,6 +449,12 @@ def test_every_form_of_the_loss(at_once, monkeypatch):
     targets = torch.randint(50, (11,), generator=generator())
     same_with_gradients(lambda x, w: tinylm.LossInPieces.apply(x, w, targets),
                         lambda x, w: F.cross_entropy(x @ w.T, targets), leaf(11, 6), leaf(50, 6, seed=1))
+    with monkeypatch.context() as patch:  # compiled, each piece waits for the one before
+        waited = []
+        patch.setattr(tinylm, "is_compiled", lambda: True)
+        patch.setattr(tinylm, "computed", lambda x, after: [waited.append(len(after)), x][1])
+        tinylm.LossInPieces.apply(leaf(11, 6), leaf(50, 6, seed=1), targets)
+    assert waited == [3] * {1: 10, 350: 1}.get(at_once, 0)
     config = small_config()
     params, (inputs, targets) = random_params(config), random_tokens(config, 2, 3, 9)
     expected = F.cross_entropy(tinylm.forward(params, inputs, config).mT, targets, reduction="none")
@@ -474,10 +488,11 @@ def test_trees():
     same(tinylm.tree_map(torch.add, tree, tree), tinylm.tree_map(lambda x: 2 * x, tree))
 
 def test_stacks_of_matrices(monkeypatch):
-    """More than fit one; and no direction of zeros."""
-    monkeypatch.setattr(tinylm, "STACKED_AT_MOST", {"cpu": 80})  # two at once, then one
+    """More than fit one, or each larger than one; and no direction of zeros."""
     matrices = tree_of((8, 5), (8, 5), (8, 5))
-    same(tinylm.orthogonalize_all(matrices), tinylm.orthogonalize_all.definition(matrices), 1e-4)
+    for most in (80, 30):  # two at once, then one; each alone
+        monkeypatch.setattr(tinylm, "STACKED_AT_MOST", {"cpu": most})
+        same(tinylm.orthogonalize_all(matrices), tinylm.orthogonalize_all.definition(matrices), 1e-4)
     for function in (tinylm.orthogonalize, tinylm.orthogonalize.definition):
         assert not function(torch.zeros(2, 3, 5)).any()
 
@@ -600,8 +615,9 @@ def test_remat_computes_each_block_again(monkeypatch):
     calls, swiglu = [], tinylm.swiglu
     monkeypatch.setattr(tinylm, "swiglu", lambda *args, **weights: [calls.append(1), swiglu(*args, **weights)][1])
     tokens = random_tokens(small_config(), 2, 9)
-    for remat, count in ((False, 2), (True, 4)):
+    for remat, count, forms in ((False, 2, []), (True, 4, []), (True, 4, [(tinylm.always, tinylm.loss_in_pieces)])):
         settings = train.Settings.complete(dict(device="cpu", remat=remat))
+        monkeypatch.setattr(tinylm.loss_fn, "forms", forms)  # that of CUDA too
         calls.clear()
         train.step_functions(small_config(), settings)[0](random_params(small_config()), tokens, tokens)
         assert len(calls) == count
@@ -1023,6 +1039,7 @@ def test_graphs_of_other_shapes(monkeypatch):
     for shape in ((2, 3), (2, 3), (2, 3), (1, 3), (1, 3), (3,), (3,), (2, 3), (2, 3)):
         tree, x = {"w": torch.ones(3)}, randn(1 + math.prod(shape))[1:].view(shape)
         assert x.data_ptr() % 16 and graph(tree, x) == x.sum()
+    assert graph(tree, x.float()).dtype == torch.float32, "another dtype too"
     assert addresses == [0] * len(addresses)
 
 def test_compiled_runs_of_one_process(monkeypatch):
@@ -1100,7 +1117,7 @@ def attention_example(dtype, lead, kv_heads, group, T, S, D):
 def adamw_example(step):
     v = tinylm.tree_map(torch.square, tree_of((3, 4), (5,), seed=7))
     state = {"step": torch.tensor(step), "m": tree_of((3, 4), (5,), seed=5), "v": v}
-    return tree_of((3, 4), (5,)), tree_of((3, 4), (5,), seed=3), state, torch.tensor(0.01), 0.8, 0.95, 1e-6, 0.1
+    return tree_of((3, 4), (5,)), tree_of((3, 4), (5,), seed=3), state, torch.tensor(0.01), 0.8, 0.95, 1e-6, 0.3
 
 def cache_example(dtype, filled):
     shapes = (6, 1), (2, 1), (2, 1), (2, 9), (2, 9)  # of q, k, v, and of keys and values in the cache
@@ -1132,7 +1149,8 @@ EXAMPLES = {
     "rope_angles": lambda dtype: [(30, 16, 1e4, NO_SCALING, "cpu"), (7, 2, 100.0, (8.0, 1.0, 4.0, 20), "cpu")],
     "rope": lambda dtype: [(x.to(dtype), *tinylm.rope_angles.definition(9, 16, 1e4, NO_SCALING, "cpu"))
                            for x in (randn(9, 16), randn(2, 3, 9, 16), randn(2, 9, 3, 16).transpose(1, 2),
-                                     randn(2, 16, 9).mT, randn(9, 33)[:, 1:17], randn(9, 17)[:, :16])],
+                                     randn(2, 16, 9).mT, randn(9, 33)[:, 1:17], randn(9, 17)[:, :16],
+                                     randn(9, 34)[:, 1:17])],
     "attention": lambda dtype: [attention_example(dtype, *sizes) for sizes in (
         ((2,), 2, 1, 9, 9, 8), ((), 1, 3, 5, 12, 4), ((2,), 2, 2, 1, 7, 8), ((1, 2), 2, 2, 200, 200, 16),
         ((3,), 1, 1, 130, 300, 6))],
@@ -1152,8 +1170,8 @@ EXAMPLES = {
     "adamw_update": lambda dtype: [adamw_example(step) for step in (0, 1000)],
     "orthogonalize": lambda dtype: [(randn(*shape).float(),) for shape in ((2, 8, 5), (1, 5, 8), (3, 6, 6))],
     "orthogonalize_all": lambda dtype: [({"blocks": {"0": tree_of((8, 5), (5, 8)), "1": tree_of((8, 5), (5, 8))}},)],
-    "nucleus_floor": lambda dtype: [(F.softmax(randn(3, V).float() * 3, -1), top_p)
-                                    for V in (5, 400) for top_p in (0.1, 0.95)],
+    "nucleus_floor": lambda dtype: [(torch.tensor([[0.5, 0.25, 0.25], [0.5, 0.3, 0.19]]), p) for p in (0.5, 0.999)] + [
+        (F.softmax(randn(3, V).float() * 3, -1), top_p) for V in (5, 400) for top_p in (0.1, 0.95)],
     "mean_loss": lambda dtype: [(randn(7, 16).to(dtype), randn(30, 16).float(), torch.arange(7))],
     "loss_fn": lambda dtype: [(random_params(config), *random_tokens(config, 2, 3, 9), config) for config in (
         small_config(), small_config(num_kv_heads=2, d_ff=24, rope_theta=99.0, norm_eps=0.1, tie_embeddings=True,
@@ -1508,7 +1526,8 @@ def test_old_and_new_ways_to_say_rope_theta(tmp_path, tokenizer_file):
     {"head_dim": 64}, {"head_dim": "x"},
     {"rope_parameters": {"rope_type": "yarn"}}, {"rope_scaling": {"type": "dynamic"}}, {"hidden_size": "x"},
     {"rope_scaling": {"rope_type": "linear"}}, {"rope_scaling": {"rope_type": "linear", "factor": 0.25}},
-    {"sliding_window": 4096}, {"quantization_config": {"bits": 4}}, {"mlp_bias": True}])
+    {"sliding_window": 4096}, {"quantization_config": {"bits": 4}}, {"mlp_bias": True}, {"intermediate_size": None},
+    {"rms_norm_eps": None}])
 def test_other_models_are_refused_by_name(tmp_path, tokenizer_file, change):
     config = small_config()
     params = tinylm.init_params(config, generator())
@@ -2032,6 +2051,14 @@ def test_absurd_merges_are_refused():
     with pytest.raises(cli.InputError, match="pairs of parts; expected 16,777,216 at most"):
         bpe.encode(tokenizer, "a")
 
+def test_blocks_end_between_characters(monkeypatch):
+    for text in ("a" * 3 + "😀" * 20, "é你😀" * 9):
+        for size in range(4, 12):
+            monkeypatch.setattr(bpe, "PIECE_BYTES", size)
+            data = text.encode()
+            blocks = [data[a:b] for a, b in bpe.cut_blocks(lambda start, end: data[start:end], 0, len(data))]
+            assert "".join(block.decode() for block in blocks) == text and max(map(len, blocks)) <= size
+
 def test_a_word_without_end_of_long_tokens(tmp_path):
     tokenizer = train_on("=" * 40_000 + " a", tmp_path, 270)
     assert max(map(len, tokenizer.tokens)) > 1000
@@ -2317,6 +2344,10 @@ def test_resuming_refuses_what_would_make_another_run(tmp_path):
     train.train(data=tmp_path / "data", output_dir=tmp_path / "muon", optimizer="muon", **TINY)
     damage(tmp_path / "muon/latest/training", "train_state.json",  # a run of before that was a flag
            lambda content: re.sub(rb'"momentum": [\d.]+,', b"", content))
+    with pytest.raises(cli.InputError, match="--resume=.*/run and --init_from=model: give one of the two"):
+        train.train(resume=tmp_path / "run", init_from="model")
+    still = train.train(data=tmp_path / "data", output_dir=tmp_path / "still", lr_max=0, **TINY)
+    assert train.train(resume=still.folder, lr_max=1e-3, num_steps=7).step == 7
     for momentum, message in ((0.5, "the run has momentum 0.95"), (0.95, "larger --num_steps")):
         with pytest.raises(cli.InputError, match=message):
             train.train(resume=tmp_path / "muon", momentum=momentum)
@@ -2484,6 +2515,16 @@ def test_eval_only_of_a_text(trained, tmp_path, monkeypatch, capsys):
                                   data=str(tmp_path / "text.txt")))
     assert losses[0] == losses[1] and 2 < len(pieces) < 20
 
+def test_eval_only_takes_the_latest_checkpoint(tmp_path, monkeypatch):
+    losses = iter([3.0, 4.0, 5.0, 5.0])
+    monkeypatch.setattr(train, "evaluate", lambda *_: next(losses))
+    train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", **TINY)
+    loaded, load = [], checkpoint.load_checkpoint
+    monkeypatch.setattr(checkpoint, "load_checkpoint", lambda folder: [loaded.append(folder.name), load(folder)][1])
+    for flags in (dict(resume=tmp_path / "run"), dict(init_from=tmp_path / "run", data=tmp_path / "data")):
+        train.train(eval_only=True, **flags)
+    assert loaded == ["step-0000006", "step-0000003"]
+
 def test_plot_draws_what_was_measured(tmp_path, trained, monkeypatch, capsys):
     import xml.etree.ElementTree as xml
     code, error = call(monkeypatch, capsys, plot.plot, str(trained / "runs/tiny"), f"--output={tmp_path}/loss.svg")
@@ -2600,6 +2641,16 @@ def test_what_sample_asks_of_generate(tmp_path, monkeypatch, capsys, tokenizer_f
     settings = types.SimpleNamespace(sample_tokens=3, device="cpu", dtype="float32", shard=False)
     meta = {"begin_ids": [256], "end_of_text_id": 256}
     assert train.sample_text(run.Run(settings, None, None, meta=meta, tokenizer=bpe.load(tokenizer_file))) == "A"
+
+def test_samples_of_a_long_prompt(trained, monkeypatch, capsys):
+    """Only what the model sees of it goes into each."""
+    prompts, generate = [], tinylm.generate
+    monkeypatch.setattr(tinylm, "generate", lambda params, prompt, *args: [
+        prompts.append(prompt), generate(params, prompt, *args)][1])
+    texts = sample.sample(checkpoint=trained / "runs/tiny", prompt="Once upon a time. " * 100, num_samples=3,
+                          max_new_tokens=4, device="cpu")
+    assert prompts[0].shape == (3, TINY["context_length"]) and len(texts) == 3
+    assert all(text.startswith("Once upon a time. " * 100) for text in texts)
 
 def test_the_newest_run_is_sampled(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -2956,6 +3007,12 @@ def test_the_pace_is_that_of_steps_that_compile_nothing(tmp_path, monkeypatch, i
     assert rates[interval == 1:] == pytest.approx([1280] * (5 if interval == 1 else 2), abs=0.1), rates
     left = re.findall(r"(\d)s left", capsys.readouterr().out)
     assert all(int(seconds) <= 1 for seconds in left[interval == 1:]), left
+
+def test_how_to_go_on_says_how_it_was_started(tmp_path, capsys):
+    settings = types.SimpleNamespace(num_steps=9)
+    for num_ranks, command in ((1, "python train.py"), (4, "torchrun --standalone --nproc_per_node=4 train.py")):
+        run.conclude(run.Run(settings, tmp_path, None, num_ranks=num_ranks), 5, None)
+        assert f"go on with: {command} --resume={tmp_path}\n" in capsys.readouterr().out
 
 def test_bad_steps_that_do_not_follow_each_other_end_no_run(tmp_path, monkeypatch):
     poisoned(monkeypatch, range(0, 12, 2))
@@ -3671,8 +3728,8 @@ def test_a_run_resumes_on_other_ranks(tmp_path):
     same_run(tmp_path / "one", tmp_path / "many")
 
 def test_a_signal_to_one_rank_ends_all_after_the_same_step(tmp_path):
-    processes = start_ranks(2, data=str(prepared(tmp_path)), output_dir=str(tmp_path / "run"), num_steps=100_000,
-                            eval_interval=100_000)
+    processes = start_ranks(2, "sys.exit(train.train(**flags).exit_code)", data=str(prepared(tmp_path)),
+                            output_dir=str(tmp_path / "run"), num_steps=100_000, eval_interval=100_000)
     wait_for_step(tmp_path / "run", 5, processes[0])
     os.kill(processes[1].pid, signal.SIGTERM)
     for process in processes:
@@ -3850,6 +3907,18 @@ def test_data_of_another_machine_is_compared(tmp_path, monkeypatch):
     meta, _ = prepare.open_data(there / "data")
     with pytest.raises(cli.InputError, match="here/data is not the same there as where the first rank is .train."):
         run.await_state(run.Run(None, tmp_path / "run", here / "data", meta=meta))
+
+def test_what_ranks_hear_of_the_first(monkeypatch):
+    """That a run has done its steps, which is no failure; W&B hears of a run from the first alone."""
+    news = {"mistake": "done", "is_finished": True}
+    monkeypatch.setattr(machine, "from_rank", lambda *_: news.copy())
+    monkeypatch.setattr(machine, "first_of_ranks", lambda mistake, device: mistake)
+    monkeypatch.setattr(run, "await_state", lambda run: None)
+    with pytest.raises(run.Finished, match="done"):
+        run.tell_ranks(None, None, train.Settings, "cpu", 1, 2)
+    news = dict.fromkeys(run.SHARED, "x") | {"settings": {"use_wandb": True}, "config": vars(small_config())}
+    table = types.SimpleNamespace(complete=dict)
+    assert run.tell_ranks(None, None, table, "cpu", 1, 2).settings == {"use_wandb": False, "device": "cpu"}
 
 def test_flags_that_ranks_cannot_have(tmp_path):
     with pytest.raises(cli.InputError, match="--shard splits .*torchrun"):
@@ -4316,6 +4385,7 @@ def test_a_run_begun_again(tmp_path):
     """What one left before its first checkpoint is in no way, and none of its numbers stay. Its time counts on."""
     (tmp_path / "run/wandb").mkdir(parents=True)
     (tmp_path / "run/metrics.jsonl").write_text('{"step": 0, "val_loss": 5.0}\n{"step": 1, "train_loss": 5.0}\n')
+    (tmp_path / "run/.metrics.jsonl.partial").touch()
     train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", **TINY)
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 3, 4, 5, 6, 6]
     again = train.train(resume=tmp_path / "run", num_steps=7, lr_max=1e-3, lr_min=1e-4)
@@ -4608,6 +4678,19 @@ def test_wandb_that_cannot_be_used_is_said_before_the_work(tmp_path):
     process = command(tmp_path, *arguments, **unknown | dict(WANDB_MODE="offline"))
     out, error = process.communicate(timeout=180)
     assert process.returncode == 0 and list((tmp_path / "runs/data/wandb").glob("offline-run-*")), error
+
+def test_wandb_gets_the_last_samples(tmp_path, monkeypatch):
+    """Of the runs before too, but no more than some, as its table is sent whole each time."""
+    tables, one = [], train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", **TINY | dict(sample_tokens=2))
+    monkeypatch.setattr(log, "SAMPLES", 3)
+    monkeypatch.setattr(log, "introduce", lambda run: None)
+    monkeypatch.setattr(log, "own_folder", lambda run: run.folder)
+    again = log.Log(one)
+    again.wandb = types.SimpleNamespace(Table=lambda columns, rows: tables.append([step for step, _ in rows]))
+    again.wandb_run = types.SimpleNamespace(log=lambda *_, **__: None)
+    for step in (7, 8):
+        again.write(step, val_loss=1.0, sample="text")
+    assert tables == [[3, 6, 7], [6, 7, 8]]
 
 def test_wandb_hears_how_a_run_ended():
     codes, one = [], log.Log.__new__(log.Log)
@@ -5118,8 +5201,8 @@ def test_times_and_what_is_left(monkeypatch, capsys):
     progress = cli.Progress("learning", 40, "merges", 1)
     progress.show(20, 10, progress.begin + 10)
     assert "20 of 40 merges, 1 merges/s, 20s left" in capsys.readouterr().err
-    for name, value in dict(RANK="1", LOCAL_RANK="1", WORLD_SIZE="2", MASTER_ADDR="a", MASTER_PORT="1").items():
-        monkeypatch.setenv(name, value)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1")
     progress.show(20, 10, progress.begin + 10)
     assert not capsys.readouterr().err, "one of the ranks tells"
 
@@ -5170,6 +5253,7 @@ def test_lines_of_json_are_documents(tmp_path, trained, capsys):
     prepare.prepare(input=lines, output=tmp_path / "c", errors="replace", vocab_size=257)
     ids = prepare.open_data(tmp_path / "c")[1]["val"]
     assert bpe.decode(bpe.load(tmp_path / "c"), ids).startswith("caf\ufffd 😀 \ufffd." + END)
+    assert prepare.as_text(lines.rename(tmp_path / "e.ndjson"), tmp_path / "copy", "replace") == tmp_path / "copy"
     marked = lines.with_name("D.JSONL")
     marked.write_text('{"text": "fine"}\n' * 30, encoding="utf-8-sig")
     prepare.prepare(input=marked, output=tmp_path / "d", vocab_size=257)
@@ -5518,14 +5602,16 @@ def test_states_that_share_memory(tmp_path, monkeypatch, capsys):
                                   compile=compiled))
     same_run(tmp_path / "False", tmp_path / "True")
 
-def test_ctrl_c_while_a_compiler_is_at_work():
-    """Which it ends too: this is no error of the compiler."""
+def test_signals_while_a_compiler_is_at_work():
+    """Which they end too: this is no error of the compiler."""
     failed = type("InductorError", (Exception,), {"__module__": "torch._inductor.exc"})
-    for asked, error, seen in ((True, failed, KeyboardInterrupt), (False, failed, failed), (True, OSError, OSError)):
-        with pytest.raises(seen), machine.Interrupt():
+    for asked, error, seen in ((signal.SIGINT, failed, KeyboardInterrupt), (None, failed, failed),
+                               (signal.SIGINT, OSError, OSError), (signal.SIGTERM, failed, SystemExit)):
+        with pytest.raises(seen) as ended, machine.Interrupt():
             if asked:
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(asked)
             raise error
+    assert ended.value.code == 143
 
 def test_a_model_that_writes_as_it_does_not_learn(tmp_path, monkeypatch, capsys):
     """Is told of: here one whose positions see their neighbour, but not across what the cache has."""
@@ -5899,6 +5985,10 @@ def test_what_is_refused_is_named(tmp_path, tokenizer_file):
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"lm_head.weight": 5}}')
     with pytest.raises(cli.InputError, match="model.safetensors.index.json is damaged"):
         checkpoint.load_checkpoint(folder)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"lm_head.weight": "../x.safetensors"}}')
+    (tmp_path / "x.safetensors").touch()
+    with pytest.raises(cli.InputError, match="lacks ../x.safetensors"):
+        checkpoint.load_checkpoint(folder)
     os.remove(folder / "model.safetensors.index.json")
     with pytest.raises(cli.InputError, match="pickles, pytorch_model.bin.*save_pretrained"):
         sample.sample(checkpoint=folder)
@@ -6022,7 +6112,9 @@ def test_damaged_files_are_refused_or_load_whole(to_be_damaged, name):
     ({"pre_tokenizer": None}, "split pattern"),
     ({"normalizer": {"type": "NFC"}}, "asks for normalizer"),
     ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Split"}, {"type": "ByteLevel"}]}},
-     "split pattern")])
+     "split pattern"),
+    ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+        {"type": "Digits", "individual_digits": False}, {"type": "ByteLevel", "use_regex": True}]}}, "split pattern")])
 def test_other_tokenizers_are_refused_by_name(tokenizer_file, tmp_path, change, message):
     (tmp_path / "tokenizer.json").write_text(json.dumps(json.loads(Path(tokenizer_file).read_text()) | change))
     with pytest.raises(cli.InputError, match=message):
@@ -6032,6 +6124,7 @@ def test_other_tokenizers_are_refused_by_name(tokenizer_file, tmp_path, change, 
     (lambda model: model["merges"].append(model["merges"][0]), "a merge stands twice"),
     (lambda model: model["vocab"].update(zz=9999), "its ids are not 0, 1, 2"),
     (lambda model: model["merges"].pop(), "merges are missing: nothing makes 1 of its tokens"),
+    (lambda model: model.update(dropout=0.1), "asks for dropout"),
     (lambda model: model["vocab"].update({"": len(model["vocab"])}), "it has an empty token")])
 def test_mistakes_in_a_tokenizer_file(tokenizer_file, tmp_path, change, message):
     description = json.loads(Path(tokenizer_file).read_text())

@@ -195,7 +195,7 @@ def export(*model, output: str = "model.gguf", dtype: str = "f16"):
     config, tokenizer = checkpoint.load_config(folder), bpe.load(folder)
     checkpoint.check_vocabulary(folder, tokenizer, config)
     begin, ends, empty = bpe.special_ids(folder, tokenizer)
-    params, _ = checkpoint.load_checkpoint(folder)
+    params, _ = checkpoint.load_checkpoint(folder, None)
     check_is_llama(params, config)
     check_words(tokenizer, folder)
     most = {"f16": torch.finfo(torch.float16).max, "q8_0": 127 * torch.finfo(torch.float16).max}

@@ -17,6 +17,7 @@ from data.cli import InputError, say
 from data.run import newest, own_folder
 
 RISES = 3  # of the validation loss in a row, before a run says so
+SAMPLES = 100  # the last ones, that W&B has in a table, of which it sends all each time
 PATIENCE = 5  # steps in a row whose numbers are not finite, before a run gives up
 
 class Diverged(RuntimeError):
@@ -120,6 +121,7 @@ class Log:
         for line in [] if run.rank else cli.json_lines(run.folder / "metrics.jsonl"):
             self.overfitting.begins(line)
             self.samples += [[line["step"], line["sample"]]] if "sample" in line else []
+            del self.samples[:-SAMPLES]
         self.cut = False  # whether the last line is
         self.screen = cli.Progress("training", stream=sys.stdout)
         self.wandb = import_wandb() if run.settings.use_wandb else None
@@ -161,7 +163,7 @@ class Log:
             self.keep(json.dumps(measured))
         self.is_overfitting = self.overfitting.begins(measured)
         sample = measured.pop("sample", None)
-        self.samples += [] if sample is None else [[step, sample]]
+        self.samples = [*self.samples, [step, sample]][-SAMPLES:] if sample is not None else self.samples
         table = lambda: {} if sample is None else {"samples": self.wandb.Table(["step", "text"], self.samples)}
         self.send(lambda: self.wandb_run.log(measured | table(), step=step))
 

@@ -217,8 +217,8 @@ class Interrupt:
     def __exit__(self, _=None, error=None, __=None):
         for number, handler in self.old.items():
             signal.signal(number, handler)
-        if self.number == signal.SIGINT and "torch._inductor" in type(error).__module__:
-            raise KeyboardInterrupt from error  # Ctrl-C ends a C++ compiler at work too
+        if self.number and "torch._inductor" in type(error).__module__:  # a C++ compiler at work may have got it too
+            raise (KeyboardInterrupt if self.number == signal.SIGINT else SystemExit(128 + self.number)) from error
 
     def note(self, number, _):
         if self.number and time.monotonic() > self.since + 2 and number != getattr(signal, "SIGXCPU", None):
