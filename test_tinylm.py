@@ -4228,6 +4228,9 @@ def test_advice_about_a_damaged_checkpoint(tmp_path):
             damage()
             with pytest.raises(cli.InputError, match="goes on from the one before, where the folder of this one is"):
                 resume()
+            if path.exists() and file == "config.json":
+                with pytest.raises(cli.InputError, match="is damaged .*; take another checkpoint"):
+                    sample.sample(checkpoint=tmp_path / "run/latest")
         path.write_bytes(content)
     os.rename(tmp_path / "run/step-0000006", tmp_path / "away")
     assert resume().step == 7

@@ -411,7 +411,7 @@ def load_config(folder):
         steps = sorted(folder.glob("step-*"))
         advice = f"give {steps[-1]}" if steps else "expected a Llama folder"
         raise InputError(f"{folder} is not a checkpoint (no config.json in it); {advice}")
-    return config_from_hf(files.read_json(folder / "config.json"), folder / "config.json")
+    return config_from_hf(files.read_json(folder / "config.json", ANOTHER), folder / "config.json")
 
 def check_vocabulary(folder, tokenizer, config):
     """Raise InputError where the model in a folder has fewer tokens than its tokenizer."""

@@ -35,14 +35,15 @@ def write_json(path, value):
         json.dump(value, file, indent=2)
         flush(file)
 
-def read_json(path):
-    """Read a JSON file. Raises InputError where it is missing or damaged."""
+def read_json(path, advice=""):
+    """Read a JSON file. Raises InputError where it is missing or damaged, with what to do about it."""
+    then = f"; {advice}" if advice else ""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{path} is missing") from None
+        raise InputError(f"{path} is missing{then}") from None
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is damaged ({error})") from None
+        raise InputError(f"{path} is damaged ({error}){then}") from None
 
 def begins_with(path, beginning):
     """Whether a file begins with these bytes."""

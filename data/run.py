@@ -286,11 +286,8 @@ def resume_run(folder, given, table, check, claims, error_if_done=InputError):
         raise InputError(f"--resume={folder}: no checkpoint there; {advice}")
     lock = claims.enter_context(hold(folder))
     latest = newest(folder)  # another run may have ended since
-    try:
-        for name in ("config.json", "tokenizer.json"):
-            files.read_json(latest / name)
-    except InputError as error:
-        raise InputError(f"{error}; {checkpoint.ANOTHER}") from None
+    for name in ("config.json", "tokenizer.json"):
+        files.read_json(latest / name, checkpoint.ANOTHER)
     config = checkpoint.load_config(latest)
     with state_of(latest) as state:
         kept, step, seconds = (state[name] for name in ("settings", "step", "seconds"))
@@ -345,10 +342,7 @@ def resume_run(folder, given, table, check, claims, error_if_done=InputError):
 def state_of(folder):
     """What train_state.json of a checkpoint has. Raises InputError where what is done with it shows it damaged."""
     path = folder / "training/train_state.json"
-    try:
-        state = files.read_json(path)
-    except InputError as error:
-        raise InputError(f"{error}; {checkpoint.ANOTHER}") from None
+    state = files.read_json(path, checkpoint.ANOTHER)
     try:
         yield state
     except (KeyError, TypeError, AttributeError) as error:
