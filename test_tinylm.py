@@ -1481,6 +1481,10 @@ def test_dtypes_of_folders(tmp_path, dtype, tokenizer_file):
     checkpoint.save_checkpoint(tmp_path / "m", random_params(small_config()), small_config(),
                                files.read_json(tokenizer_file), (END, 256), dtype=dtype)
     assert checkpoint.weights_dtype(tmp_path / "m") == str(dtype)[6:]
+    (tmp_path / "some").mkdir()  # of which most numbers have this dtype, and most tensors another one
+    mixed = {"large": torch.zeros(99, dtype=dtype)} | {name: torch.zeros(2, dtype=torch.float64) for name in "abc"}
+    checkpoint.write_safetensors(tmp_path / "some/model.safetensors", mixed)
+    assert checkpoint.weights_dtype(tmp_path / "some") == str(dtype)[6:]
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype="auto").dtype == dtype
     params, _ = checkpoint.load_checkpoint(tmp_path / "m", None)
     assert params["embedding"].dtype == (torch.float32 if dtype == torch.float16 else dtype)
@@ -2140,6 +2144,13 @@ def test_prepare_keeps_every_byte(tmp_path):
         assert meta[split]["tokens"] == len(ids[split])
         assert meta[split]["bytes"] == len(bpe.decode(tokenizer, ids[split]).replace(END, ""))
     assert 0.08 < meta["val"]["bytes"] / (meta["train"]["bytes"] + meta["val"]["bytes"]) < 0.12
+
+def test_texts_begin_with_their_ids():
+    """Not twice, and not where there is no text between two ends."""
+    ids = np.array([5, 9, 9, 6, 7, 9, 1, 8], np.uint16)
+    assert prepare.with_begin_ids(ids, True, [1, 2], 9).tolist() == [1, 2, 5, 9, 9, 1, 2, 6, 7, 9, 1, 8]
+    assert prepare.with_begin_ids(ids, False, [1], 9).tolist() == [5, 9, 9, 1, 6, 7, 9, 1, 8]
+    assert prepare.with_begin_ids(ids, True, [], 9) is ids
 
 def test_prepare_a_folder_with_its_own_validation(tmp_path):
     (tmp_path / "in/sub").mkdir(parents=True)
@@ -3095,6 +3106,19 @@ def test_a_checkpoint_that_cannot_be_saved(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(files, "check_room", genuine)
     train.train(resume=str(tmp_path / "run"))
     assert metrics(tmp_path / "run")[-1]["step"] == 6 and (tmp_path / "run/latest").resolve().name == "step-0000006"
+
+def test_a_best_checkpoint_that_could_not_be_saved_is_none(tmp_path, monkeypatch):
+    losses, save = iter([5.0, 3.0, 4.0]), checkpoint.save_checkpoint
+
+    def full_at_step_4(folder, *args):
+        if folder.name == "step-0000004":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(folder, *args)
+
+    monkeypatch.setattr(train, "evaluate", lambda *_: next(losses))
+    monkeypatch.setattr(checkpoint, "save_checkpoint", full_at_step_4)
+    one = train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", **TINY | dict(eval_interval=2))
+    assert (one.lowest, one.best_step) == (4.0, 6) and run.best(tmp_path / "run").name == "step-0000006"
 
 def test_ranks_that_wait_for_a_checkpoint_that_cannot_be_saved(tmp_path, monkeypatch):
     """Are not left alone, whatever the first one meets."""
