@@ -73,6 +73,9 @@ NO_SCALING = (1.0, 1.0, 2.0, 0)
 settings.register_profile("tinylm", deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
 settings.load_profile("tinylm")
 
+if __name__ != "__main__":  # what a test computes is so little that a second thread makes it slower
+    torch.set_num_threads(1)
+
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
@@ -175,7 +178,7 @@ def test_scores_of_attention_are_kept_of_few_keys_alone():
 @pytest.mark.parametrize("lead", [(), (1, 1), (3, 2), (16, 1), (32,), (33,), (5, 50)])
 @pytest.mark.parametrize("d_out", [4096, 4099])
 @pytest.mark.parametrize("intel", [False, True])
-def test_linear_of_few_vectors(lead, d_out, intel, dtype, tolerance, monkeypatch):
+def test_linear_of_few_vectors(lead, d_out, intel, dtype, tolerance, two_threads, monkeypatch):
     """As in decoding: for 1 to 32 vectors a large matrix is read in other ways, and packed ones are for any number."""
     monkeypatch.setattr(tinylm, "IS_INTEL", intel)
     x, w = randn(*lead, 24).to(dtype), randn(d_out, 24, seed=1).to(dtype)
@@ -2333,9 +2336,15 @@ def stop_after(step, monkeypatch):
 
     monkeypatch.setattr(run, "save", save)
 
+@pytest.fixture
+def two_threads():
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
 @pytest.mark.parametrize("flags", [{}, {"grad_accum_steps": 3}, {"optimizer": "muon", "remat": True},
                                    {"dtype": "bfloat16"}], ids=["plain", "accumulating", "muon", "bfloat16"])
-def test_resuming_gives_the_uninterrupted_run(tmp_path, flags):
+def test_resuming_gives_the_uninterrupted_run(tmp_path, two_threads, flags):
     data = prepared(tmp_path)
     flags = TINY | dict(checkpoint_interval=1, data=str(data)) | flags
     train.train(output_dir=str(tmp_path / "whole"), **flags)
@@ -2384,11 +2393,9 @@ def test_a_run_goes_on_where_it_was_moved(tmp_path):
 def test_compiled_training_is_the_same(tmp_path, monkeypatch, tile):
     monkeypatch.setattr(tinylm, "TILE_QUERIES", tile)
     torch._dynamo.reset()  # what was compiled before would be taken again
-    data, threads = prepared(tmp_path), torch.get_num_threads()
-    torch.set_num_threads(1)  # code that others here take from the disk
+    data = prepared(tmp_path)
     for name, compiled in (("eager", False), ("compiled", True)):
         train.train(data=str(data), output_dir=str(tmp_path / name), compile=compiled, **TINY)
-    torch.set_num_threads(threads)
     for a, b in zip(metrics(tmp_path / "eager"), metrics(tmp_path / "compiled")):
         assert a.get("train_loss", 0) == pytest.approx(b.get("train_loss", 0), abs=1e-3)
 
