@@ -2345,6 +2345,7 @@ def two_threads():
 @pytest.mark.parametrize("flags", [{}, {"grad_accum_steps": 3}, {"optimizer": "muon", "remat": True},
                                    {"dtype": "bfloat16"}], ids=["plain", "accumulating", "muon", "bfloat16"])
 def test_resuming_gives_the_uninterrupted_run(tmp_path, two_threads, flags):
+    """Compiled too: that is in `measure_kills`."""
     data = prepared(tmp_path)
     flags = TINY | dict(checkpoint_interval=1, data=str(data)) | flags
     train.train(output_dir=str(tmp_path / "whole"), **flags)
@@ -2390,7 +2391,7 @@ def test_a_run_goes_on_where_it_was_moved(tmp_path):
     assert metrics(tmp_path / "moved")[-1]["step"] == 7
 
 @pytest.mark.parametrize("tile", [tinylm.TILE_QUERIES, 5], ids=["plain attention", "tiled attention"])
-def test_compiled_training_is_the_same(tmp_path, monkeypatch, tile):
+def test_compiled_training_is_the_same(tmp_path, two_threads, monkeypatch, tile):
     monkeypatch.setattr(tinylm, "TILE_QUERIES", tile)
     torch._dynamo.reset()  # what was compiled before would be taken again
     data = prepared(tmp_path)
@@ -3172,6 +3173,8 @@ def start(data, folder, **flags):
                         output_dir=str(folder)) | flags
     code = ("import os, sys; sys.stdout = open(os.devnull, 'w'); import torch, train; torch.set_num_threads(1); "
             "train.train(**flags)")
+    if flags.get("compile"):  # code that other tests have compiled, for as many threads
+        code = code.replace("set_num_threads(1)", "set_num_threads(2)")
     process = context.Process(target=exec, args=(code, {"flags": flags}), daemon=True)  # a test that fails leaves none
     process.start()
     return process
