@@ -853,6 +853,14 @@ def test_sample_token_draws_from_a_large_vocabulary():
         expected = (p[nucleus] / p[nucleus].sum() * p[nucleus].log()).sum()
         assert torch.isin(row, nucleus).all() and (p[row].log().mean() - expected).abs() < 0.3
 
+@pytest.mark.parametrize("scale", [0, 4, 30, 1e4])
+def test_a_nucleus_of_almost_all(scale):
+    """Also where the shares of a large vocabulary, as they are rounded, never add up to top_p."""
+    p = F.softmax(randn(3, 40_000).float() * scale, -1)
+    for top_p in (1 - 1e-9, 1 - 1e-16):
+        floor = tinylm.nucleus_floor(p, top_p)
+        assert (p >= floor).any(1).all() and (p.double() * (p >= floor)).sum(1).ge(1 - 1e-5).all()
+
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
 def test_sample_token_of_numbers_that_are_not_finite(number):
     """A model that has diverged draws a token of the vocabulary too; on CUDA another index would kill the process."""
@@ -1153,10 +1161,12 @@ EXAMPLES = {
         (randn(*lead, d_in).to(dtype), randn(d_out, d_in, seed=1).to(dtype)) for lead, d_in, d_out in (
             ((3, 5), 8, 6), ((1, 1), 64, 1100), ((2, 3), 64, 1100), ((40,), 64, 1100), ((2, 1100), 64, 4000),
             ((0,), 64, 1100))],
+    "linears": lambda dtype: [(randn(*lead, 64).to(dtype), *(randn(rows, 64, seed=rows).to(dtype) for rows in sizes))
+                              for lead, sizes in (((3, 5), (8, 6, 2)), ((1, 1), (1100, 40)), ((2, 1), (32, 32)))],
     "embedding": lambda dtype: [(random_tokens(small_config(), *shape), randn(300, 8).to(dtype))
                                 for shape in ((), (7,), (2, 9))],
     "rmsnorm": lambda dtype: [(randn(*shape).to(dtype), tinylm.at_least_float32(randn(shape[-1]).to(dtype)), 1e-5)
-                              for shape in ((16,), (3, 16), (2, 5, 33))],
+                              for shape in ((16,), (1, 1, 33), (3, 16), (2, 5, 33))],
     "rope_angles": lambda dtype: [(30, 16, 1e4, NO_SCALING, "cpu"), (7, 2, 100.0, (8.0, 1.0, 4.0, 20), "cpu")],
     "rope": lambda dtype: [(x.to(dtype), *tinylm.rope_angles.definition(9, 16, 1e4, NO_SCALING, "cpu"))
                            for x in (randn(9, 16), randn(2, 3, 9, 16), randn(2, 9, 3, 16).transpose(1, 2),
@@ -1182,15 +1192,22 @@ EXAMPLES = {
     "orthogonalize": lambda dtype: [(randn(*shape).float(),) for shape in ((2, 8, 5), (1, 5, 8), (3, 6, 6))],
     "orthogonalize_all": lambda dtype: [({"blocks": {"0": tree_of((8, 5), (5, 8)), "1": tree_of((8, 5), (5, 8))}},)],
     "nucleus_floor": lambda dtype: [(torch.tensor([[0.5, 0.25, 0.25], [0.5, 0.3, 0.19]]), p) for p in (0.5, 0.999)] + [
-        (F.softmax(randn(3, V).float() * 3, -1), top_p) for V in (5, 400) for top_p in (0.1, 0.95)],
+        (F.softmax(randn(3, V).float() * scale, -1), top_p)
+        for V, scale in ((5, 3), (400, 3), (40_000, 3), (40_000, 0), (40_000, 30)) for top_p in (0.1, 0.95)],
     "mean_loss": lambda dtype: [(randn(7, 16).to(dtype), randn(30, 16).float(), torch.arange(7))],
     "loss_fn": lambda dtype: [(random_params(config), *random_tokens(config, 2, 3, 9), config) for config in (
         small_config(), small_config(num_kv_heads=2, d_ff=24, rope_theta=99.0, norm_eps=0.1, tie_embeddings=True,
                                      head_dim=6, rope_scaling=(8.0, 1.0, 4.0, 20)))],
     "weights_for_generation": lambda dtype: [(random_params(small_config()), dtype, num_texts) for num_texts in (1, 8)],
 }
-DIFFERENTIABLE = {"linear", "embedding", "rmsnorm", "rope", "attention", "gated_silu", "token_losses", "mean_loss"}
+DIFFERENTIABLE = {"linear", "linears", "embedding", "rmsnorm", "rope", "attention", "gated_silu", "token_losses",
+                  "mean_loss"}
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 0.03}  # of an error beside the norm
+
+def joined(ws):
+    """Matrices as parts of one."""
+    whole, sizes = torch.cat(ws), tuple(map(len, ws))
+    return [tinylm.MatrixPart(whole, sizes, i) for i in range(len(ws))]
 
 def is_floating(x):
     return isinstance(x, torch.Tensor) and x.is_floating_point()
@@ -1199,6 +1216,8 @@ def tensors_in(value):
     """All tensors in a value of tuples and dicts, in order; packed and split ones as plain ones."""
     if isinstance(value, torch.Tensor):
         return [value.to_local() if tinylm.is_split(value) else value.to_dense() if value.is_mkldnn else value]
+    if isinstance(value, tinylm.MatrixPart):
+        return [tensors_in(value.whole)[0].split(value.sizes)[value.number]]
     parts = value if isinstance(value, (tuple, list)) else ()
     if isinstance(value, dict):
         parts = [part for key, part in value.items() if key != "graphs"]  # of a cache, whose tensors are there already
@@ -1264,10 +1283,11 @@ def test_every_form_computes_its_definition(name, monkeypatch, mesh_of_one):
     rooms = [(dtype, "CPU", is_learned_by) for dtype in TOLERANCES]
     rooms += [(torch.float32, room, is_learned_by) for room in ("compiled", "ranks", "GPU", "ranks of GPUs")]
     rooms += [(dtype, "CPU", False) for dtype in TOLERANCES if is_learned_by]
-    rooms += [(torch.float32, "int8", False)] if name == "linear" else []
+    rooms += [(torch.float32, room, False) for room in ("int8", "joined") if name in ("linear", "linears")]
     for dtype, room, differentiable in rooms:
         for example in EXAMPLES[name](dtype):
-            example = [example[0], tinylm.to_int8(example[1])] if room == "int8" else example
+            example = [example[0], *map(tinylm.to_int8, example[1:])] if room == "int8" else example
+            example = [example[0], *joined(example[1:])] if room == "joined" else example
             form, arguments = in_a_room(room, operation, example, differentiable, monkeypatch, mesh_of_one)
             if form is None or "ranks" in room and not form.__name__.endswith("over_ranks"):
                 continue
@@ -1326,6 +1346,25 @@ def test_matrices_that_no_product_reads_stay_as_they_are():
         ours = laid_out["blocks"]["0"]["attention"]
         assert ours["gains"] is gains and ours["wq"] is not params["blocks"]["0"]["attention"]["wq"]
         assert laid_out["lm_head"] is not params["lm_head"] and laid_out["embedding"] is params["embedding"]
+
+def test_joined_matrices_are_read_at_once_and_alone(monkeypatch):
+    """All of them by one product; some, or in another order, each by its own; large ones are not joined."""
+    ws, x, products = [randn(rows, 64, seed=rows).float() for rows in (8, 6, 2)], randn(2, 3, 64).float(), []
+    monkeypatch.setattr(tinylm, "linear", lambda x, w, linear=tinylm.linear: [products.append(w), linear(x, w)][1])
+    parts = joined(ws)
+    for picked in ((0, 1, 2), (1, 2), (2, 1, 0), (0, 0, 0), (1,)):
+        products.clear()
+        for y, i in zip(tinylm.linears(x, *(parts[i] for i in picked)), picked, strict=True):
+            same(y, x @ ws[i].T, 1e-5)
+        assert (products == [parts[0].whole]) == (picked == (0, 1, 2))
+    two = joined(ws[:2])
+    same(tinylm.linears(x, parts[0], two[1])[1], x @ ws[1].T, 1e-5)
+    params = random_params(small_config())
+    for most, is_joined in ((1 << 21, True), (3 * 32 * 32 - 1, False)):
+        monkeypatch.setattr(tinylm, "JOINED_AT_MOST", most)
+        written = tinylm.weights_for_generation(params, torch.float32, 1)["blocks"]["1"]["attention"]
+        assert [isinstance(w, tinylm.MatrixPart) for w in written.values()] == [is_joined] * 3 + [False]
+        assert is_joined or written["wq"] is params["blocks"]["1"]["attention"]["wq"]
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("compiled", [False, True])
