@@ -681,7 +681,7 @@ def angles_at_eager(start, T, config, device):
 
 def has_pairs(x):
     """Whether pairs of x stand where complex numbers can, or will in a copy without gaps."""
-    return x.stride(-1) != 1 or not any(size % 2 for size in (x.storage_offset(), *x.stride()[:-1]))
+    return x.stride(-1) != 1 or math.gcd(2, x.storage_offset(), *x.stride()[:-1]) == 2
 
 @faster(rope, lambda x, cos, sin: is_eager() and has_pairs(x))
 def rope_eager(x, cos, sin):
@@ -989,16 +989,16 @@ class MatrixPart:
 
 @faster(linear, lambda x, w: isinstance(w, MatrixPart))
 def linear_by_part(x, w):
-    return linear(x, w.whole).split(w.sizes, -1)[w.number]
+    return linear(x, w.whole).split_with_sizes(w.sizes, -1)[w.number]
 
 def are_one_whole(ws):
     """Whether matrices are all the parts of one, in their order."""
     is_its = lambda i, w: isinstance(w, MatrixPart) and w.whole is ws[0].whole and w.number == i
-    return all(is_its(i, w) for i, w in enumerate(ws)) and len(ws) == len(ws[0].sizes)
+    return isinstance(ws[0], MatrixPart) and len(ws) == len(ws[0].sizes) and all(map(is_its, range(len(ws)), ws))
 
 @faster(linears, lambda x, *ws: are_one_whole(ws))
 def linears_at_once(x, *ws):
-    return linear(x, ws[0].whole).split(ws[0].sizes, -1)
+    return linear(x, ws[0].whole).split_with_sizes(ws[0].sizes, -1)
 
 JOINED = ("wq", "wk", "wv"), ("w_gate", "w_up")  # what `linears` multiplies one x by
 
