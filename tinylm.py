@@ -893,7 +893,7 @@ def linear_on_cpu(x, w):
         return onednn_product(x, w)
     if is_large_product(rows, x, w):
         return LargeLinear.apply(x, w)
-    if w.numel() < 1 << 16 or IS_INTEL and rows <= 8:
+    if w.numel() < 1 << (13 if x.dtype == torch.bfloat16 else 16) or IS_INTEL and rows <= 8:
         return x @ w.T
     if rows == 1 and x.dtype in (torch.float32, torch.bfloat16):
         return linear_of_one(x, w)
