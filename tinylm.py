@@ -523,7 +523,7 @@ from functools import lru_cache
 from pathlib import Path
 from types import FunctionType
 
-# Three functions here remember what they computed (lru_cache): it depends on their arguments, or on the machine, alone.
+# Four functions here remember what they computed (lru_cache): it depends on their arguments, or on the machine, alone.
 
 def faster(target, fits):
     """Attach the function below to an operation, as its form for arguments that fit, asked before earlier ones."""
@@ -1071,6 +1071,31 @@ def linear_in_int8(x, w):
         return linear(x, w.to(x.dtype))
     rows = x.reshape(-1, x.shape[-1]).bfloat16()
     return torch.ops.aten._weight_int8pack_mm(rows, w.rows, w.scales).to(x.dtype).view(*x.shape[:-1], len(w.rows))
+
+@lru_cache(maxsize=1)
+def has_int8_products():
+    """Whether oneDNN has instructions (VNNI) that multiply int8 right: with others, sums of two products overflow."""
+    most = torch.full((2, 64), 127, dtype=torch.int8)
+    return HAS_AVX512 and HAS_ONEDNN and bool((torch._int_mm(most, most.T) == 64 * 127**2).all())
+
+def is_large_int8_product(x, w):
+    """Whether oneDNN's product of int8 is faster, with what comes before and after it, than PyTorch's with bfloat16.
+
+    On an EPYC (Zen 4), matrices of 288 × 288 to 50,304 × 768, 16 rows take 0.3 to 1.03 of the time, 64 to 128 0.2 to
+    1.3, 400 0.3 to 0.5 in float32 and 0.7 to 1.0 in bfloat16; 2 to 8 rows of some 3 times as long. Tokens of one text
+    take 0.93 and 0.92 of the time where a model is 768 and 1,024 wide; with smaller matrices too, at 512 1.1.
+    """
+    rows = x.numel() // x.shape[-1]
+    return (rows == 1 or rows >= 16) and rows * w.rows.numel() >= (1 << 21 if rows == 1 else 1 << 22)
+
+@faster(linear, lambda x, w: isinstance(w, Int8Matrix) and not torch.is_grad_enabled() and is_large_int8_product(x, w)
+        and has_int8_products())
+def linear_of_int8(x, w):
+    """With each row of x in int8 too, times a scale of its own."""
+    rows = x.reshape(-1, x.shape[-1])
+    scales = torch.linalg.vector_norm(rows, math.inf, dim=-1, keepdim=True, dtype=torch.float32).clamp_min_(1e-30) / 127
+    products = torch._int_mm((rows / scales).round_().to(torch.int8), w.rows.T)  # int32
+    return (products * scales).mul_(w.scales).to(x.dtype).view(*x.shape[:-1], len(w.rows))
 
 @faster(init_cache, lambda config, batch_size, length, dtype, device: torch.device(device).type == "cpu")
 def init_cache_on_cpu(config, batch_size, length, dtype, device):
