@@ -31,8 +31,8 @@ class Settings:
     checkpoint: str = flag(None, "a run of train.py, of which it takes the checkpoint with the lowest validation loss; "
                            "a checkpoint, such as RUN/latest; or a Llama folder from elsewhere", stated="newest run")
     device: str = flag(None, "cpu, cuda or cuda:NUMBER", stated="cuda where there is one")
-    dtype: str = flag(None, "what to compute in, float32 or bfloat16; or int8, on a CPU: weights rounded to 8 bits, "
-                      "faster than float32", choices=[*machine.DTYPES, "int8"],
+    dtype: str = flag(None, "what to compute in, float32 or bfloat16; or int8, on a CPU: weights, in large products "
+                      "activations too, rounded to 8 bits", choices=[*machine.DTYPES, "int8"],
                       stated="bfloat16 where the weights are, else float32")
 
 def check_prompt(prompt):

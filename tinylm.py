@@ -50,7 +50,7 @@ def linear(x, w):
 
 @operation
 def linears(x, *ws):
-    """`linear` of one x by each of several matrices → a tuple."""
+    """`linear` of one x by each of several matrices. x (..., d_in), each w (d_out, d_in) → a tuple of (..., d_out)."""
     return tuple(linear(x, w) for w in ws)
 
 @operation
@@ -229,7 +229,10 @@ def hidden_states(params, tokens, config, dtype=torch.float32, cache=None, remat
     return rmsnorm(x, params["final_norm"], config.norm_eps), (cache | {"filled": start + T} if cache else None)
 
 def to_logits(params, x):
-    """Scores of every token of the vocabulary, for training, evaluation and generation. x (..., d_model) → (..., V)."""
+    """Scores of every token of the vocabulary, for training, evaluation and generation. x (..., d_model) → (..., V).
+
+    Where params are tied they may have an lm_head too: the embedding, as it is laid out for generation.
+    """
     return linear(x, params.get("lm_head", params["embedding"]))
 
 def forward(params, tokens, config, dtype=torch.float32, remat=False):
@@ -620,7 +623,7 @@ def normalized(x, gain, eps):
 
 @faster(rmsnorm, lambda x, gain, eps: x.is_cpu and is_eager())
 def rmsnorm_on_cpu(x, gain, eps):
-    """The norm of a single row is a number of Python's, as of one token a call takes longer than what it computes."""
+    """Of a single row, as a token has, the norm is a number of Python's: a call takes longer than what it computes."""
     if x.numel() == x.shape[-1] and not torch.is_grad_enabled():
         x32 = at_least_float32(x)
         norm = torch.linalg.vector_norm(x32).item()
@@ -681,7 +684,7 @@ def angles_at_eager(start, T, config, device):
 
 def has_pairs(x):
     """Whether pairs of x stand where complex numbers can, or will in a copy without gaps."""
-    return x.stride(-1) != 1 or math.gcd(2, x.storage_offset(), *x.stride()[:-1]) == 2
+    return x.stride(-1) != 1 or math.gcd(2, x.storage_offset(), *x.stride()[:-1]) == 2  # all of them are even
 
 @faster(rope, lambda x, cos, sin: is_eager() and has_pairs(x))
 def rope_eager(x, cos, sin):
@@ -893,7 +896,8 @@ def linear_on_cpu(x, w):
         return onednn_product(x, w)
     if is_large_product(rows, x, w):
         return LargeLinear.apply(x, w)
-    if w.numel() < 1 << (13 if x.dtype == torch.bfloat16 else 16) or IS_INTEL and rows <= 8:
+    least = 1 << (13 if x.dtype == torch.bfloat16 else 16)  # oneDNN makes bfloat16 slow sooner, see `linear_of_one`
+    if w.numel() < least or IS_INTEL and rows <= 8:
         return x @ w.T
     if rows == 1 and x.dtype in (torch.float32, torch.bfloat16):
         return linear_of_one(x, w)
@@ -973,73 +977,15 @@ def pack(w):
     return w
 
 @dataclass(frozen=True)
-class MatrixPart:
-    """One of several matrices, for `linear` and `linears` alone, which stand behind each other in a whole one: that of
-    a number, from 0 on; `sizes` are the rows of each.
-    """
-    whole: object  # a tensor, also of `pack`, or an Int8Matrix
-    sizes: tuple
-    number: int
-    ndim = 0  # so that what casts matrices leaves it as it is
-    is_cpu = property(lambda self: self.whole.is_cpu)
-
-    def to(self, dtype):
-        """What it stands for, as a tensor."""
-        return self.whole.to(dtype).split(self.sizes)[self.number]
-
-@faster(linear, lambda x, w: isinstance(w, MatrixPart))
-def linear_by_part(x, w):
-    return linear(x, w.whole).split_with_sizes(w.sizes, -1)[w.number]
-
-def are_one_whole(ws):
-    """Whether matrices are all the parts of one, in their order."""
-    is_its = lambda i, w: isinstance(w, MatrixPart) and w.whole is ws[0].whole and w.number == i
-    return isinstance(ws[0], MatrixPart) and len(ws) == len(ws[0].sizes) and all(map(is_its, range(len(ws)), ws))
-
-@faster(linears, lambda x, *ws: are_one_whole(ws))
-def linears_at_once(x, *ws):
-    return linear(x, ws[0].whole).split_with_sizes(ws[0].sizes, -1)
-
-JOINED = ("wq", "wk", "wv"), ("w_gate", "w_up")  # what `linears` multiplies one x by
-
-# The most numbers in matrices that are joined, to be read by one call. On an EPYC (Zen 4) a token of 4 to 6 layers takes
-# 0.86 to 1.00 of the time of single ones at 128, 288 and 576 wide, above that 0.94 to 1.03, for which all would be copied.
-JOINED_AT_MOST = 1 << 21
-
-def with_linear_weights(convert, params):
-    """`params` with the matrices that `linear` uses converted: the output matrix, and those of blocks named w…, of
-    which small ones that meet the same x are joined.
-    """
-    def with_weights(tree):
-        new = {}
-        for names in JOINED:
-            ws = [tree[name] for name in names if name in tree and tree[name].ndim == 2 and not is_split(tree[name])]
-            if len(ws) == len(names) and sum(w.numel() for w in ws) <= JOINED_AT_MOST:
-                whole, sizes = convert(torch.cat(ws)), tuple(map(len, ws))
-                new |= {name: MatrixPart(whole, sizes, i) for i, name in enumerate(names)}
-        for name, w in tree.items():
-            if isinstance(w, dict):
-                new[name] = with_weights(w)
-            elif name not in new:
-                new[name] = convert(w) if w.ndim == 2 and name.startswith(("w", "lm_head")) else w
-        return {name: new[name] for name in tree}
-
-    return params | with_weights({"blocks": params["blocks"], "lm_head": params.get("lm_head", params["embedding"])})
-
-@faster(weights_for_generation, lambda params, *_, **__: first_leaf(params).is_cpu and is_eager())
-def weights_for_generation_on_cpu(params, dtype, batch_size):
-    """The matrices that `linear` uses laid out by `pack`: from 8 texts on in float32, from 2 in other dtypes."""
-    is_packed = batch_size >= (8 if dtype == torch.float32 else 2)
-    params = weights_for_generation.definition(params, dtype, batch_size)
-    return with_linear_weights(pack if is_packed else lambda w: w, params)
-
-@dataclass(frozen=True)
 class Int8Matrix:
     """A matrix for `linear` alone: rows (d_out, d_in) of int8, each times its scale, (d_out) of bfloat16."""
     rows: torch.Tensor
     scales: torch.Tensor
     ndim = 0  # so that what casts matrices leaves it as it is
     is_cpu = property(lambda self: self.rows.is_cpu)
+
+    def __len__(self):
+        return len(self.rows)
 
     def to(self, dtype):
         """What it stands for, as a tensor."""
@@ -1055,26 +1001,97 @@ def to_int8(w):
         pieces.append(((rows / scales.float()[:, None]).round().to(torch.int8), scales))
     return Int8Matrix(*map(torch.cat, zip(*pieces)))
 
+@dataclass(frozen=True)
+class MatrixPart:
+    """One of several matrices, for `linear` and `linears` alone, whose rows stand behind each other in `whole`: the one
+    of a number, counted from 0, (sizes[number], d_in).
+    """
+    whole: object  # a tensor, also of `pack`, or an Int8Matrix
+    sizes: tuple
+    number: int
+    ndim = 0  # so that what casts matrices leaves it as it is
+
+    def to(self, dtype):
+        """What it stands for, as a tensor."""
+        return self.whole.to(dtype).split_with_sizes(self.sizes)[self.number]
+
+@faster(linears, lambda x, *ws: ws and all(isinstance(w, MatrixPart) and w.whole is ws[0].whole for w in ws))
+def linears_at_once(x, *ws):
+    """By one product, with the whole of which all are parts."""
+    products = linear(x, ws[0].whole).split_with_sizes(ws[0].sizes, -1)
+    return tuple(products[w.number] for w in ws)
+
+@faster(linear, lambda x, w: isinstance(w, MatrixPart))
+def linear_by_part(x, w):
+    """With the whole, too: right, but not fast, where a definition asks for one part alone."""
+    return linears_at_once(x, w)[0]
+
+# Matrices of a block that `linear` alone uses, by name: those that one x is multiplied by, and others.
+SAME_X, OTHERS = (("wq", "wk", "wv"), ("w_gate", "w_up")), ("wo", "w_down")
+
+# Those of more numbers are not joined, as that copies them. On an EPYC (Zen 4) a token of 4 to 6 layers takes 0.86 to
+# 1.00 of the time by joined matrices at 128, 288 and 576 wide, and 0.94 to 1.03 at 768 and 1,152.
+JOINED_AT_MOST = 1 << 20
+
+def join(ws):
+    """One matrix of the rows of several, all tensors or all Int8Matrices; None where they can't be, or are large."""
+    if all(isinstance(w, Int8Matrix) for w in ws):
+        rows = join([w.rows for w in ws])
+        return None if rows is None else Int8Matrix(rows, torch.cat([w.scales for w in ws]))
+    are_alike = all(torch.is_tensor(w) and w.ndim == 2 and not is_split(w) and w.shape[1] == ws[0].shape[1] for w in ws)
+    return torch.cat(ws) if are_alike and sum(w.numel() for w in ws) <= JOINED_AT_MOST else None
+
+def with_linear_weights(convert, params, joins=False):
+    """`params` with the matrices that `linear` uses converted: the output matrix, and of blocks those named above; with
+    `joins` small ones that meet the same x are joined.
+    """
+    convert_one = lambda w: convert(w) if getattr(w, "ndim", 0) == 2 else w  # a tensor, and no tree
+
+    def converted(tree):
+        tree = {name: converted(w) if isinstance(w, dict) else w for name, w in tree.items()}
+        for names in SAME_X if joins else ():
+            ws = [tree.get(name) for name in names]
+            whole = join(ws)
+            if whole is not None:
+                whole = convert_one(whole)
+                tree |= {name: MatrixPart(whole, tuple(map(len, ws)), i) for i, name in enumerate(names)}
+        return tree | {name: convert_one(tree[name]) for name in sum(SAME_X, OTHERS) if name in tree}
+
+    output = params.get("lm_head", params["embedding"])
+    new = convert_one(output)
+    return params | {"blocks": converted(params["blocks"])} | ({} if new is output else {"lm_head": new})
+
+@faster(weights_for_generation, lambda params, *_, **__: first_leaf(params).is_cpu and is_eager() and linear.forms)
+def weights_for_generation_on_cpu(params, dtype, batch_size):
+    """The matrices that `linear` uses, small ones joined; from 8 texts on in float32, from 2 in other dtypes, laid out
+    by `pack`. The definition of `linear` knows none of that.
+    """
+    is_packed = batch_size >= (8 if dtype == torch.float32 else 2)
+    params = weights_for_generation.definition(params, dtype, batch_size)
+    return with_linear_weights(pack if is_packed else lambda w: w, params, joins=True)
+
 def quantize(params):
     """`params` for writing on a CPU, with the matrices that `linear` uses in int8: a quarter of float32 to read."""
     return with_linear_weights(to_int8, params)
 
 @faster(linear, lambda x, w: isinstance(w, Int8Matrix) and not torch.is_grad_enabled())
-def linear_in_int8(x, w):
+def linear_of_int8_weights(x, w):
     """With x in bfloat16, for which PyTorch's product takes an eighth of the time that it takes for float32.
 
-    For many rows, as a prompt has them, it's faster to turn w into what x is: on an AMD EPYC (Zen 4), for matrices of
+    For many rows, which small matrices and CPUs without VNNI leave to it, it's faster to turn w into what x is: on an
+    AMD EPYC (Zen 4), for matrices of
     288 × 288 to 32,000 × 288, from 64 to 256 rows on in float32 and from 32 to 128 in bfloat16; 1,024 rows take 1.3 to
     2.9 times as long otherwise.
     """
     if x.numel() >= 128 * x.shape[-1]:
         return linear(x, w.to(x.dtype))
-    rows = x.reshape(-1, x.shape[-1]).bfloat16()
-    return torch.ops.aten._weight_int8pack_mm(rows, w.rows, w.scales).to(x.dtype).view(*x.shape[:-1], len(w.rows))
+    rows = x.reshape(-1, x.shape[-1]).bfloat16().contiguous()
+    return torch.ops.aten._weight_int8pack_mm(rows, w.rows, w.scales).to(x.dtype).view(*x.shape[:-1], len(w))
 
 @lru_cache(maxsize=1)
 def has_int8_products():
-    """Whether oneDNN has instructions (VNNI) that multiply int8 right: with others, sums of two products overflow."""
+    """Whether oneDNN has AVX-512's instructions for int8 (VNNI): by others, sums of two products saturate at 16 bits.
+    """
     most = torch.full((2, 64), 127, dtype=torch.int8)
     return HAS_AVX512 and HAS_ONEDNN and bool((torch._int_mm(most, most.T) == 64 * 127**2).all())
 
@@ -1082,20 +1099,20 @@ def is_large_int8_product(x, w):
     """Whether oneDNN's product of int8 is faster, with what comes before and after it, than PyTorch's with bfloat16.
 
     On an EPYC (Zen 4), matrices of 288 × 288 to 50,304 × 768, 16 rows take 0.3 to 1.03 of the time, 64 to 128 0.2 to
-    1.3, 400 0.3 to 0.5 in float32 and 0.7 to 1.0 in bfloat16; 2 to 8 rows of some 3 times as long. Tokens of one text
-    take 0.93 and 0.92 of the time where a model is 768 and 1,024 wide; with smaller matrices too, at 512 1.1.
+    1.3, 400 0.3 to 0.5 in float32 and 0.7 to 1.0 in bfloat16; 2 to 8 rows up to 3 times as long. Tokens of one text
+    take 0.93 and 0.92 of the time where a model is 768 and 1,024 wide; at 512, had the limit been 2^20, 1.1.
     """
-    rows = x.numel() // x.shape[-1]
-    return (rows == 1 or rows >= 16) and rows * w.rows.numel() >= (1 << 21 if rows == 1 else 1 << 22)
+    rows, size = x.numel() // x.shape[-1], w.rows.numel()
+    return size >= 1 << 21 if rows == 1 else rows >= 16 and rows * size >= 1 << 22
 
 @faster(linear, lambda x, w: isinstance(w, Int8Matrix) and not torch.is_grad_enabled() and is_large_int8_product(x, w)
         and has_int8_products())
-def linear_of_int8(x, w):
-    """With each row of x in int8 too, times a scale of its own."""
+def linear_in_int8(x, w):
+    """Rows of x are rounded to int8 too, each with a scale of its own."""
     rows = x.reshape(-1, x.shape[-1])
-    scales = torch.linalg.vector_norm(rows, math.inf, dim=-1, keepdim=True, dtype=torch.float32).clamp_min_(1e-30) / 127
+    scales = torch.linalg.vector_norm(rows, math.inf, dim=-1, keepdim=True).float().clamp_min_(1e-30) / 127
     products = torch._int_mm((rows / scales).round_().to(torch.int8), w.rows.T)  # int32
-    return (products * scales).mul_(w.scales).to(x.dtype).view(*x.shape[:-1], len(w.rows))
+    return (products * scales).mul_(w.scales).to(x.dtype).view(*x.shape[:-1], len(w))
 
 @faster(init_cache, lambda config, batch_size, length, dtype, device: torch.device(device).type == "cpu")
 def init_cache_on_cpu(config, batch_size, length, dtype, device):
@@ -1109,17 +1126,18 @@ def clip_gradients_on_cpu(grads, norm, max_norm):
 
 @faster(nucleus_floor, lambda probabilities, top_p: probabilities.is_cpu and is_eager())
 def nucleus_floor_on_cpu(probabilities, top_p):
-    """Sorts few: halving, by their logarithm, finds shares between which the least one of the nucleus is.
+    """Sorts few: bisection, by the logarithm of a share, finds bounds of the least share in the nucleus.
 
-    All tokens below the first have together less than half of the mass that may be left out.
+    It begins where all tokens below have together less than half of the mass that may be left out.
     """
     floors = []
     for row in probabilities.numpy():
         low, high, above = (1 - top_p) / (2 * len(row)), 2.0, 0.0  # above: the mass from `high` on
-        wanted = min(top_p, np.dot(row, row >= low))
-        for _ in range(len(row).bit_length() - 10):
+        mass_from = lambda share: float(np.dot(row, row >= share))
+        wanted = min(top_p, mass_from(low))  # rounded shares may add up to less than top_p
+        for _ in range(len(row).bit_length() - 10):  # up to 1,023 are sorted at once
             middle = math.sqrt(low * high)
-            mass = np.dot(row, row >= middle)
+            mass = mass_from(middle)
             low, high, above = (middle, high, above) if mass >= wanted else (low, middle, mass)
         best_first = -np.sort(-row[(row >= low) & (row < high)])
         reached = above + best_first.cumsum(dtype=np.float64)
@@ -2090,10 +2108,10 @@ def transformer_blocks_over_ranks(blocks, x, cos, sin, cache, config, remat=Fals
     split.step = -1
     return x
 
-def one_block_at_a_time(blocks, x, *args, **options):
+def one_block_at_a_time(blocks, x, cos, sin, cache, config, remat=False):
     """`transformer_blocks` as ranks compute it, by which a definition that looks beyond a block is found."""
     for layer, block in blocks.items():
-        x = transformer_blocks.definition({layer: block}, x, *args, **options)
+        x = transformer_blocks.definition({layer: block}, x, cos, sin, cache, config, remat)
     return x
 
 class GradientAverager:

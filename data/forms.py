@@ -41,7 +41,7 @@ def check_forms(config, settings):
     forms[:0] = over_ranks
     try:
         differing = (tinylm.forms_that_differ(partial(step, torch.float64)) or tinylm.forms_that_differ(update)
-                     or tinylm.forms_that_differ(lambda: {"written": write()}))
+                     or tinylm.forms_that_differ(write))
         if not differing and over_ranks:  # which ask for definitions that don't look beyond a block
             differing = tinylm.forms_that_differ(lambda: {"read": read_deep(False)})
         if not differing and (settings.device, settings.dtype) != ("cpu", "float32"):  # where other forms serve
@@ -70,8 +70,9 @@ def check_forms(config, settings):
 
 def small_run(config, settings):
     """What `check_forms` compares of a model: read(in_pieces), the final hidden states of some positions read at once
-    or in pieces; write(), some tokens; losses(), of training and of evaluation; step(dtype), the loss and its
-    gradients, and what is read in pieces and last of all; update(), clipping and two updates.
+    or in pieces; write(), some tokens, and scores with weights laid out for several texts; losses(), of training and
+    of evaluation; step(dtype), the loss and its gradients, and what is read in pieces and last of all; update(),
+    clipping and two updates.
     """
     draw, own = torch.Generator().manual_seed(0), settings.of_optimizer
     init, optimizer_update = tinylm.OPTIMIZERS[settings.optimizer]
@@ -99,10 +100,15 @@ def small_run(config, settings):
                 xs.append(x)
         return torch.cat(xs, 1)
 
+    @torch.no_grad()
     def write():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return torch.cat(list(tinylm.generate(doubles, tokens[:, :1], config, 5, 0, dtype=torch.float64)))
+            written = torch.cat(list(tinylm.generate(doubles, tokens[:, :1], config, 5, 0, dtype=torch.float64)))
+            dtype = torch.float32 if settings.device == "cpu" else torch.float64  # in which a CPU lays weights out
+            weights = tinylm.weights_for_generation(doubles, dtype, 9)
+            scores = tinylm.to_logits(weights, tinylm.hidden_states(weights, tokens[:, :T], config, dtype)[0][:, -1])
+            return {"written": written, "scores": scores, "nucleus": tinylm.nucleus_floor(tinylm.softmax(scores), 0.9)}
 
     @torch.no_grad()
     def read_last(dtype):  # of positions that look back far, on keys and values that are drawn
