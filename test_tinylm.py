@@ -1400,6 +1400,7 @@ def test_joined_matrices_are_read_at_once_and_alone(monkeypatch):
     packed = tinylm.MatrixPart(tinylm.pack(parts[0].whole), parts[0].sizes, 1)
     same(tinylm.linear(x, packed), x @ ws[1].T, 1e-5)
     same(parts[1].to(torch.float64), ws[1].double())
+    assert (parts[1].shape, packed.shape, packed.dtype) == (ws[1].shape, ws[1].shape, torch.float32)
     params = random_params(small_config())
     for most, is_joined in ((1 << 21, True), (3 * 32 * 32 - 1, False)):
         monkeypatch.setattr(tinylm, "JOINED_AT_MOST", most)

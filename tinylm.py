@@ -1010,6 +1010,8 @@ class MatrixPart:
     sizes: tuple
     number: int
     ndim = 0  # so that what casts matrices leaves it as it is
+    shape = property(lambda self: (self.sizes[self.number], self.whole.shape[1]))
+    dtype = property(lambda self: self.whole.dtype)
 
     def to(self, dtype):
         """What it stands for, as a tensor."""

@@ -106,7 +106,7 @@ def small_run(config, settings):
             torch.manual_seed(0)
             written = torch.cat(list(tinylm.generate(doubles, tokens[:, :1], config, 5, 0, dtype=torch.float64)))
             dtype = torch.float32 if settings.device == "cpu" else torch.float64  # in which a CPU lays weights out
-            weights = tinylm.weights_for_generation(doubles, dtype, 9)
+            weights = tinylm.weights_for_generation(tinylm.tree_map(lambda p: p.to(dtype), doubles), dtype, 9)
             scores = tinylm.to_logits(weights, tinylm.hidden_states(weights, tokens[:, :T], config, dtype)[0][:, -1])
             return {"written": written, "scores": scores, "nucleus": tinylm.nucleus_floor(tinylm.softmax(scores), 0.9)}
 
