@@ -1044,8 +1044,8 @@ def join(ws):
     return torch.cat(ws) if are_alike and sum(w.numel() for w in ws) <= JOINED_AT_MOST else None
 
 def with_linear_weights(convert, params, joins=False):
-    """`params` with the matrices that `linear` uses converted: the output matrix, and of blocks those named above; with
-    `joins` small ones that meet the same x are joined.
+    """`params` with the matrices that `linear` uses converted: the output matrix, and those of blocks by their names;
+    with `joins` those of SAME_X, if they are small, are joined before.
     """
     convert_one = lambda w: convert(w) if getattr(w, "ndim", 0) == 2 else w  # a tensor, and no tree
 
@@ -1081,9 +1081,8 @@ def linear_of_int8_weights(x, w):
     """With x in bfloat16, for which PyTorch's product takes an eighth of the time that it takes for float32.
 
     For many rows, which small matrices and CPUs without VNNI leave to it, it's faster to turn w into what x is: on an
-    AMD EPYC (Zen 4), for matrices of
-    288 × 288 to 32,000 × 288, from 64 to 256 rows on in float32 and from 32 to 128 in bfloat16; 1,024 rows take 1.3 to
-    2.9 times as long otherwise.
+    AMD EPYC (Zen 4), for matrices of 288 × 288 to 32,000 × 288, from 64 to 256 rows on in float32 and from 32 to 128 in
+    bfloat16; 1,024 rows take 1.3 to 2.9 times as long otherwise.
     """
     if x.numel() >= 128 * x.shape[-1]:
         return linear(x, w.to(x.dtype))
