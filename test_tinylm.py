@@ -1383,7 +1383,8 @@ def test_matrices_that_no_product_reads_stay_as_they_are():
     params["blocks"]["0"]["attention"]["w_table"] = table = randn(300, 32).float()
     for laid_out in (tinylm.quantize(params), tinylm.weights_for_generation(params, torch.float32, 9)):
         ours = laid_out["blocks"]["0"]["attention"]
-        assert ours["w_table"] is table and ours["gains"] is gains and ours["wq"] is not params["blocks"]["0"]["attention"]["wq"]
+        assert ours["w_table"] is table and ours["gains"] is gains
+        assert ours["wq"] is not params["blocks"]["0"]["attention"]["wq"]
         assert laid_out["lm_head"] is not params["lm_head"] and laid_out["embedding"] is params["embedding"]
 
 def test_joined_matrices_are_read_at_once_and_alone(monkeypatch):
@@ -5547,7 +5548,7 @@ def test_an_output_that_asks_whether_it_is_tied(monkeypatch):
 
 @pytest.mark.parametrize("dtype, texts", [(torch.float32, 1), (torch.float32, 9), (torch.bfloat16, 2)])
 def test_a_linear_of_another_formula_without_forms(dtype, texts, monkeypatch):
-    """It sees each matrix alone, as a tensor, in writing too; so does a definition that looks into a tree of them."""
+    """It sees each matrix alone, as a tensor, in writing too."""
     def by_mean(x, w):
         w = w.to(x.dtype)
         return x @ (w / w.abs().mean()).T
