@@ -5563,6 +5563,30 @@ def test_a_linear_of_another_formula_without_forms(dtype, texts, monkeypatch):
         expected = tinylm.forward(params, prompt, config, dtype)
     assert (scores - expected).norm() <= (1e-5 if dtype == torch.float32 else 0.03) * expected.norm()
 
+@pytest.mark.parametrize("name", ["linear", "embedding", "rmsnorm"])
+def test_forms_that_are_dropped_but_over_ranks(name, monkeypatch, mesh_of_one):
+    """The advice, followed, has split parameters read by the definition."""
+    settings, operation, config = train.Settings.complete(dict(device="cpu")), tinylm.OPERATIONS[name], small_config()
+    settings.shard, kept = True, operation.forms[:]
+    check = lambda: train.check_forms(run.model_config(settings, 300), settings)
+    monkeypatch.setattr(operation, "forms", [(tinylm.always, lambda *args: 2 * operation.definition(*args)), *kept])
+    with pytest.raises(cli.InputError, match=f"^{name}: by faster forms not what") as differs:
+        check()
+    monkeypatch.setattr(operation, "forms", [])
+    with pytest.raises(cli.InputError, match=f"--shard needs a form over ranks of {name}, which {name}.form") as told:
+        check()
+    advice = str(told.value).partition("in its place write ")[2]
+    assert str(differs.value).endswith(f"or drop them there by {advice}")
+    monkeypatch.setattr(operation, "forms", kept[:])
+    exec(advice, vars(tinylm))
+    check()
+    assert len(operation.forms) == 1 and not operation.forms[0][0](*EXAMPLES[name](torch.float32)[0])
+    params, batch = random_params(config), random_tokens(config, 2, 2, 9)
+    ours = tinylm.value_and_grad(tinylm.loss_fn, tinylm.shard(params, mesh_of_one), *batch, config)
+    loss, grads = tinylm.value_and_grad(tinylm.loss_fn, params, *batch, config)
+    same(ours[0], loss, 1e-5)
+    same(tinylm.own_parts(ours[1]), grads, 1e-5)
+
 def test_what_backward_passes_by_hand_refuse():
     """Second derivatives, which would be wrong; by the definitions they are those of finite differences."""
     config = small_config(num_layers=1)

@@ -1063,10 +1063,11 @@ def with_linear_weights(convert, params, joins=False):
     new = convert_one(output)
     return params | {"blocks": converted(params["blocks"])} | ({} if new is output else {"lm_head": new})
 
-@faster(weights_for_generation, lambda params, *_, **__: first_leaf(params).is_cpu and is_eager() and linear.forms)
+@faster(weights_for_generation, lambda params, *_, **__: first_leaf(params).is_cpu and is_eager()
+        and any(form is linear_on_cpu for _, form in linear.forms))  # the definition knows nothing of it
 def weights_for_generation_on_cpu(params, dtype, batch_size):
     """The matrices that `linear` uses, small ones joined; from 8 texts on in float32, from 2 in other dtypes, laid out
-    by `pack`. The definition of `linear` knows none of that.
+    by `pack`.
     """
     is_packed = batch_size >= (8 if dtype == torch.float32 else 2)
     params = weights_for_generation.definition(params, dtype, batch_size)

@@ -10,6 +10,11 @@ from data import checkpoint, cli
 from data.cli import InputError
 from data.machine import DTYPES
 
+# How to drop the forms of what reads split parameters: all but the one over ranks, which follows the definition then.
+DROPPED_OVER_RANKS = {
+    "linear": "linear.forms[:] = [(lambda x, w: is_split(w), lambda x, w: linear(x, gathered(w)))]",
+    "embedding": "del embedding.forms[1:]", "rmsnorm": "del rmsnorm.forms[1:]"}
+
 def check_forms(config, settings):
     """Raise InputError where faster forms give other numbers than the definitions, as where one was changed.
 
@@ -22,6 +27,10 @@ def check_forms(config, settings):
     if settings.shard and 0 in axes.values():
         raise InputError(f"--shard splits along the first axis, and {min(axes, key=axes.get)} has none; give it the "
                          "shape (1,)")
+    lost = [name for name in DROPPED_OVER_RANKS if settings.shard and not tinylm.OPERATIONS[name].forms]
+    if lost:
+        raise InputError(f"--shard needs a form over ranks of {lost[0]}, which {lost[0]}.forms.clear() drops too; in "
+                         f"its place write {DROPPED_OVER_RANKS[lost[0]]}")
     most = {"num_layers": 2, "d_model": 64, "d_ff": 128, "vocab_size": 256, "num_kv_heads": 2}
     small = {name: min(size, getattr(config, name)) for name, size in most.items()}
     small["num_heads"] = min(2, config.num_heads // config.num_kv_heads) * small["num_kv_heads"]
@@ -49,7 +58,8 @@ def check_forms(config, settings):
     finally:
         del forms[:len(over_ranks)]
     if differing:
-        names, advice = ", ".join(differing), "; ".join(f"{name}.forms.clear()" for name in differing)
+        drop = lambda name: settings.shard and DROPPED_OVER_RANKS.get(name) or f"{name}.forms.clear()"
+        names, advice = ", ".join(differing), "; ".join(map(drop, differing))
         raise InputError(f"{names}: by faster forms not what it is by the definitions in tinylm.py; let these follow, "
                          f"or drop them there by {advice}")
     dtype = read(False, DTYPES[settings.dtype]).dtype
