@@ -888,7 +888,9 @@ def linear_on_cpu(x, w):
 
     MKL gets less out of other CPUs than Intel's. On an AMD EPYC a product of one vector is faster in pieces, one of 2
     to 32 transposed. On an Intel Xeon pieces take 2.0 to 2.5 times as long as x @ w.T, 2 to 8 vectors transposed 1.0 to
-    2.1 times, 16 and more are mostly faster (w from 128 × 128 to 32,000 × 288; both CPUs with AVX-512, two cores).
+    2.1 times, 16 and more are mostly faster (w from 128 × 128 to 32,000 × 288; both CPUs with AVX-512, two cores). On
+    the EPYC `linear_of_one` takes in bfloat16 6 µs, where x @ w.T takes 4, at 64 × 64, 7 for 15 at 128 × 128 and 10 for
+    20 at 256 × 256, in float32 11 for 7 there; larger matrices are rarely in the cache, where it is faster.
     """
     w = w.to(x.dtype)
     rows = x.numel() // x.shape[-1]
@@ -1130,7 +1132,9 @@ def clip_gradients_on_cpu(grads, norm, max_norm):
 def nucleus_floor_on_cpu(probabilities, top_p):
     """Sorts few: bisection, by the logarithm of a share, finds bounds of the least share in the nucleus.
 
-    It begins where all tokens below have together less than half of the mass that may be left out.
+    It begins where all tokens below have together less than half of the mass that may be left out. On an EPYC (Zen 4) a
+    row of 8,192, 32,000 or 128,000 flat shares takes 0.50, 0.24 and 0.12 of the time of sorting all these, of very
+    peaked ones, of which few are to be sorted, 1.9, 1.7 and 2.1 times as long (0.04, 0.08 and 0.3 ms).
     """
     floors = []
     for row in probabilities.numpy():

@@ -19,9 +19,9 @@ def check_forms(config, settings):
     """Raise InputError where faster forms give other numbers than the definitions, as where one was changed.
 
     A small model, of at most two blocks, is compared: on the device its loss, gradients and hidden states, read in
-    pieces as to write, in float64, which no mode of products rounds, and roughly in the dtype of training, and some
-    tokens that it writes; on the CPU clipping and two updates. To be split, all blocks are read too. Where a model
-    can't be small, that is said.
+    pieces as to write, in float64, which no mode of products rounds, and roughly in the dtype of training, some tokens
+    that it writes, and scores and a nucleus of what writes several texts; on the CPU clipping and two updates. To be
+    split, all blocks are read too. Where a model can't be small, that is said.
     """
     axes = {path: len(shape) for path, shape in tinylm.tree_leaves(tinylm.param_shapes(config))}
     if settings.shard and 0 in axes.values():
@@ -80,9 +80,9 @@ def check_forms(config, settings):
 
 def small_run(config, settings):
     """What `check_forms` compares of a model: read(in_pieces), the final hidden states of some positions read at once
-    or in pieces; write(), some tokens, and scores with weights laid out for several texts; losses(), of training and
-    of evaluation; step(dtype), the loss and its gradients, and what is read in pieces and last of all; update(),
-    clipping and two updates.
+    or in pieces; write(), some tokens, and scores and nuclei with weights laid out for several texts; losses(), of
+    training and of evaluation; step(dtype), the loss and its gradients, and what is read in pieces and last of all;
+    update(), clipping and two updates.
     """
     draw, own = torch.Generator().manual_seed(0), settings.of_optimizer
     init, optimizer_update = tinylm.OPTIMIZERS[settings.optimizer]
