@@ -168,6 +168,18 @@ def test_tiles_of_attention_make_the_whole(lead, group, T, before, block, tile):
         patch.setattr(tinylm, "TILE_SCORES", {"cpu": tile})
         same_with_gradients(tinylm.attention, tinylm.attention.definition, q, k, v)
 
+@pytest.mark.parametrize("N, T, S", [(16, 512, 512), (40, 129, 205), (8, 200, 1025), (64, 64, 200), (63, 130, 130)])
+def test_tiles_of_attention_in_float32(N, T, S):
+    """With many keys a tile has fewer queries, the last of them any number."""
+    q, k, v = (randn(N, length, 4, seed=seed).float().requires_grad_() for seed, length in enumerate((T, S, S)))
+    (_, queries, _), *_ = tinylm.tiles(q[:, :, None], k)
+    assert queries.stop == min(T, 64 if N * S >= 1 << 13 else 128)
+    mask = torch.ones(T, S, dtype=torch.bool).tril(S - T)
+    theirs = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), attn_mask=mask)
+    actual, upstream = tinylm.attention(q, k, v), randn(N, T, 4, seed=3)
+    same(actual, theirs.float(), 1e-5)
+    same(torch.autograd.grad(actual, (q, k, v), upstream.float()), torch.autograd.grad(theirs, (q, k, v), upstream), 1e-4)
+
 def test_scores_of_attention_are_kept_of_few_keys_alone():
     """Else memory would grow with the square of a text's length."""
     for T, kept in ((128, 1), (129, 0)):
@@ -1386,6 +1398,21 @@ def test_matrices_that_no_product_reads_stay_as_they_are():
         assert ours["w_table"] is table and ours["gains"] is gains
         assert ours["wq"] is not params["blocks"]["0"]["attention"]["wq"]
         assert laid_out["lm_head"] is not params["lm_head"] and laid_out["embedding"] is params["embedding"]
+
+@pytest.mark.parametrize("intel", [False, True])
+def test_large_matrices_are_packed_for_one_text_in_bfloat16(intel, monkeypatch):
+    """Not on Intel's CPUs, nor for several texts only, nor in models that wait for memory, where that would cost more."""
+    monkeypatch.setattr(tinylm, "IS_INTEL", intel)
+    params = random_params(small_config(vocab_size=1 << 13))
+    packed = lambda dtype, texts: [w.is_mkldnn for w in (
+        tinylm.weights_for_generation(params, dtype, texts)[name] for name in ("lm_head", "embedding"))]
+    can = tinylm.pack(params["lm_head"].bfloat16()).is_mkldnn
+    assert packed(torch.bfloat16, 1) == [can and not intel, False] and packed(torch.bfloat16, 2) == [can, False]
+    assert packed(torch.float32, 1) == packed(torch.float64, 1) == [False, False]
+    written = tinylm.weights_for_generation(params, torch.bfloat16, 1)["blocks"]["0"]["attention"]
+    assert not written["wo"].is_mkldnn and not written["wq"].whole.is_mkldnn, "small ones are not"
+    params["embedding"] = torch.empty(1).expand(1 << 15, 1 << 10)
+    assert packed(torch.bfloat16, 1) == [False, False]
 
 def test_joined_matrices_are_read_at_once_and_alone(monkeypatch):
     """By one product, all or some, in any order; large ones are not joined, nor those of different widths."""
