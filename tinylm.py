@@ -1170,9 +1170,9 @@ def nucleus_floor_on_cpu(probabilities, top_p):
 
 # ---- Attention in tiles, on any device ----
 
-# In a tile; fewer skip more of the future, more need fewer calls. In float32 half as many pay on a CPU, if there is enough
-# else to compute: on an EPYC (Zen 5) both passes take 0.89 to 0.98 of the time with 256 to 2,048 keys of 64 to 8 heads,
-# 1.02 with 4,096 of 8, and a forward pass 1.1 with 1,000 of 6; in bfloat16 both take 1.01 to 1.25.
+# In a tile; fewer skip more of the future, more need fewer calls. In float32 half as many pay on a CPU where all is not
+# small: on an EPYC (Zen 5) both passes take 0.89 to 0.98 of the time with 256 to 2,048 keys of 64 to 8 heads, 1.02 with
+# 4,096 of 8, and a forward pass 1.1 with 1,000 of 6; in bfloat16 both take 1.01 to 1.25.
 TILE_QUERIES = 128
 TILE_SCORES = {"cpu": 1 << 20, "cuda": 1 << 27}  # in a tile; on a CPU they stay in its cache
 
