@@ -168,12 +168,14 @@ def test_tiles_of_attention_make_the_whole(lead, group, T, before, block, tile):
         patch.setattr(tinylm, "TILE_SCORES", {"cpu": tile})
         same_with_gradients(tinylm.attention, tinylm.attention.definition, q, k, v)
 
-@pytest.mark.parametrize("N, T, S", [(16, 512, 512), (40, 129, 205), (8, 200, 1025), (64, 64, 200), (63, 130, 130)])
+@pytest.mark.parametrize("N, T, S", [(16, 512, 512), (40, 129, 205), (8, 200, 1025), (64, 64, 200), (63, 130, 130),
+                                     (64, 128, 128)])
 def test_tiles_of_attention_in_float32(N, T, S):
     """With many keys a tile has fewer queries, the last of them any number."""
     q, k, v = (randn(N, length, 4, seed=seed).float().requires_grad_() for seed, length in enumerate((T, S, S)))
     (_, queries, _), *_ = tinylm.tiles(q[:, :, None], k)
-    assert queries.stop == min(T, 64 if N * S >= 1 << 13 else 128)
+    assert queries.stop == min(T, 64 if N * S >= 1 << 13 and S > 128 else 128)
+    assert tinylm.tiles(q[:, :, None].bfloat16(), k.bfloat16())[0][1].stop == min(T, 128)
     mask = torch.ones(T, S, dtype=torch.bool).tril(S - T)
     theirs = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), attn_mask=mask)
     actual, upstream = tinylm.attention(q, k, v), randn(N, T, 4, seed=3)
@@ -204,20 +206,26 @@ def test_linear_of_few_vectors(lead, d_out, intel, dtype, tolerance, two_threads
         assert (actual - expected).norm() <= tolerance * expected.norm()
     assert torch.backends.mkldnn.enabled
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("d_in, d_out", [(64, 4000), (4000, 64), (32, 64)])
-def test_linear_of_large_matrices(d_in, d_out, compiled, monkeypatch):
-    """Values and gradients, the gradients the same bits each time; that of the result comes transposed."""
-    monkeypatch.setattr(tinylm, "IS_INTEL", False)
+@pytest.mark.parametrize("compiled, intel", [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("d_in, d_out", [(64, 4000), (4000, 64), (32, 64), (31, 64)])
+def test_linear_of_large_matrices(d_in, d_out, compiled, intel, monkeypatch):
+    """Values and gradients, the gradients the same bits each time; that of the result comes transposed. Large products
+    are oneDNN's, but on Intel's CPUs.
+    """
+    monkeypatch.setattr(tinylm, "IS_INTEL", intel)
     torch._dynamo.reset()
     shapes = (3, 700, d_in), (d_out, d_in)
     x, w = (randn(*shape, seed=seed).float().requires_grad_() for seed, shape in enumerate(shapes))
     upstream = randn(d_out, 3, 700, seed=2).float().permute(1, 2, 0)
     function = torch.compile(tinylm.linear) if compiled else tinylm.linear
     actual = (y := function(x, w)), *torch.autograd.grad(y, (x, w), upstream)
-    again = torch.autograd.grad(function(x, w), (x, w), upstream)
-    is_large = d_in * d_out > 32 * 64 or tinylm.HAS_AVX512
-    assert compiled or (type(actual[0].grad_fn).__name__ == "LargeLinearBackward") == (tinylm.HAS_ONEDNN and is_large)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        again = torch.autograd.grad(function(x, w), (x, w), upstream)
+    is_large = d_in * d_out > 32 * 64 or d_in == 32 and tinylm.HAS_AVX512
+    products = [event for event in profile.events() if event.name in ("aten::mm", "mkldnn::_linear_pointwise",
+                                                                     "aten::mkldnn_linear_backward_weights")]
+    by_onednn = [event.name != "aten::mm" for event in products]
+    assert by_onednn == [tinylm.HAS_ONEDNN and is_large and not intel] * 3
     y = F.linear(x.double(), w.double())
     for a, e in zip(actual, (y, *torch.autograd.grad(y, (x, w), upstream.double()))):
         assert a.shape == e.shape and a.is_contiguous() and (a - e).norm() <= 1e-5 * e.norm()
@@ -1404,14 +1412,16 @@ def test_matrices_that_no_product_reads_stay_as_they_are():
 def test_large_matrices_are_packed_for_one_text_in_bfloat16(intel, monkeypatch):
     """Not on Intel's CPUs, nor in models that wait for memory, where that would cost more."""
     monkeypatch.setattr(tinylm, "IS_INTEL", intel)
-    params = random_params(small_config(vocab_size=1 << 13))
+    params = random_params(small_config(vocab_size=1 << 13, d_ff=1 << 12))  # w_down has 2^17 numbers, lm_head 2^18
     packed = lambda dtype, texts: [w.is_mkldnn for w in (
         tinylm.weights_for_generation(params, dtype, texts)[name] for name in ("lm_head", "embedding"))]
+    params["embedding"] = torch.empty(1).expand(24 << 10, 1 << 10)  # as one of 24 million
     can = tinylm.pack(params["lm_head"].bfloat16()).is_mkldnn
     assert packed(torch.bfloat16, 1) == [can and not intel, False] and packed(torch.bfloat16, 2) == [can, False]
-    assert packed(torch.float32, 1) == packed(torch.float64, 1) == [False, False]
-    written = tinylm.weights_for_generation(params, torch.bfloat16, 1)["blocks"]["0"]["attention"]
-    assert not written["wo"].is_mkldnn and not written["wq"].whole.is_mkldnn, "small ones are not"
+    assert packed(torch.float32, 7) == packed(torch.float64, 1) == [False, False]
+    assert packed(torch.float32, 8) == [tinylm.HAS_ONEDNN, False]
+    written = tinylm.weights_for_generation(params, torch.bfloat16, 1)["blocks"]["0"]
+    assert not written["mlp"]["w_down"].is_mkldnn and not written["attention"]["wq"].whole.is_mkldnn
     params["embedding"] = torch.empty(1).expand(1 << 15, 1 << 10)
     assert packed(torch.bfloat16, 1) == [False, False]
 

@@ -887,7 +887,7 @@ def linear_on_cpu(x, w):
     """In the way that is fastest for the sizes. w may also come from `pack`.
 
     MKL gets less out of other CPUs than Intel's. On an AMD EPYC a product of one vector is faster in pieces, one of 2
-    to 32 transposed. On an Intel Xeon pieces take 2.0 to 2.5 times as long as x @ w.T, 2 to 8 vectors transposed 1.0 to
+    to 32 transposed, if w is not packed. On an Intel Xeon pieces take 2.0 to 2.5 times as long as x @ w.T, 2 to 8 vectors transposed 1.0 to
     2.1 times, 16 and more are mostly faster (w from 128 × 128 to 32,000 × 288; both CPUs with AVX-512, two cores). On
     the EPYC `linear_of_one` takes in bfloat16 6 µs, where x @ w.T takes 4, at 64 × 64, 7 for 15 at 128 × 128 and 10 for
     20 at 256 × 256, in float32 11 for 7 there; larger matrices are rarely in the cache, where it is faster.
@@ -963,7 +963,7 @@ def linear_of_one(x, w):
 
     In bfloat16 it switches oneDNN off, for the whole process, until the product is there.
     """
-    if x.dtype == torch.bfloat16:  # oneDNN would take longer to prepare the product than PyTorch's own code for all
+    if x.dtype == torch.bfloat16:  # oneDNN would take longer to prepare w, if not packed, than PyTorch's code for all
         with ONEDNN_OFF:  # else another thread would take it for off before, and leave it so
             enabled, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, False
             try:
@@ -982,7 +982,7 @@ def pack(w):
     if not w.is_cpu or is_split(w) or not HAS_ONEDNN:
         return w
     if w.dtype == torch.float32 or w.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return torch.ops.mkldnn._reorder_linear_weight(w, 16)  # the layout for any number of vectors but 1
+        return torch.ops.mkldnn._reorder_linear_weight(w, 16)  # as good for one vector as the layout for one
     return w
 
 @dataclass(frozen=True)
