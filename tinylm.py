@@ -886,11 +886,12 @@ HAS_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 def linear_on_cpu(x, w):
     """In the way that is fastest for the sizes. w may also come from `pack`.
 
-    MKL gets less out of other CPUs than Intel's. On an AMD EPYC a product of one vector is faster in pieces, one of 2
-    to 32 transposed, if w is not packed. On an Intel Xeon pieces take 2.0 to 2.5 times as long as x @ w.T, 2 to 8 vectors transposed 1.0 to
-    2.1 times, 16 and more are mostly faster (w from 128 × 128 to 32,000 × 288; both CPUs with AVX-512, two cores). On
-    the EPYC `linear_of_one` takes in bfloat16 6 µs, where x @ w.T takes 4, at 64 × 64, 7 for 15 at 128 × 128 and 10 for
-    20 at 256 × 256, in float32 11 for 7 there; larger matrices are rarely in the cache, where it is faster.
+    MKL gets less out of other CPUs than Intel's. On an AMD EPYC a product of one vector by a w that is not packed is
+    faster in pieces, one of 2 to 32 transposed. On an Intel Xeon pieces take 2.0 to 2.5 times as long as x @ w.T, 2 to
+    8 vectors transposed 1.0 to 2.1 times, 16 and more are mostly faster (w from 128 × 128 to 32,000 × 288; both CPUs
+    with AVX-512, two cores). On the EPYC `linear_of_one` takes in bfloat16 6 µs, where x @ w.T takes 4, at 64 × 64, 7
+    for 15 at 128 × 128 and 10 for 20 at 256 × 256, in float32 11 for 7 there; larger matrices are rarely in the cache,
+    where it is faster.
     """
     w = w.to(x.dtype)
     rows = x.numel() // x.shape[-1]
@@ -921,16 +922,18 @@ def onednn_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
 
 def onednn_weight_gradient(d_out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """d_outᵀ x, the gradient of a `linear`'s matrix, by oneDNN. d_out (rows, d_out), x (rows, d_in) → (d_out, d_in).
+    """d_outᵀ x, the gradient of a `linear`'s matrix, by oneDNN. d_out (rows, m), x (rows, n) → (m, n).
 
-    Its operation for this copies both, but turns neither over. On an EPYC (Zen 5), from 768 × 128 × 128 to 2,048 × 512
-    × 10,000, it takes 0.5 to 0.9 of MKL's time and 0.7 to 1.0 of that of products by which the smaller one is turned
-    over; but of a large d_out 1.08 to 1.1 times theirs.
+    Its operation for this copies both; a product turns the smaller one over. On an EPYC (Zen 5), from 768 × 128 × 128
+    to 2,048 × 704 × 256, the operation takes 0.78 to 1.05 of a product's time on one core, 0.71 to 1.02 on two, and of
+    larger ones, to 8,192 × 1,408 × 512, 0.99 to 1.11; both take 0.5 to 0.9 of MKL's.
     """
-    if d_out.numel() > 1 << 22 and d_out.shape[1] > x.shape[1]:
+    if max(d_out.numel(), x.numel()) <= 1 << 21:
+        w = x.new_empty(d_out.shape[1], x.shape[1])  # of which it takes dtype and device alone
+        return torch.ops.aten.mkldnn_linear_backward_weights(d_out.to_mkldnn(), x.to_mkldnn(), w, False)[0]
+    if d_out.shape[1] > x.shape[1]:
         return onednn_product(x.T, d_out.T).T.contiguous()
-    w = x.new_empty(d_out.shape[1], x.shape[1])  # of which it takes dtype and device alone
-    return torch.ops.aten.mkldnn_linear_backward_weights(d_out.to_mkldnn(), x.to_mkldnn(), w, False)[0]
+    return onednn_product(d_out.T, x.T)
 
 # The compiler knows those operations not, or for constant b alone; operations of our own it leaves as they are.
 opaque_product = torch.library.custom_op("tinylm::onednn_product", onednn_product, mutates_args=())
@@ -977,9 +980,9 @@ def linear_of_one(x, w):
 def pack(w):
     """A copy of a matrix (d_out, d_in), for `linear` alone, laid out as oneDNN multiplies vectors by it fastest.
 
-    Where there is no such layout, for the device or the dtype, it is w itself.
+    Where there is no such layout, for the device or the dtype, or w has it, it is w itself.
     """
-    if not w.is_cpu or is_split(w) or not HAS_ONEDNN:
+    if not w.is_cpu or is_split(w) or w.is_mkldnn or not HAS_ONEDNN:
         return w
     if w.dtype == torch.float32 or w.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return torch.ops.mkldnn._reorder_linear_weight(w, 16)  # as good for one vector as the layout for one
@@ -1077,13 +1080,14 @@ def packed_from(params, dtype, batch_size):
 
     For one text in bfloat16 that is faster in models which the cache holds much of. On an EPYC (Zen 5) products of
     models 128, 288 and 512 wide with 1, 24 and 23 million parameters take 0.86, 0.63 and 0.64 of the time on one core,
-    0.92, 0.74 and 0.69 on two; from 59 million on 0.71 to 0.77 and 0.97 to 1.11. In float32 packing takes longer than
-    100 tokens win.
+    0.92, 0.74 and 0.69 on two; from 59 million on 0.71 to 0.77 and 0.97 to 1.11. On two, smaller matrices than 2^18
+    take longer. In float32 packing takes longer than 100 tokens win.
     """
     if batch_size >= (8 if dtype == torch.float32 else 2):
         return 0
     size = sum(w.numel() for _, w in tree_leaves(params) if torch.is_tensor(w))
-    return 1 << 18 if dtype == torch.bfloat16 and size <= 1 << 25 and not IS_INTEL else math.inf
+    is_faster = dtype == torch.bfloat16 and size <= 1 << 25 and HAS_AVX512 and not IS_INTEL  # on others not measured
+    return 1 << 18 if is_faster else math.inf
 
 @faster(weights_for_generation, lambda params, *_, **__: first_leaf(params).is_cpu and is_eager()
         and any(form is linear_on_cpu for _, form in linear.forms))  # the definition knows nothing of it
@@ -1170,9 +1174,9 @@ def nucleus_floor_on_cpu(probabilities, top_p):
 
 # ---- Attention in tiles, on any device ----
 
-# In a tile; fewer skip more of the future, more need fewer calls. In float32 half as many pay on a CPU where all is not
-# small: on an EPYC (Zen 5) both passes take 0.89 to 0.98 of the time with 256 to 2,048 keys of 64 to 8 heads, 1.02 with
-# 4,096 of 8, and a forward pass 1.1 with 1,000 of 6; in bfloat16 both take 1.01 to 1.25.
+# In a tile; fewer skip more of the future, more need fewer calls. In float32 a CPU takes half as many where N · S, of
+# `tiles`, is 2^13 at least. On an EPYC (Zen 5; no Xeon was at hand) both passes then take 0.89 to 0.98 of the time with
+# S of 256 to 2,048, 1.02 with 4,096. With 6 · 1,000 a forward pass would take 1.1, in bfloat16 both 1.01 to 1.25.
 TILE_QUERIES = 128
 TILE_SCORES = {"cpu": 1 << 20, "cuda": 1 << 27}  # in a tile; on a CPU they stay in its cache
 
