@@ -5362,7 +5362,7 @@ def test_processes_of_prepare_end_with_it(tmp_path):
     wait_for(lambda: not any(Path(f"/proc/{number}/task").exists() for number in numbers), 10)
 
 def test_interrupting_prepare_is_one_line(tmp_path):
-    (tmp_path / "long.txt").write_text("".join(stories.story(0, i) for i in range(3000)) * 20)
+    (tmp_path / "long.txt").write_text("".join(stories.story(0, i) for i in range(3000)) * 60)
     process = subprocess.Popen([sys.executable, ROOT / "data/prepare.py", f"--input={tmp_path}/long.txt",
                                 f"--output={tmp_path}/data", "--workers=2"], stderr=subprocess.PIPE, text=True,
                                stdout=subprocess.PIPE, start_new_session=True,
@@ -5687,10 +5687,12 @@ def test_an_optimizer_that_a_run_could_not_go_on_with(tmp_path, monkeypatch, sta
 
 def test_runs_from_python(tmp_path, monkeypatch, capsys):
     """One at a time in a process, to which it leaves no file open; ids of others and a text for a notebook."""
-    data, before = prepared(tmp_path), len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    data = prepared(tmp_path)
+    gc.collect()  # or files that tests before have left would be closed meanwhile
+    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
     monkeypatch.setitem(tinylm.SCHEDULES, "cosine", lambda step, lr_max: np.float32(lr_max))
     done = train.train(data=data, output_dir=tmp_path / "run", **TINY)
-    assert not before or len(os.listdir("/proc/self/fd")) == before
+    assert not before or len(os.listdir("/proc/self/fd")) <= before
     same(copy.deepcopy(done).params, done.params, 0)  # as a process pool sends it
     with machine.alone():
         with pytest.raises(cli.InputError, match="another run is at work in this process; start this one in a process"):
