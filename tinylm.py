@@ -1150,6 +1150,33 @@ def clip_gradients_on_cpu(grads, norm, max_norm):
     """Gradients that need no scaling stay as they are. A look at the norm would make the host wait for a GPU."""
     return grads if norm <= max_norm else clip_gradients.definition(grads, norm, max_norm)
 
+def is_float32_on_cpu(tree):
+    """Whether all tensors of a tree are, and none is split."""
+    return all(w.is_cpu and w.dtype == torch.float32 and not is_split(w) for _, w in tree_leaves(tree))
+
+def adamw_in_place(params, grads, state, lr, beta1=0.8, beta2=0.98, eps=1e-8, weight_decay=0.1):
+    """`adamw_update` that writes the new params and state over the old, which are donated. All are of float32, on a CPU,
+    and params and state contiguous.
+
+    By the kernel of PyTorch's own AdamW, in one pass: with copies before it it takes 0.5 to 0.9 of the time of passes
+    that make new tensors, and nothing has to be compiled.
+    """
+    state["step"] += 1
+    ws = list(zip(*([w for _, w in tree_leaves(tree)] for tree in (params, grads, state["m"], state["v"]))))
+    for decay, group in ((weight_decay, [w for w in ws if w[0].ndim >= 2]), (0.0, [w for w in ws if w[0].ndim < 2])):
+        if group:
+            ps, gs, ms, vs = zip(*group)
+            gs = [g.contiguous() for g in gs]  # the kernel takes numbers as they lie in memory
+            torch._fused_adamw_(ps, gs, ms, vs, [], [state["step"].float()] * len(ps), lr=float(lr), beta1=beta1,
+                                beta2=beta2, eps=eps, weight_decay=decay, amsgrad=False, maximize=False)
+
+@faster(adamw_update, lambda params, grads, *_, **__: is_eager() and not torch.is_grad_enabled()
+        and is_float32_on_cpu(params) and is_float32_on_cpu(grads))
+def adamw_update_on_cpu(params, grads, state, lr, beta1=0.8, beta2=0.98, eps=1e-8, weight_decay=0.1):
+    copies = [tree_map(partial(torch.clone, memory_format=torch.contiguous_format), tree) for tree in (params, state)]
+    adamw_in_place(copies[0], grads, copies[1], lr, beta1, beta2, eps, weight_decay)
+    return tuple(copies)
+
 @faster(nucleus_floor, lambda probabilities, top_p: probabilities.is_cpu and is_eager())
 def nucleus_floor_on_cpu(probabilities, top_p):
     """Sorts few: bisection, by the logarithm of a share, finds bounds of the least share in the nucleus.
@@ -1890,6 +1917,11 @@ def is_separable(update):
     as it has its form. Whoever lets it depend on more, in its form too, has to say so here.
     """
     return update is adamw_update and bool(update.forms)
+
+def is_in_place(update, device):
+    """Whether `adamw_in_place` does what an update does, on a CPU: known of AdamW, as long as it has the form so called.
+    """
+    return device == "cpu" and update is adamw_update and any(form is adamw_update_on_cpu for _, form in update.forms)
 
 def block_by_block(write):
     """`write`, an update in place, of one part after the other: what is compiled for one block serves all of them."""

@@ -289,11 +289,11 @@ def schedule(settings):
 def step_functions(config, settings):
     """What a step computes, compiled where asked: the gradients of a batch, the update, the losses of each token.
 
-    Compiled, the update changes the parameters and state that it is given, but not where ranks need more than their own
-    parts. What is one CUDA graph returns what its next call overwrites.
+    Compiled, and AdamW on a CPU, the update changes the parameters and state that it is given, but not where ranks need
+    more than their own parts. What is one CUDA graph returns what its next call overwrites.
     """
     dtype, (_, optimizer_update) = DTYPES[settings.dtype], tinylm.OPTIMIZERS[settings.optimizer]
-    own = settings.of_optimizer
+    own, is_separable, write = settings.of_optimizer, tinylm.is_separable(optimizer_update), None
 
     def loss(params, inputs, targets):
         return tinylm.loss_fn(params, inputs, targets, config, dtype, settings.remat)
@@ -307,9 +307,18 @@ def step_functions(config, settings):
         new = optimizer_update(params, grads, optimizer, lr, **own)
         return [tinylm.if_finite(loss + norm, *trees) for trees in zip(new, (params, optimizer))]
 
+    def write_if_finite(params, grads, optimizer, lr, norm, loss):  # on a CPU, which knows at once whether they are
+        if (loss + norm).isfinite():
+            grads = tinylm.clip_gradients(grads, norm, settings.clip_grad)
+            tinylm.adamw_in_place(params, grads, optimizer, lr, **own)
+
     def update(params, grads, optimizer, lr, loss):
         norm = tinylm.global_norm(grads)
-        return *updated_if_finite(params, grads, optimizer, lr, norm, loss), norm.double()
+        if write:
+            write(params, grads, optimizer, lr, norm, loss)
+        else:
+            params, optimizer = updated_if_finite(params, grads, optimizer, lr, norm, loss)
+        return params, optimizer, norm.double()
 
     def losses(params, inputs, targets):
         return tinylm.token_losses_in_pieces(params, inputs, targets, config, dtype)
@@ -329,22 +338,16 @@ def step_functions(config, settings):
             loss = compiled(loss)  # which `gradients` calls by this name
         if settings.device != "cpu":  # where this takes 8 seconds, which an evaluation doesn't
             losses = (by_layer if settings.shard else compiled)(losses)
-        is_separable, write = tinylm.is_separable(optimizer_update), compiled(tinylm.in_place(updated_if_finite))
+        write = compiled(tinylm.in_place(updated_if_finite))
         if is_separable:
             write = tinylm.block_by_block(write)
-        if settings.shard:
-            write = tinylm.on_own_parts(write)
-
-        def update_in_place(params, grads, optimizer, lr, loss):
-            norm = tinylm.global_norm(grads)
-            write(params, grads, optimizer, lr, norm, loss)
-            return params, optimizer, norm.double()
-
-        if is_separable or not settings.shard:  # else ranks need more than their own parts
-            update = update_in_place
         # With accumulation the results of two calls are needed at once; with ranks messages leave in between.
         if settings.device != "cpu" and not settings.shard and settings.grad_accum_steps == machine.num_ranks() == 1:
             gradients, update = tinylm.in_graph(gradients, 1), tinylm.in_graph(update, 3)
+    if tinylm.is_in_place(optimizer_update, settings.device):  # which takes less time, and has nothing to compile
+        write = write_if_finite
+    if write and settings.shard:
+        write = tinylm.on_own_parts(write) if is_separable else None  # others need more than their own parts
     return gradients, torch.no_grad()(update), torch.no_grad()(losses)
 
 def accumulate_gradients(gradients, params, ids, settings, step, rank=0, num_ranks=1):

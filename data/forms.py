@@ -140,12 +140,19 @@ def small_run(config, settings):
             loss, grads = tinylm.value_and_grad(tinylm.loss_fn, doubles, *batch, config, dtype)
             return {"loss": loss, "gradients": grads, "read": read(True, dtype), "last": read_last(dtype)}
 
+    @torch.no_grad()
     def update():
         norm = tinylm.global_norm(params)
         clipped = {str(share): tinylm.clip_gradients(params, norm, share * norm) for share in (0.5, 2)}
-        if settings.compile and tinylm.is_separable(optimizer_update):
-            new, state = tinylm.tree_map(torch.clone, params), init(params)
-            tinylm.block_by_block(tinylm.in_place(update_once))(new, params, state)
+        write = None
+        if tinylm.is_in_place(optimizer_update, settings.device):
+            write = partial(tinylm.adamw_in_place, lr=1e-2, **own)
+        elif settings.compile and tinylm.is_separable(optimizer_update):
+            write = tinylm.block_by_block(tinylm.in_place(update_once))
+        if write:
+            new = tinylm.tree_map(partial(torch.clone, memory_format=torch.contiguous_format), params)
+            state = init(new)
+            write(new, params, state)
         else:
             new, state = update_once(params, params, init(params))
         others = tinylm.tree_map(lambda p: p.flip(-1) if p.ndim else -p, params)  # a first step has no past

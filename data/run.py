@@ -431,7 +431,9 @@ def place_state(run):
     mesh = machine.mesh_of_ranks(run.settings.device) if run.settings.shard else None
 
     def place(tensor):
-        tensor = machine.of_first_rank(tensor.to(run.settings.device, copy=True))  # no two in one place, for updates
+        # No two in one place, and none with gaps, for updates that write over them.
+        tensor = tensor.to(run.settings.device, copy=True, memory_format=torch.contiguous_format)
+        tensor = machine.of_first_rank(tensor)
         return tinylm.shard(tensor, mesh) if mesh else tensor
 
     def moved(tree):  # which is emptied, so that each tensor is freed where it was
