@@ -207,10 +207,10 @@ def test_linear_of_few_vectors(lead, d_out, intel, dtype, tolerance, two_threads
     assert torch.backends.mkldnn.enabled
 
 @pytest.mark.parametrize("compiled, intel", [(False, False), (True, False), (False, True)])
-@pytest.mark.parametrize("d_in, d_out", [(64, 4000), (4000, 64), (32, 64), (31, 64)])
+@pytest.mark.parametrize("d_in, d_out", [(64, 4000), (4000, 64), (256, 260), (32, 64), (31, 64)])
 def test_linear_of_large_matrices(d_in, d_out, compiled, intel, monkeypatch):
     """Values and gradients, the gradients the same bits each time; that of the result comes transposed. Large products
-    are oneDNN's, but on Intel's CPUs.
+    are oneDNN's, but on Intel's CPUs, and one has its operation for the gradient of the matrix.
     """
     monkeypatch.setattr(tinylm, "IS_INTEL", intel)
     torch._dynamo.reset()
@@ -226,6 +226,8 @@ def test_linear_of_large_matrices(d_in, d_out, compiled, intel, monkeypatch):
                                                                      "aten::mkldnn_linear_backward_weights")]
     by_onednn = [event.name != "aten::mm" for event in products]
     assert by_onednn == [tinylm.HAS_ONEDNN and is_large and not intel] * 3
+    has_own = any(event.name.endswith("backward_weights") for event in products)
+    assert has_own == (by_onednn[0] and d_in == 256)
     y = F.linear(x.double(), w.double())
     for a, e in zip(actual, (y, *torch.autograd.grad(y, (x, w), upstream.double()))):
         assert a.shape == e.shape and a.is_contiguous() and (a - e).norm() <= 1e-5 * e.norm()

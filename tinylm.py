@@ -924,14 +924,17 @@ def onednn_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def onednn_weight_gradient(d_out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """d_outᵀ x, the gradient of a `linear`'s matrix, by oneDNN. d_out (rows, m), x (rows, n) → (m, n).
 
-    Its operation for this copies both; a product turns the smaller one over. On an EPYC (Zen 5), from 768 × 128 × 128
-    to 2,048 × 704 × 256, the operation takes 0.78 to 1.05 of a product's time on one core, 0.71 to 1.02 on two, and of
-    larger ones, to 8,192 × 1,408 × 512, 0.99 to 1.11; both take 0.5 to 0.9 of MKL's.
+    Its operation for this copies both; a product has to turn one over, and the result where that makes fewer numbers to
+    turn. On an EPYC (Zen 5), one core and two, rows × m × n from memory, not from the cache: products take 0.45 to 0.93
+    of the operation's time at 256 to 1,024 × 384 × 128, 0.88 to 0.98 at 1,024 × 512 × 512 and 0.83 to 0.95 at 4,096 ×
+    1,408 × 512, but 1.11 to 1.15 at 2,048 × 768 × 768 and 1.06 to 1.11 at 4,096 × 256 × 256. MKL takes 1.2 to 2 times
+    as long as the better of the two.
     """
-    if max(d_out.numel(), x.numel()) <= 1 << 21:
-        w = x.new_empty(d_out.shape[1], x.shape[1])  # of which it takes dtype and device alone
+    (rows, m), n = d_out.shape, x.shape[1]
+    if rows * min(m, n) >= 1 << 19 and rows * max(m, n) <= 1 << 21:
+        w = x.new_empty(m, n)  # of which it takes dtype and device alone
         return torch.ops.aten.mkldnn_linear_backward_weights(d_out.to_mkldnn(), x.to_mkldnn(), w, False)[0]
-    if d_out.shape[1] > x.shape[1]:
+    if n * (rows + m) < rows * m:
         return onednn_product(x.T, d_out.T).T.contiguous()
     return onednn_product(d_out.T, x.T)
 
