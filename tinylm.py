@@ -924,14 +924,14 @@ def onednn_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def onednn_weight_gradient(d_out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """d_outᵀ x, the gradient of a `linear`'s matrix, by oneDNN. d_out (rows, m), x (rows, n) → (m, n).
 
-    Its operation for this copies both; a product has to turn one over, and the result where that makes fewer numbers to
-    turn. On an EPYC (Zen 5), one core and two, rows × m × n from memory, not from the cache: products take 0.45 to 0.93
-    of the operation's time at 256 to 1,024 × 384 × 128, 0.88 to 0.98 at 1,024 × 512 × 512 and 0.83 to 0.95 at 4,096 ×
-    1,408 × 512, but 1.11 to 1.15 at 2,048 × 768 × 768 and 1.06 to 1.11 at 4,096 × 256 × 256. MKL takes 1.2 to 2 times
-    as long as the better of the two.
+    Its operation for this copies both; a product has to turn over d_out, rows · m numbers, or x and the result, (rows +
+    m) · n, whichever is fewer. On an EPYC (Zen 5), one core and two, rows × m × n from memory, not from the cache:
+    products take 0.57 to 0.79 of the operation's time at 256 to 1,024 × 384 × 128, 0.94 to 0.98 at 1,024 × 512 × 512
+    and 0.87 to 0.91 at 4,096 × 1,408 × 512, but 1.11 to 1.15 at 2,048 × 768 × 768 and 1.06 to 1.11 at 4,096 × 256 ×
+    256. MKL mostly takes 1.2 to 2 times as long as the better of the two.
     """
     (rows, m), n = d_out.shape, x.shape[1]
-    if rows * min(m, n) >= 1 << 19 and rows * max(m, n) <= 1 << 21:
+    if rows * min(m, n) > 1 << 19 and rows * max(m, n) <= 1 << 21:
         w = x.new_empty(m, n)  # of which it takes dtype and device alone
         return torch.ops.aten.mkldnn_linear_backward_weights(d_out.to_mkldnn(), x.to_mkldnn(), w, False)[0]
     if n * (rows + m) < rows * m:
@@ -1153,19 +1153,17 @@ def clip_gradients_on_cpu(grads, norm, max_norm):
     """Gradients that need no scaling stay as they are. A look at the norm would make the host wait for a GPU."""
     return grads if norm <= max_norm else clip_gradients.definition(grads, norm, max_norm)
 
-def is_float32_on_cpu(tree):
-    """Whether all tensors of a tree are, and none is split."""
-    return all(w.is_cpu and w.dtype == torch.float32 and not is_split(w) for _, w in tree_leaves(tree))
-
 def adamw_in_place(params, grads, state, lr, beta1=0.8, beta2=0.98, eps=1e-8, weight_decay=0.1):
-    """`adamw_update` that writes the new params and state over the old, which are donated. All are of float32, on a CPU,
-    and params and state contiguous.
+    """`adamw_update` that writes the new params and state over the old, which are donated: tensors of float32 on a CPU,
+    params and moments contiguous.
 
-    By the kernel of PyTorch's own AdamW, in one pass: with copies before it it takes 0.5 to 0.9 of the time of passes
-    that make new tensors, and nothing has to be compiled.
+    One pass by the kernel of PyTorch's AdamW. On an EPYC (Zen 5) it takes 0.25 to 0.45 of the time of passes that make
+    new tensors, 0.5 to 0.9 with copies before it; and nothing has to be compiled.
     """
-    state["step"] += 1
-    ws = list(zip(*([w for _, w in tree_leaves(tree)] for tree in (params, grads, state["m"], state["v"]))))
+    ws = [w for _, w in tree_leaves(tree_map(lambda *w: w, params, grads, state["m"], state["v"]))]
+    if any(x.shape != w[0].shape for w in ws for x in w):  # which the kernel would not see
+        raise ValueError("params, grads, m and v have different shapes; expected m and v as adamw_init has them")
+    state["step"] += 1  # into the tensor, as ranks give a dict of their own
     for decay, group in ((weight_decay, [w for w in ws if w[0].ndim >= 2]), (0.0, [w for w in ws if w[0].ndim < 2])):
         if group:
             ps, gs, ms, vs = zip(*group)
@@ -1173,12 +1171,20 @@ def adamw_in_place(params, grads, state, lr, beta1=0.8, beta2=0.98, eps=1e-8, we
             torch._fused_adamw_(ps, gs, ms, vs, [], [state["step"].float()] * len(ps), lr=float(lr), beta1=beta1,
                                 beta2=beta2, eps=eps, weight_decay=decay, amsgrad=False, maximize=False)
 
-@faster(adamw_update, lambda params, grads, *_, **__: is_eager() and not torch.is_grad_enabled()
-        and is_float32_on_cpu(params) and is_float32_on_cpu(grads))
+# Not where gradients are on, as autograd does not see what the kernel writes.
+@faster(adamw_update, lambda params, *_, **__: first_leaf(params).is_cpu and is_eager() and not torch.is_grad_enabled())
 def adamw_update_on_cpu(params, grads, state, lr, beta1=0.8, beta2=0.98, eps=1e-8, weight_decay=0.1):
     copies = [tree_map(partial(torch.clone, memory_format=torch.contiguous_format), tree) for tree in (params, state)]
     adamw_in_place(copies[0], grads, copies[1], lr, beta1, beta2, eps, weight_decay)
     return tuple(copies)
+
+def has_adamw_in_place(update, device):
+    """Whether `adamw_in_place` may stand for an update on a device: for AdamW on a CPU, if nothing is asked before its
+    form there.
+    """
+    first = [form for _, form in getattr(update, "forms", [])][:2]
+    return (device == "cpu" and update is OPERATIONS["adamw_update"]
+            and first == [adamw_update_over_ranks, adamw_update_on_cpu])
 
 @faster(nucleus_floor, lambda probabilities, top_p: probabilities.is_cpu and is_eager())
 def nucleus_floor_on_cpu(probabilities, top_p):
@@ -1917,14 +1923,9 @@ def in_place(update):
 
 def is_separable(update):
     """Whether an update of some parameters depends on these alone and on scalars of the state: known of AdamW, as long
-    as it has its form. Whoever lets it depend on more, in its form too, has to say so here.
+    as it has forms. Whoever lets it depend on more, in a form too, has to say so here.
     """
     return update is adamw_update and bool(update.forms)
-
-def is_in_place(update, device):
-    """Whether `adamw_in_place` does what an update does, on a CPU: known of AdamW, as long as it has the form so called.
-    """
-    return device == "cpu" and update is adamw_update and any(form is adamw_update_on_cpu for _, form in update.forms)
 
 def block_by_block(write):
     """`write`, an update in place, of one part after the other: what is compiled for one block serves all of them."""

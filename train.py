@@ -248,7 +248,7 @@ def train(given):
             loss, grads = accumulate_gradients(gradients, run.params, train_ids, settings, step - 1, *ranks)
             loss, num_asked = machine.agree(loss, interrupt.asked)
             rate = torch.full_like(loss, lr).float()
-            run.params, run.optimizer, norm = update(run.params, grads, run.optimizer, rate, loss)
+            run.params, run.optimizer, norm = update(run.params, grads, run.optimizer, rate, loss)  # writes there
             # The host may be a step ahead of the device, but where something is to be said of this very step.
             at_once = is_due(step, "eval_interval") or is_due(step, "checkpoint_interval")
             asked = log.step(step, lr, machine.to_host(torch.stack((loss, norm, num_asked))), at_once)
@@ -289,11 +289,11 @@ def schedule(settings):
 def step_functions(config, settings):
     """What a step computes, compiled where asked: the gradients of a batch, the update, the losses of each token.
 
-    Compiled, and AdamW on a CPU, the update changes the parameters and state that it is given, but not where ranks need
-    more than their own parts. What is one CUDA graph returns what its next call overwrites.
+    An update that is compiled, or AdamW's on a CPU, writes over the parameters and state that it gets, but not where
+    ranks need more than their own parts. What is one CUDA graph returns what its next call overwrites.
     """
     dtype, (_, optimizer_update) = DTYPES[settings.dtype], tinylm.OPTIMIZERS[settings.optimizer]
-    own, is_separable, write = settings.of_optimizer, tinylm.is_separable(optimizer_update), None
+    own, is_separable = settings.of_optimizer, tinylm.is_separable(optimizer_update)
 
     def loss(params, inputs, targets):
         return tinylm.loss_fn(params, inputs, targets, config, dtype, settings.remat)
@@ -307,7 +307,7 @@ def step_functions(config, settings):
         new = optimizer_update(params, grads, optimizer, lr, **own)
         return [tinylm.if_finite(loss + norm, *trees) for trees in zip(new, (params, optimizer))]
 
-    def write_if_finite(params, grads, optimizer, lr, norm, loss):  # on a CPU, which knows at once whether they are
+    def write_if_finite(params, grads, optimizer, lr, norm, loss):  # on a CPU, where a look at a number costs nothing
         if (loss + norm).isfinite():
             grads = tinylm.clip_gradients(grads, norm, settings.clip_grad)
             tinylm.adamw_in_place(params, grads, optimizer, lr, **own)
@@ -323,6 +323,7 @@ def step_functions(config, settings):
     def losses(params, inputs, targets):
         return tinylm.token_losses_in_pieces(params, inputs, targets, config, dtype)
 
+    write = write_if_finite if tinylm.has_adamw_in_place(optimizer_update, settings.device) else None
     if settings.compile:
         torch.compiler.reset()  # of the runs before in this process: sizes that differ would be taken to vary
         # Else the first step on a CPU would try for six seconds whether the C++ compiler knows its instructions: one
@@ -338,14 +339,12 @@ def step_functions(config, settings):
             loss = compiled(loss)  # which `gradients` calls by this name
         if settings.device != "cpu":  # where this takes 8 seconds, which an evaluation doesn't
             losses = (by_layer if settings.shard else compiled)(losses)
-        write = compiled(tinylm.in_place(updated_if_finite))
-        if is_separable:
-            write = tinylm.block_by_block(write)
+        if not write:
+            write = compiled(tinylm.in_place(updated_if_finite))
+            write = tinylm.block_by_block(write) if is_separable else write
         # With accumulation the results of two calls are needed at once; with ranks messages leave in between.
         if settings.device != "cpu" and not settings.shard and settings.grad_accum_steps == machine.num_ranks() == 1:
             gradients, update = tinylm.in_graph(gradients, 1), tinylm.in_graph(update, 3)
-    if tinylm.is_in_place(optimizer_update, settings.device):  # which takes less time, and has nothing to compile
-        write = write_if_finite
     if write and settings.shard:
         write = tinylm.on_own_parts(write) if is_separable else None  # others need more than their own parts
     return gradients, torch.no_grad()(update), torch.no_grad()(losses)

@@ -95,7 +95,8 @@ def small_run(config, settings):
     cache = tinylm.init_cache(config, 1, far, torch.float32, "cpu")
     past = torch.randn(cache["k"].shape, generator=draw)
     update_once = lambda params, grads, state: optimizer_update(params, grads, state, torch.tensor(1e-2), **own)
-    checkpoint.check_goes_on(params, init(params), update_once)
+    with tinylm.definitions_alone():  # what is wrong in a form is told as such
+        checkpoint.check_goes_on(params, init(params), update_once)
 
     @torch.no_grad()
     def read(in_pieces, dtype=torch.float64, seed=0):
@@ -140,23 +141,22 @@ def small_run(config, settings):
             loss, grads = tinylm.value_and_grad(tinylm.loss_fn, doubles, *batch, config, dtype)
             return {"loss": loss, "gradients": grads, "read": read(True, dtype), "last": read_last(dtype)}
 
-    @torch.no_grad()
     def update():
         norm = tinylm.global_norm(params)
         clipped = {str(share): tinylm.clip_gradients(params, norm, share * norm) for share in (0.5, 2)}
-        write = None
-        if tinylm.is_in_place(optimizer_update, settings.device):
-            write = partial(tinylm.adamw_in_place, lr=1e-2, **own)
+        in_order = partial(tinylm.tree_map, partial(torch.clone, memory_format=torch.contiguous_format))  # as in a run
+        new, state = in_order(params), in_order(init(params))
+        if tinylm.has_adamw_in_place(optimizer_update, settings.device):
+            tinylm.adamw_in_place(new, params, state, 1e-2, **own)
         elif settings.compile and tinylm.is_separable(optimizer_update):
-            write = tinylm.block_by_block(tinylm.in_place(update_once))
-        if write:
-            new = tinylm.tree_map(partial(torch.clone, memory_format=torch.contiguous_format), params)
-            state = init(new)
-            write(new, params, state)
+            tinylm.block_by_block(tinylm.in_place(update_once))(new, params, state)
         else:
-            new, state = update_once(params, params, init(params))
+            with torch.set_grad_enabled(settings.device != "cpu"):  # as in a step, for which AdamW has another form
+                new, state = update_once(new, params, state)
         others = tinylm.tree_map(lambda p: p.flip(-1) if p.ndim else -p, params)  # a first step has no past
-        new, _ = update_once(new, others, state)
-        return {"clipped": clipped, "update": tinylm.tree_map(torch.sub, new, params)}
+        new, state = update_once(new, others, state)
+        state = tinylm.tree_map(lambda _, now: now, init(params), state)  # fails where a form forgets a part
+        results = {"clipped": clipped, "update": tinylm.tree_map(torch.sub, new, params), "state": state}
+        return {what: tree for what, tree in results.items() if tree}  # an optimiser may have no state
 
     return read, write, losses, step, update
