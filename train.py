@@ -248,7 +248,7 @@ def train(given):
             loss, grads = accumulate_gradients(gradients, run.params, train_ids, settings, step - 1, *ranks)
             loss, num_asked = machine.agree(loss, interrupt.asked)
             rate = torch.full_like(loss, lr).float()
-            run.params, run.optimizer, norm = update(run.params, grads, run.optimizer, rate, loss)  # writes there
+            run.params, run.optimizer, norm = update(run.params, grads, run.optimizer, rate, loss)  # may be in place
             # The host may be a step ahead of the device, but where something is to be said of this very step.
             at_once = is_due(step, "eval_interval") or is_due(step, "checkpoint_interval")
             asked = log.step(step, lr, machine.to_host(torch.stack((loss, norm, num_asked))), at_once)
