@@ -1,9 +1,13 @@
 """Write text with a trained model: python sample.py --prompt "Once upon" (python sample.py --help lists the flags)."""
 
 import codecs
+import signal
 import sys
 import time
 from dataclasses import dataclass
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until all is imported Ctrl-C ends this without a word
 
 import data  # before torch, for what it sets
 
@@ -13,6 +17,7 @@ import tinylm
 from data import bpe, cli, gguf, machine
 from data.checkpoint import check_vocabulary, load_checkpoint, load_config
 from data.cli import InputError, flag
+from data.forms import check_reading
 from data.run import find_checkpoint
 
 @dataclass
@@ -67,6 +72,7 @@ class Writer:
 
 @cli.command(Settings)
 @machine.within_memory("give a smaller --num_samples or --max_new_tokens, --dtype=bfloat16 or --device=cpu")
+@machine.modes_of_its_own()
 def sample(given):
     """Continue a prompt, and print it as it is written, until the model ends it, or for max_new_tokens.
     To Python it returns the texts.
@@ -80,12 +86,14 @@ def sample(given):
     check_vocabulary(folder, tokenizer, config)
     begin_ids, ends, empty = bpe.special_ids(folder, tokenizer)
     check_prompt(prompt)
-    ids = begin_ids + bpe.encode(tokenizer, prompt).tolist() or empty
+    ids = bpe.encode(tokenizer, prompt).tolist()
+    ids = ids if begin_ids and ids[:len(begin_ids)] == begin_ids else begin_ids + ids or empty  # not twice
     if not ids:
         raise InputError("this model has no token to begin a text from; give a --prompt")
     params, _ = load_checkpoint(folder, dtype)
     dtype = dtype or params["embedding"].dtype
     machine.check_compiler(device, dtype)
+    check_reading(config, device, dtype)
     params = tinylm.tree_map(lambda p: p.to(device), params)
     if settings.dtype == "int8":
         params = tinylm.quantize(params)

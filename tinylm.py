@@ -23,8 +23,8 @@ OPERATIONS = {}  # name → operation
 def operation(definition):
     """Make a function one that may also have forms: functions that compute the same in less time.
 
-    Part I reads as if it were not there. Part II fills `forms`, pairs (fits, form): a call runs the first that fits
-    the arguments, and else the definition.
+    Part I reads as if this decorator were not there. Part II fills `forms`, pairs (fits, form): a call runs the first
+    that fits the arguments, and else the definition.
     """
     @wraps(definition)
     def call(*args, **options):
@@ -70,7 +70,7 @@ def rope_angles(length, head_dim, theta, scaling, device):
     """cos and sin of position · theta^(-2i/D) (Su et al. 2021, eq. 15) → two tensors (length, D/2) of float32.
 
     `scaling`, (factor, low, high, context), divides by `factor` what turns less than `low` times in `context` positions
-    and keeps what turns more than `high` times, with a straight line between them (Llama 3.1's config.json).
+    and keeps what turns more than `high` times, with a straight line between (Llama 3.1); context 0 divides all.
     """
     factor, low, high, context = scaling
     frequencies = theta ** (-torch.arange(0, head_dim, 2, device=device).float() / head_dim)  # (D/2)
@@ -161,12 +161,12 @@ class Config:
             if not isinstance(value, (int, field.type)) or isinstance(value, bool) or not least <= value <= most:
                 raise ValueError(f"{field.name} is {value!r}; expected a {kind} from {least} to {most}")
         fill_in("d_ff", self.d_ff or 64 * math.ceil(8 * self.d_model / (3 * 64)))
-        heads = f"d_model {self.d_model} over num_heads {self.num_heads}"
         if not self.head_dim and self.d_model % self.num_heads:
-            raise ValueError(f"{heads} leaves a remainder; choose num_heads to divide d_model")
+            raise ValueError(f"d_model {self.d_model} over num_heads {self.num_heads} leaves a remainder; choose "
+                             "num_heads to divide d_model")
         fill_in("head_dim", self.head_dim or self.d_model // self.num_heads)
         if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim}, {heads}, is odd, and RoPE turns pairs; choose it even")
+            raise ValueError(f"head_dim {self.head_dim} is odd, and RoPE rotates pairs; make d_model / num_heads even")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}")
 
@@ -277,10 +277,10 @@ def num_params(config):
 def init_params(config, generator):
     """Random parameters in float32, drawn in the order of `param_shapes`, on the generator's device.
 
-    A matrix has deviation 1/√d_in, so that activations keep their size. wo and w_down, divided by √(2·num_layers), keep
-    the residual stream from growing with depth (Radford et al. 2019, §2.3). The embedding has 1. The output matrix has
-    1/(3√d_model): the first loss is near ln(vocab_size), and learning faster than from less. Tied, both have 1/√d_model
-    and wo and w_down a fifth: a token's logit for itself is high at first, and learning as fast as untied.
+    The standard deviation is 1/√d_in, so that activations keep their size; that of wo and w_down over √(2·num_layers),
+    so that the residual stream doesn't grow with depth (Radford et al. 2019, §2.3); that of the embedding 1. The output
+    matrix has 1/(3√d_model), for a first loss near ln(vocab_size); from less, learning is slower. A tied one has
+    1/√d_model, and wo and w_down a fifth: a token's logit for itself is high at first, but learning as fast as untied.
     """
     stream, tied = config.d_model ** -0.5, config.tie_embeddings
     into_stream = lambda d_in: (2 * config.num_layers * d_in) ** -0.5 / (5 if tied else 1)
@@ -347,12 +347,12 @@ POLAR_EXPRESS = (8.16, -22.5, 15.9), (4.04, -2.81, 0.5), (3.89, -2.77, 0.506), (
 
 @operation
 def orthogonalize(g):
-    """Bring singular values near 1 (Muon, Jordan et al. 2024), by Polar Express (Amsel et al. 2025; 2 % are spare).
+    """Bring singular values near 1 (Muon, Jordan et al. 2024), by Polar Express (Amsel et al. 2025).
 
     X ← aX + (bA + cA²)X, A = XXᵀ: values from 0.001 of the norm on end between 0.84 and 1.15. g (..., m, n) → like g.
     """
     tall, norm = g.shape[-2] > g.shape[-1], torch.linalg.vector_norm(g, dim=(-2, -1), keepdim=True)
-    x = (g.mT if tall else g) / (1.02 * norm + 1e-7)  # so that no singular value is above 1, and A is the smaller one
+    x = (g.mT if tall else g) / (1.02 * norm + 1e-7)  # no singular value is above 1, even rounded; A is the smaller one
     for a, b, c in POLAR_EXPRESS:
         A = x @ x.mT  # (..., s, s), s the smaller of m and n
         x = a * x + (b * A + c * A @ A) @ x
@@ -452,7 +452,7 @@ def get_batch(tokens, batch_size, context_length, seed, step, rank=0, num_ranks=
 
 @operation
 def nucleus_floor(probabilities, top_p):
-    """The least share in a nucleus, the fewest that reach top_p (Holtzman et al. 2020, eq. 2). (B, V) → (B, 1)."""
+    """The least probability in a nucleus, the fewest tokens with mass top_p (Holtzman et al. 2020). (B, V) → (B, 1)."""
     best_first = probabilities.sort(-1, descending=True).values  # (B, V)
     before = best_first.cumsum(-1) - best_first  # the mass of all better tokens
     return best_first.masked_fill(before >= top_p, math.inf).amin(-1, keepdim=True).minimum(best_first[:, :1])
@@ -471,7 +471,7 @@ def sample_token(logits, chance, temperature, top_k, top_p):
     if top_p < 1:
         probabilities = probabilities.masked_fill(probabilities < nucleus_floor(probabilities, top_p), 0.0)
     reached = probabilities.double().cumsum(-1)
-    return torch.searchsorted(reached, (1 - chance) * reached[:, -1:]).squeeze(-1)  # not 0: chance is below 1
+    return torch.searchsorted(reached, (1 - chance) * reached[:, -1:]).squeeze(-1)  # above 0, as tokens may have 0
 
 @operation
 def next_token(params, tokens, config, dtype, cache, chance, stopped, temperature, top_k, top_p, stop_tokens):
@@ -497,7 +497,7 @@ def generate(params, prompt, config, max_new_tokens, temperature=1.0, top_k=0, t
     tokens at most, of a longer prompt the last; then it drops the older half and reads the newer half again.
     """
     params = weights_for_generation(params, dtype, len(prompt))
-    history = fresh = prompt[:, -config.context_length:]
+    history = fresh = prompt[:, -config.context_length:]  # what the model may see; of it, what the cache lacks
     length = min(config.context_length, history.shape[1] + max_new_tokens)
     cache = init_cache(config, len(prompt), length, dtype, prompt.device)
     stopped = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
@@ -596,6 +596,10 @@ def first_leaf(tree):
     """The first tensor of a tree, which tells where all of them are."""
     return first_leaf(next(iter(tree.values()))) if isinstance(tree, dict) else tree
 
+def are_float32(*trees):
+    """Whether trees are of float32, by their first leaves."""
+    return all(first_leaf(tree).dtype == torch.float32 for tree in trees)
+
 def if_finite(number, new, old):
     """A new tree, or where a number, a scalar tensor, is not finite the old one. The host waits for no GPU to know."""
     if number.is_cpu and is_eager():
@@ -623,7 +627,7 @@ def normalized(x, gain, eps):
 
 @faster(rmsnorm, lambda x, gain, eps: x.is_cpu and is_eager())
 def rmsnorm_on_cpu(x, gain, eps):
-    """Of a single row, as a token has, the norm is a number of Python's: a call takes longer than what it computes."""
+    """For one row, as when one token is read, in Python's numbers: to call an operation takes longer than its work."""
     if x.numel() == x.shape[-1] and not torch.is_grad_enabled():
         x32 = at_least_float32(x)
         norm = torch.linalg.vector_norm(x32).item()
@@ -763,7 +767,7 @@ def computed(x: torch.Tensor, after: list[torch.Tensor]) -> torch.Tensor:
 
 computed.register_fake(lambda x, after: torch.empty_like(x))
 
-@faster(adamw_update, always)
+@faster(adamw_update, lambda params, grads, *_, **__: are_float32(params, grads))
 def adamw_update_in_few_passes(params, grads, state, lr, beta1=0.8, beta2=0.98, eps=1e-8, weight_decay=0.1):
     """lr · m̂ / (√v̂ + eps) with the corrections and lr moved to where they cost one pass over memory."""
     step = state["step"] + 1
@@ -924,7 +928,7 @@ def onednn_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def onednn_weight_gradient(d_out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """d_outᵀ x, the gradient of a `linear`'s matrix, by oneDNN. d_out (rows, m), x (rows, n) → (m, n).
 
-    Its operation for this copies both; a product has to turn over d_out, rows · m numbers, or x and the result, (rows +
+    Its operation for this copies both; a product has to transpose d_out, rows · m numbers, or x and the result, (rows +
     m) · n, whichever is fewer. On an EPYC (Zen 5), one core and two, rows × m × n from memory, not from the cache:
     products take 0.57 to 0.79 of the operation's time at 256 to 1,024 × 384 × 128, 0.94 to 0.98 at 1,024 × 512 × 512
     and 0.87 to 0.91 at 4,096 × 1,408 × 512, but 1.11 to 1.15 at 2,048 × 768 × 768 and 1.06 to 1.11 at 4,096 × 256 ×
@@ -1108,7 +1112,7 @@ def quantize(params):
 def linear_of_int8_weights(x, w):
     """With x in bfloat16, for which PyTorch's product takes an eighth of the time that it takes for float32.
 
-    For many rows, which small matrices and CPUs without VNNI leave to it, it's faster to turn w into what x is: on an
+    For many rows, which small matrices and CPUs without VNNI leave to it, it's faster to convert w to x's dtype: on an
     AMD EPYC (Zen 4), for matrices of 288 × 288 to 32,000 × 288, from 64 to 256 rows on in float32 and from 32 to 128 in
     bfloat16; 1,024 rows take 1.3 to 2.9 times as long otherwise.
     """
@@ -1145,7 +1149,7 @@ def linear_in_int8(x, w):
 
 @faster(init_cache, lambda config, batch_size, length, dtype, device: torch.device(device).type == "cpu")
 def init_cache_on_cpu(config, batch_size, length, dtype, device):
-    """In float32 at least, in which a CPU takes sums of half precision: that saves turning all for every token."""
+    """In float32 at least, in which a CPU sums half precision: so the cache isn't converted anew for every token."""
     return init_cache.definition(config, batch_size, length, torch.promote_types(dtype, torch.float32), device)
 
 @faster(clip_gradients, lambda grads, norm, max_norm: norm.is_cpu and is_eager())
@@ -1172,7 +1176,8 @@ def adamw_in_place(params, grads, state, lr, beta1=0.8, beta2=0.98, eps=1e-8, we
                                 beta2=beta2, eps=eps, weight_decay=decay, amsgrad=False, maximize=False)
 
 # Not where gradients are on, as autograd does not see what the kernel writes.
-@faster(adamw_update, lambda params, *_, **__: first_leaf(params).is_cpu and is_eager() and not torch.is_grad_enabled())
+@faster(adamw_update, lambda params, grads, *_, **__: first_leaf(params).is_cpu and is_eager()
+        and not torch.is_grad_enabled() and are_float32(params, grads))
 def adamw_update_on_cpu(params, grads, state, lr, beta1=0.8, beta2=0.98, eps=1e-8, weight_decay=0.1):
     copies = [tree_map(partial(torch.clone, memory_format=torch.contiguous_format), tree) for tree in (params, state)]
     adamw_in_place(copies[0], grads, copies[1], lr, beta1, beta2, eps, weight_decay)
@@ -1586,8 +1591,8 @@ def has_kernels(q):
     return has_next_attention(q) and (q.dtype != torch.float32 or in_tf32())
 
 # ROWS, KEYS, warps and stages of each kernel for heads of up to 64 features, of up to 128, and on an H100 or B200, in
-# half precision and for up to 64 features in float32. There they are, of about 25 (in float32 5) that keep no register
-# in memory, the fastest on an H200 at 32, 64 and 128 features, or slower by a tenth at most. Elsewhere nothing was
+# half precision and for up to 64 features in float32. There they are, of about 25 (in float32 5) that spill no
+# register, the fastest on an H200 at 32, 64 and 128 features, or slower by a tenth at most. Elsewhere nothing was
 # measured; tiles are as large as 255 registers a thread and a block's shared memory allow, without a third stage where
 # its registers would keep a second block from running beside. Factors of products lie in registers, and an RTX 3090 has
 # 99 KB; in an H100 or B200 they lie in shared memory, of 227 KB.
@@ -2147,10 +2152,10 @@ def transformer_blocks_over_ranks(blocks, x, cos, sin, cache, config, remat=Fals
     def compute(number, layer, x):
         (paths, ws), take, again = split.blocks[number], partial(split.whole, number, x.dtype), []
         whole = GatherTogether.apply(take, again, *ws)
-        rooms = {w.untyped_storage()._cdata: i for i, w in enumerate(whole)}
+        storages = {w.untyped_storage()._cdata: i for i, w in enumerate(whole)}
 
         def pack_saved(tensor):  # what the backward pass would keep: of a gathered tensor only in which storage it is
-            i = rooms.get(tensor.untyped_storage()._cdata)
+            i = storages.get(tensor.untyped_storage()._cdata)
             if i is None:
                 return tensor.detach()  # else it would keep its own graph, which keeps it
             return i, tensor.shape, tensor.stride(), tensor.storage_offset()

@@ -4,11 +4,15 @@ import inspect
 import math
 import os
 import shutil
+import signal
 import sys
 import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until all is imported Ctrl-C ends this without a word
 
 import data  # before torch, for what it sets
 
@@ -18,7 +22,7 @@ import torch
 import tinylm
 from data import bpe, checkpoint, cli, machine, plot, prepare
 from data.cli import InputError, flag
-from data.forms import check_forms
+from data.forms import check_forms, check_reading
 from data.log import Log, check_wandb
 from data.machine import DTYPES, DTYPES_OF_FILES
 from data.run import conclude, data_of, find_checkpoint, newest, open_run, state_of, try_to_save
@@ -195,7 +199,7 @@ class Settings:
                              "more; give more, or, to a new run, a smaller --warmup_steps")
         if settings.batch_size % machine.num_ranks():
             raise InputError(f"--batch_size={settings.batch_size} can't be split over {machine.num_ranks()} ranks; "
-                             "start as many as divide it, or, of a new run, give a multiple of that")
+                             "start a number of ranks that divides it, or give a new run a multiple of theirs")
         schedule(settings)  # raises where the schedule needs what is no setting
         machine.check_dtype(settings.dtype, device)
         machine.check_compiler(device, DTYPES[settings.dtype], settings.compile)
@@ -220,6 +224,7 @@ class Settings:
 @cli.command(Settings)
 @machine.within_memory("give --remat, or begin anew with a smaller --batch_size (half of it with --grad_accum_steps=2 "
                        "learns the same), --context_length or --d_model; checkpoints that were saved are whole")
+@machine.modes_of_its_own()
 def train(given):
     """Train a language model; checkpoints and metrics go to runs/NAME. Each flag has a default that fits."""
     resume, init_from, eval_only = (given.pop(name, None) for name in ("resume", "init_from", "eval_only"))
@@ -230,10 +235,8 @@ def train(given):
     if torch.get_default_dtype() != torch.float32:
         raise InputError(f"torch's default dtype is {str(torch.get_default_dtype())[6:]}, expected float32; call "
                          "torch.set_default_dtype(torch.float32) before")
-    # Whatever the caller has switched on or off.
-    with (torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False),
-          torch.autocast("cuda", enabled=False), open_run(resume, init_from, given, Settings, check_forms) as run,
-          machine.Interrupt() as interrupt, machine.numerics(run.settings.device), Log(run) as log):
+    with (open_run(resume, init_from, given, Settings, check_forms) as run, machine.Interrupt() as interrupt,
+          machine.numerics(run.settings.device), Log(run) as log):
         settings = run.settings
         train_ids, val_ids, ranks = run.ids["train"], run.ids["val"], (run.rank, run.num_ranks)
         gradients, update, losses = step_functions(run.config, settings)
@@ -247,7 +250,7 @@ def train(given):
             val_loss, problem = math.inf, None  # where nothing is evaluated, nothing saved
             loss, grads = accumulate_gradients(gradients, run.params, train_ids, settings, step - 1, *ranks)
             loss, num_asked = machine.agree(loss, interrupt.asked)
-            rate = torch.full_like(loss, lr).float()
+            rate = torch.full_like(loss, lr).float()  # a tensor, which a CUDA graph reads anew
             run.params, run.optimizer, norm = update(run.params, grads, run.optimizer, rate, loss)  # may be in place
             # The host may be a step ahead of the device, but where something is to be said of this very step.
             at_once = is_due(step, "eval_interval") or is_due(step, "checkpoint_interval")
@@ -421,7 +424,7 @@ def sample_text(run):
 def evaluate_only(resume, init_from, given):
     """Print, and return, the loss of a run's latest checkpoint, or of any Llama folder, on a split or a text."""
     if bool(resume) == bool(init_from) or resume == "auto":
-        raise InputError("--eval_only needs a model: give --resume=RUN, or --init_from=LLAMA_FOLDER")
+        raise InputError("--eval_only needs one model: give --resume=RUN, or --init_from=LLAMA_FOLDER")
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise InputError("--eval_only is the work of one process; give it without torchrun")
     for name in given.keys() - {"data", "split", "eval_tokens", "batch_size", "context_length", "device", "dtype"}:
@@ -450,8 +453,10 @@ def evaluate_only(resume, init_from, given):
     settings.context_length = min(settings.context_length, count)  # nothing is computed that is not asked for
     settings.batch_size = min(settings.batch_size, -(-count // settings.context_length))
     begin = time.perf_counter()
+    check_reading(config, settings.device, DTYPES[settings.dtype])
     params = tinylm.tree_map(lambda p: p.to(settings.device), params)
-    loss = evaluate(step_functions(config, settings)[2], params, ids, settings)
+    with machine.numerics(settings.device):
+        loss = evaluate(step_functions(config, settings)[2], params, ids, settings)
     cli.say(f"loss {loss:.4f} nats per token  perplexity {math.exp(min(loss, 700)):.3f}  "
             f"{loss * count / math.log(2) / num_bytes:.4f} bits per byte  {count:,} tokens  "
             f"{time.perf_counter() - begin:.1f} seconds")

@@ -276,7 +276,7 @@ WORD_STARTS = {"gpt2": word_starts, "digits": partial(word_starts, digits_alone=
 # ---- Words met before ----
 
 FILLER = 0xFF  # a byte that UTF-8 never has
-# What to set in as many bytes that begin at a word, by the length of the word; a longer word's are all set.
+# By the length of a word: what to OR into its first `size` bytes, FILLER behind its end; all FILLER if it is longer.
 FILLS = {size: np.array([[0] * n + [FILLER] * (size - n) for n in range(size)] + [[FILLER] * size],
                         np.uint8).view(np.uint64) for size in (16, 32)}
 
@@ -878,7 +878,8 @@ class Encoder:
             if len(rest) < enough:
                 continue
             starts, lengths = self.split_words(rest)
-            # What follows may still change the last two words, unless one goes on for long; white space behind always.
+            # What follows may still change the last two words, unless one goes on for long, and white space at the end
+            # however long it is.
             is_space = rest[-4:].decode(errors="ignore")[-1:].isspace()  # its last character
             goes_on = lengths[-1] > LONG_WORD + self.margin and not is_space
             cut, before = starts[-1], len(rest)
@@ -1090,8 +1091,8 @@ def over_processes(make, arguments, spans, workers):
                         finished, results[finished] = pipe.recv()
                         idle.append(pipe)
             except (EOFError, ConnectionError):
-                raise InputError("a process that read the text was ended, by what it printed or as where memory runs "
-                                 "out; give data/prepare.py a smaller --workers") from None
+                raise InputError("a process that read the text has died: it printed why, or memory ran out, and then "
+                                 "data/prepare.py needs fewer --workers") from None
             if isinstance(results[number], Exception):
                 raise results[number]
             yield results.pop(number)

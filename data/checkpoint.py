@@ -389,11 +389,30 @@ def write_checkpoint(folder, params, config, tokenizer, begin_tokens, end_token,
     files.flush_folder(folder)
 
 def files_for_others(folder):
-    """What other tools read of a model beside its weights: {name: bytes}."""
+    """What other tools read of a model beside its weights: {name: bytes}. Raises InputError for damaged JSON."""
     names = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
              "special_tokens_map.json", "chat_template.jinja", "vocab.json", "merges.txt")
     templates = [f"additional_chat_templates/{path.name}" for path in folder.glob("additional_chat_templates/*.jinja")]
-    return {name: (folder / name).read_bytes() for name in (*names, *templates) if (folder / name).is_file()}
+    there = [name for name in (*names, *templates) if (folder / name).is_file()]
+    for name in there:
+        if name.endswith(".json"):  # else each checkpoint would have the damaged one
+            files.read_json(folder / name, ANOTHER)
+    return {name: (folder / name).read_bytes() for name in there}
+
+def ending_as_learned(others, special_ids, begin_id, end_id):
+    """`others` of a model whose texts end otherwise than those that it learns from: what it writes ends at both.
+
+    Of the ids that it names those of `special_ids` stay, as the default of a config.json may name an ordinary token.
+    """
+    names = [name for name in ("config.json", "generation_config.json") if name in others]
+    said = {name: json.loads(others[name]) for name in names}
+    ends = next((said[name]["eos_token_id"] for name in names[::-1] if "eos_token_id" in said[name]), None)
+    ends = ends if isinstance(ends, list) else [ends]
+    if end_id in ends or not names:
+        return others
+    ends = [i for i in ends if i in special_ids]
+    ids = {"bos_token_id": begin_id, "eos_token_id": [*ends, end_id] if ends else end_id}
+    return others | {name: json.dumps(said[name] | ids, indent=2).encode() for name in names}
 
 def weights_dtype(folder):
     """The name of the dtype of most numbers in a Llama folder: float32, bfloat16 or float16."""
@@ -457,4 +476,7 @@ def load_optimizer(folder, like):
     expected = [(name, t.shape, t.dtype) for name, t in tree_leaves(like)]
     if [(name, t.shape, t.dtype) for name, t in tensors.items()] != expected:
         raise InputError(f"{path} does not belong to this model; {ANOTHER}")
+    for name, tensor in tensors.items():
+        if tensor.isnan().any():
+            raise InputError(f"{path} is damaged: {name} has what is no number; {ANOTHER}")
     return tree_build(tensors.items())

@@ -119,11 +119,11 @@ def check(name, value, within, choices):
         above, below = within[0] == "(", within[-1] == ")"
         if not (low < value or value == low and not above) or not (value < high or value == high and not below):
             if high == math.inf:
-                expected = f"above {low:g}" if above else f"of {low:g} or more"
+                expected = f"above {low}" if above else f"of {low} or more"
             elif above and below:
-                expected = f"between {low:g} and {high:g}"
+                expected = f"between {low} and {high}"
             else:
-                expected = f"{'above' if above else 'from'} {low:g} {'to below' if below else 'up to'} {high:g}"
+                expected = f"{'above' if above else 'from'} {low} {'to below' if below else 'up to'} {high}"
             finite = "" if abs(value) < math.inf else "finite "
             raise InputError(f"--{name}={value}: expected a {finite}number {expected}")
 
@@ -249,6 +249,8 @@ def run(function, arguments=None):
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
     if any(argument in ("--help", "-h") for argument in arguments):
         return say(help_text(function))
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as it was while torch was imported
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         kinds = inspect.signature(function).parameters.values()
         parameters = {parameter.name: parameter for parameter in kinds if parameter.kind == parameter.KEYWORD_ONLY}
@@ -273,7 +275,11 @@ def run(function, arguments=None):
         sys.exit(0)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        advice = "; make room and start again" if error.errno == errno.ENOSPC else ""
+        advice = ""
+        if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):  # which Windows has not
+            advice = "; make room and start again"
+        elif error.errno == errno.EFBIG:
+            advice = "; raise the limit that ulimit -f shows, and start again"
         sys.exit(fail(f"{program}: {where}{error.strerror or error}{advice}"))
     except KeyboardInterrupt:
         fail(f"\n{program}: interrupted")
@@ -291,11 +297,12 @@ STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 
 @contextmanager
 def exits_by_signals():
-    """Within it these, but Ctrl-C, raise SystemExit, so that what a command has begun to write is removed."""
+    """Within it STOP_SIGNALS, but not Ctrl-C, raise SystemExit, so that what is half written is removed."""
     def leave(number, _):
         sys.exit(128 + number)
 
-    waits = has_ranks() and os.environ["RANK"] != "0"  # for the first rank, where no handler runs; and writes nothing
+    # Other ranks wait for the first one inside of C, where no Python handler runs; and they write nothing.
+    waits = has_ranks() and os.environ["RANK"] != "0"
     if waits or threading.current_thread() is not threading.main_thread():  # others can't have signals
         yield
         return

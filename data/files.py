@@ -50,6 +50,16 @@ def begins_with(path, beginning):
     with open(path, "rb") as file:
         return file.read(len(beginning)) == beginning
 
+@contextmanager
+def beside(path):
+    """A path to write to, which then takes the place of `path`, or after an error is removed."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        remove(partial)
+
 def check_output(path, beginning):
     """Raise InputError where a file that begins with these bytes can't be written at a path, or would replace one of
     another kind, before what would go into it is made.
@@ -70,7 +80,7 @@ def check_room(folder, needed, purpose, instead):
     except OSError:  # of a system that does not say
         return
     if free < needed:
-        raise InputError(f"{parent} has {free / 1e6:,.0f} MB free; {purpose} {needed / 1e6:,.0f} MB; make room, or "
+        raise InputError(f"{parent} has {free / 1e6:,.1f} MB free; {purpose} {needed / 1e6:,.1f} MB; make room, or "
                          f"{instead}")
 
 def remove(path):

@@ -1,7 +1,6 @@
 """A model → one GGUF file, for llama.cpp and what is built on it: python sample.py export RUN [--dtype=q8_0]."""
 
 import math
-import os
 import struct
 from dataclasses import fields, replace
 from pathlib import Path
@@ -113,7 +112,7 @@ def chat_template(folder):
         raise InputError(f"{config} is damaged ({type(error).__name__}: {error})") from None
 
 def dtype_of(shape, dtype):
-    """The dtype of a parameter in a file of some dtype: norms stay float32, rows of no whole blocks become float16."""
+    """A parameter's dtype in a file of a given dtype: norms stay float32, rows that are no whole blocks float16."""
     if len(shape) == 1:
         return "f32"
     return "f16" if shape[1] % DTYPES[dtype][2][0] else dtype
@@ -162,19 +161,16 @@ def write_gguf(path, params, config, dtype, said):
         offset += len(padding(offset))
     header = b"".join(header)
     progress, done = Progress(f"writing {path.name}", offset), 0
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        with open(partial, "wb") as file:
+        with files.beside(path) as partial, open(partial, "wb") as file:
             file.write(header + padding(len(header)))
             for _, w, kind in leaves:
                 data = as_bytes(w, kind)
                 file.write(data + padding(len(data)))
                 progress.update(done := done + len(data))
             files.flush(file)
-        os.replace(partial, path)
     finally:
         progress.close()
-        files.remove(partial)
 
 def export(*model, output: str = "model.gguf", dtype: str = "f16"):
     """Write a model as one GGUF file, for llama.cpp: python sample.py export MODEL [flags].

@@ -110,7 +110,7 @@ class Overfitting:
         return begins
 
 class Log:
-    """Where what was measured goes, until it is left; it says first what is about to run."""
+    """Sends measurements to the terminal, metrics.jsonl and W&B until it is left; first it says what will run."""
 
     def __init__(self, run):
         introduce(run)
@@ -122,7 +122,7 @@ class Log:
             self.overfitting.begins(line)
             self.samples += [[line["step"], line["sample"]]] if "sample" in line else []
             del self.samples[:-SAMPLES]
-        self.cut = False  # whether the last line is
+        self.cut = False  # whether the last line was cut short
         self.screen = cli.Progress("training", stream=sys.stdout)
         self.wandb = import_wandb() if run.settings.use_wandb else None
         if self.wandb:
@@ -172,7 +172,7 @@ class Log:
         data = b"\n" * self.cut + line.encode() + b"\n"  # behind a line that was cut short another begins
         try:  # opened each time, as it may be edited and its folder renamed
             with open(own_folder(self.run) / "metrics.jsonl", "ab", buffering=0) as file:
-                written, error = file.write(data), "the disk is full"
+                written, error = file.write(data), "the disk is full, or the file may not grow"
         except (OSError, InputError) as problem:
             written, error = 0, problem
         if written < len(data) and not self.cut:
@@ -236,12 +236,11 @@ class Log:
 
     def histograms(self, step, **trees):
         """Where asked, send each tensor's distribution to W&B, by tree and path; of a split one, this rank's rows."""
-        local = lambda tensor: tensor.to_local() if tinylm.is_split(tensor) else tensor
-        histogram = lambda tensor: self.wandb.Histogram(local(tensor).float().cpu().numpy())
-        if self.settings.wandb_histograms:
+        histogram = lambda tensor: self.wandb.Histogram(tensor.float().cpu().numpy())
+        if self.settings.wandb_histograms and not self.bad_steps:  # W&B has none of numbers that are not finite
             self.send(lambda: self.wandb_run.log({
                 f"{name}/{path}": histogram(tensor) for name, tree in trees.items()
-                for path, tensor in tinylm.tree_leaves(tree)}, step=step))
+                for path, tensor in tinylm.tree_leaves(tinylm.own_parts(tree))}, step=step))
 
     def checkpoint(self, step):
         """Where asked, send the latest checkpoint to W&B."""

@@ -27,6 +27,13 @@ DTYPES_OF_FILES = DTYPES | {"float16": torch.float16}
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "A10G": 70e12,
               "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 
+@contextmanager
+def modes_of_its_own():
+    """Within it torch's modes are those a program begins with, whatever the caller has switched on."""
+    with (torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False),
+          torch.autocast("cuda", enabled=False)):
+        yield
+
 # ---- Devices ----
 
 def choose_device(device):

@@ -1,7 +1,6 @@
 """The losses and learning rates of runs as an SVG: python train.py plot RUN [RUN …] [--output=FILE]."""
 
 import math
-import os
 from html import escape
 from pathlib import Path
 
@@ -93,10 +92,6 @@ def plot(*runs, output: str = None):
     lines = {run: read_metrics(run) for run in runs}
     path = Path(runs[0]) / "loss.svg" if output is None else Path(output)
     files.check_output(path, b"<svg")
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    with files.beside(path) as partial:
         partial.write_text(svg_of(lines), encoding="utf-8", errors="replace")
-        os.replace(partial, path)
-    finally:
-        files.remove(partial)
     say(f"wrote {path}")

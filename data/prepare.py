@@ -163,9 +163,11 @@ def text_files(source, output):
     binary, texts = [], []
     for path in sorted(path for path in paths if path.is_file()):
         (binary if is_binary(path) else texts).append(path)
-    if binary:
-        more = f" and {len(binary) - 3:,} more" if len(binary) > 3 else ""
-        cli.say(f"left out, as a zero byte in it says that it is no text: {', '.join(map(str, binary[:3]))}{more}")
+    for why, left_out in (("a zero byte in it says that it is no text", binary),
+                          ("the link leads to nothing", [path for path in paths if not path.exists()])):
+        if left_out:
+            more = f" and {len(left_out) - 3:,} more" if len(left_out) > 3 else ""
+            cli.say(f"left out, as {why}: {', '.join(map(str, left_out[:3]))}{more}")
     if not texts:
         raise InputError(f"{source} has no texts in it; expected a text file, or a folder of them")
     return texts
@@ -236,12 +238,16 @@ def split_spans(spans, val_fraction):
 
 def cut_point(path, start, target, end):
     """The first good place from `target` on to cut a file in two."""
+    mark = bpe.END_OF_TEXT.encode()
+    before = min(len(mark) - 1, target - start)  # as `target` may lie within a mark
     with open(path, "rb") as file:
-        file.seek(target)
-        text = file.read(min(end - target, 1 << 22))
-    for border in (bpe.END_OF_TEXT.encode(), b"\n"):
-        if border in text[:(end - target) // 2]:  # so that much is left behind it
-            return target + text.index(border) + len(border)
+        file.seek(target - before)
+        text = file.read(before + min(end - target, 1 << 22))
+    for border, begin in ((mark, 0), (b"\n", before)):
+        place = text.find(border, begin, before + (end - target) // 2)  # so that much is left behind it
+        if place >= 0:
+            return target - before + place + len(border)
+    text = text[before:]
     return target + len(text) - len(text.lstrip(bytes(range(0x80, 0xC0))))  # which begin no character
 
 def default_vocab_size(num_bytes):
@@ -426,9 +432,10 @@ def find_data(name, model=None):
     if (Path(name) / "train.bin").is_file():
         raise InputError(f"--data={name} has no meta.json, so data/prepare.py did not write it; prepare the text that "
                          "its ids stand for")
-    text = name if Path(name).is_dir() else "YOUR_TEXT"
-    raise InputError(f"--data={name}: no such data folder or text file; make one with data/prepare.py --input={text}, "
-                     f"or use one of {', '.join(CORPORA)}")
+    text = cli.quoted(name) if Path(name).is_dir() else "YOUR_TEXT"
+    by = f" --tokenizer={cli.quoted(model)} --output=NEW" if model else ""
+    raise InputError(f"--data={name}: no such data folder or text file; make one with data/prepare.py --input={text}"
+                     f"{by}, or use one of {', '.join(CORPORA)}")
 
 def made_of(name, model=None):
     """The data folder of a known corpus, or of this version of a text, with its own tokenizer or that of a model."""
@@ -449,6 +456,8 @@ def load_tokenizer(path):
     Raises InputError where it has none that ends one.
     """
     path = Path(path)
+    if not (path / "tokenizer.json").exists():  # of a run all checkpoints have the same
+        path = next(path.glob("step-*/tokenizer.json"), path)
     tokenizer = bpe.load(path)
     begin, ends, _ = bpe.special_ids(path, tokenizer)
     end = tokenizer.special_tokens.get(bpe.END_OF_TEXT, next(iter(ends), None))  # or a family's of another name
@@ -575,8 +584,8 @@ def ids_of(name, folder, split, most=math.inf):
 def check_tokenizer(data, model):
     """Raise InputError where the data in a folder was prepared with another tokenizer than that of a model's folder."""
     if not bpe.are_same(*(bpe.load(folder / "tokenizer.json") for folder in (data, model))):
-        raise InputError(f"{data} was prepared with another tokenizer than that of the model in {model}; give the text "
-                         f"itself as --data, or prepare it with data/prepare.py --tokenizer={model} --output=NEW")
+        raise InputError(f"{data} was prepared with another tokenizer than that of the model in {model}; prepare its "
+                         f"text with data/prepare.py --input=TEXT --tokenizer={cli.quoted(model)} --output=NEW")
 
 def stamp(file):
     """What tells a version of a file, given by its path or number, from an older one: its size and time."""

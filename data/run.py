@@ -135,6 +135,10 @@ def open_run(resume, init_from, given, table, check):
         if rank == 0:
             try:
                 run = find_run(resume, init_from, given, table, check, claims)
+                kind = lambda device: device.split(":")[0]
+                if cli.has_ranks() and kind(run.settings.device) != kind(device):  # as it began elsewhere
+                    raise InputError(f"the run is one on {kind(run.settings.device)}, and its ranks would be on "
+                                     f"{kind(device)}; give --device=cpu or --device=cuda")
                 load_state(run)
             except (InputError, OSError) as error:  # told to the other ranks first, so that all end alike
                 run, mistake = None, error
@@ -194,7 +198,7 @@ def folder_named(settings):
     data = Path(settings.data)
     is_folder = data.is_dir() or (prepare.DATA / data).is_dir() or newest(Path("runs") / data.name)
     is_text = prepare.is_text(settings.data) or not is_folder  # which may be gone since
-    name = settings.run_name or (data.stem if is_text else data.name)
+    name = settings.run_name or (data.stem if is_text else Path(os.path.abspath(data)).name)  # of "." too
     return Path(settings.output_dir or Path("runs") / name)
 
 def new_folder(settings):
@@ -408,6 +412,8 @@ def load_state(run):
     run.tokenizer = bpe.load(run.data / "tokenizer.json")
     run.tokenizer_json = files.read_json(run.data / "tokenizer.json")
     run.others = checkpoint.files_for_others(Path(run.source)) if run.source else {}
+    run.others = checkpoint.ending_as_learned(run.others, {*run.tokenizer.special_tokens.values()},
+                                              run.meta["begin_ids"][0], run.meta["end_of_text_id"])
 
 def await_state(run):
     """Add to another rank's run the data, which must be that of the first rank, and tensors for what that will send.
@@ -448,11 +454,9 @@ def place_state(run):
 
 def keep_metrics(path, last_step):
     """Drop from a run's metrics what it measured after `last_step`, a line cut short by its death included."""
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "w", encoding="utf-8") as file:
+    with files.beside(path) as partial, open(partial, "w", encoding="utf-8") as file:
         file.writelines(f"{json.dumps(line)}\n" for line in cli.json_lines(path) if line["step"] <= last_step)
         files.flush(file)
-    os.replace(partial, path)
 
 @contextmanager
 def hold(folder):
