@@ -4449,7 +4449,7 @@ def test_optimizers_with_what_is_no_number(tmp_path):
     train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", **TINY)
     path = tmp_path / "run/latest/training/optimizer.safetensors"
     path.write_bytes(path.read_bytes()[:-4] + np.float32(math.nan).tobytes())
-    with pytest.raises(cli.InputError, match="optimizer.safetensors is damaged: .* has what is no number; take another"):
+    with pytest.raises(cli.InputError, match="optimizer.safetensors is damaged: .* has what is no number; take an"):
         train.train(resume=tmp_path / "run", num_steps=7)
 
 @pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json"])
@@ -4530,7 +4530,7 @@ def test_a_run_on_a_cpu_is_not_moved_by_torchrun(trained, tmp_path, monkeypatch)
         monkeypatch.setenv(name, "0")
     monkeypatch.setattr(machine, "choose_device", lambda device: device or "cuda")
     monkeypatch.setattr(machine, "ranks", lambda device: contextlib.nullcontext((device, 0, 1)))
-    with pytest.raises(cli.InputError, match="is one on cpu, and its ranks would be on cuda; give --device=cpu or --de"):
+    with pytest.raises(cli.InputError, match="is one on cpu, and its ranks would be on cuda; give --device=cpu or"):
         train.train(resume=tmp_path / "run", num_steps=50)
 
 def test_advice_about_a_damaged_checkpoint(tmp_path):
@@ -6071,10 +6071,19 @@ def test_dropout_in_evaluations_is_told(monkeypatch, capsys):
         assert capsys.readouterr().out.count("draws numbers in evaluations and in sampling too") == count
 
 def test_evaluations_that_fail_do_so_before_a_run(monkeypatch):
-    """As where a caller was not changed with what it calls."""
-    settings = train.Settings.complete(dict(device="cpu"))
-    monkeypatch.setattr(tinylm, "token_losses_in_pieces", lambda params: None)
-    with pytest.raises(TypeError, match="takes 1 positional argument"):
+    """As where all that calls a changed definition was changed in part I alone."""
+    def forward(params, tokens, config, dtype=torch.float32, remat=False):
+        return tinylm.to_logits(params, tinylm.hidden_states(params, tokens, config, dtype)[0], config)
+
+    def next_token(params, tokens, config, dtype, cache, chance, stopped, *_):
+        x, cache = tinylm.hidden_states(params, tokens, config, dtype, cache)
+        return tinylm.to_logits(params, x[:, -1], config).argmax(-1), cache, stopped
+
+    settings, plain = train.Settings.complete(dict(device="cpu")), tinylm.to_logits
+    monkeypatch.setattr(tinylm, "to_logits", lambda params, x, config: plain(params, x))
+    monkeypatch.setattr(tinylm, "forward", forward)
+    monkeypatch.setattr(tinylm, "next_token", next_token)
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'config'"):
         train.check_forms(run.model_config(settings, 300), settings)
 
 def test_parameters_of_another_dtype(monkeypatch):
