@@ -4456,9 +4456,10 @@ def test_optimizers_with_what_is_no_number(tmp_path):
 def test_damage_is_not_handed_on(tmp_path, name):
     """By a run that goes on, to all of its later checkpoints."""
     train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", **TINY)
-    (tmp_path / "run/latest" / name).write_text('{"eos')
-    with pytest.raises(cli.InputError, match=f"{name} is damaged .*; take another checkpoint"):
-        train.train(resume=tmp_path / "run", num_steps=7)
+    for damaged in ('{"eos', "[]"):
+        (tmp_path / "run/latest" / name).write_text(damaged)
+        with pytest.raises(cli.InputError, match=f"{name} is damaged .*; take another checkpoint"):
+            train.train(resume=tmp_path / "run", num_steps=7)
 
 def test_texts_end_where_they_were_learned_to_end(trained, tmp_path, capsys):
     """Where the model says otherwise, as by the defaults of another tool, which name ordinary tokens here."""

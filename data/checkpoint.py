@@ -395,8 +395,9 @@ def files_for_others(folder):
     templates = [f"additional_chat_templates/{path.name}" for path in folder.glob("additional_chat_templates/*.jinja")]
     there = [name for name in (*names, *templates) if (folder / name).is_file()]
     for name in there:
-        if name.endswith(".json"):  # else each checkpoint would have the damaged one
-            files.read_json(folder / name, ANOTHER)
+        # Else each checkpoint would have the damaged one.
+        if name.endswith(".json") and not isinstance(files.read_json(folder / name, ANOTHER), dict):
+            raise InputError(f"{folder / name} is damaged (expected an object); {ANOTHER}")
     return {name: (folder / name).read_bytes() for name in there}
 
 def ending_as_learned(others, special_ids, begin_id, end_id):

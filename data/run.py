@@ -412,7 +412,7 @@ def load_state(run):
     run.tokenizer = bpe.load(run.data / "tokenizer.json")
     run.tokenizer_json = files.read_json(run.data / "tokenizer.json")
     run.others = checkpoint.files_for_others(Path(run.source)) if run.source else {}
-    run.others = checkpoint.ending_as_learned(run.others, {*run.tokenizer.special_tokens.values()},
+    run.others = checkpoint.ending_as_learned(run.others, run.tokenizer.special_tokens.values(),
                                               run.meta["begin_ids"][0], run.meta["end_of_text_id"])
 
 def await_state(run):
