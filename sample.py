@@ -93,7 +93,7 @@ def sample(given):
     params, _ = load_checkpoint(folder, dtype)
     dtype = dtype or params["embedding"].dtype
     machine.check_compiler(device, dtype)
-    check_reading(config, device, dtype)
+    check_reading(config, device)
     params = tinylm.tree_map(lambda p: p.to(device), params)
     if settings.dtype == "int8":
         params = tinylm.quantize(params)

@@ -6064,6 +6064,37 @@ def test_a_cache_that_does_not_follow(trained, monkeypatch, capsys):
     told = capsys.readouterr()
     assert "what the model writes is not what it learns" in told.err and told.out.startswith("It")
 
+@pytest.mark.parametrize("is_stale", [False, True])
+def test_a_cache_that_keeps_what_was_before(is_stale, monkeypatch, capsys):
+    """Where it is emptied by a count of 0, as generate does beyond the context."""
+    def hidden_states(params, tokens, config, dtype=torch.float32, cache=None, remat=False):
+        x, new = plain(params, tokens, config, dtype, cache, remat)
+        is_kept = cache and "last" in cache and (cache["filled"] or is_stale)
+        last = cache["last"] if is_kept else torch.zeros_like(x[:, 0])
+        return x + torch.cat((last[:, None], x[:, :-1]), 1), new and new | {"last": x[:, -1]}
+
+    plain, settings = tinylm.hidden_states, train.Settings.complete(dict(device="cpu"))
+    monkeypatch.setattr(tinylm, "hidden_states", hidden_states)
+    train.check_forms(run.model_config(settings, 300), settings)
+    assert ("not what it learns" in capsys.readouterr().out) == is_stale
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_forks_that_round(dtype, monkeypatch, capsys):
+    """Are no other model: parts in float32, and choices that fall otherwise in bfloat16."""
+    settings, cross_entropy = train.Settings.complete(dict(device="cpu", dtype=dtype)), tinylm.cross_entropy
+    swiglu, part = tinylm.swiglu, {"float32": lambda x, **weights: swiglu(x.float(), **weights).to(x.dtype),
+                                   "bfloat16": lambda x, **weights: swiglu(x, **weights) + (12 * x).sin()}[dtype]
+    monkeypatch.setattr(tinylm, "cross_entropy", lambda logits, targets: cross_entropy(logits.float(), targets))
+    monkeypatch.setattr(tinylm, "swiglu", part)
+    train.check_forms(run.model_config(settings, 300), settings)
+    assert not capsys.readouterr().out
+
+def test_a_model_without_numbers(monkeypatch, capsys):
+    settings, swiglu = train.Settings.complete(dict(device="cpu")), tinylm.swiglu
+    monkeypatch.setattr(tinylm, "swiglu", lambda x, **weights: swiglu(x, **weights) * math.nan)
+    train.check_forms(run.model_config(settings, 300), settings)
+    assert capsys.readouterr().out.count("as a small model fails: FloatingPointError: its loss is not finite") == 1
+
 def test_dropout_in_evaluations_is_told(monkeypatch, capsys):
     settings, swiglu = train.Settings.complete(dict(device="cpu")), tinylm.swiglu
     for training, count in ((lambda: True, 1), (torch.is_grad_enabled, 0)):

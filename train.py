@@ -453,7 +453,7 @@ def evaluate_only(resume, init_from, given):
     settings.context_length = min(settings.context_length, count)  # nothing is computed that is not asked for
     settings.batch_size = min(settings.batch_size, -(-count // settings.context_length))
     begin = time.perf_counter()
-    check_reading(config, settings.device, DTYPES[settings.dtype])
+    check_reading(config, settings.device)
     params = tinylm.tree_map(lambda p: p.to(settings.device), params)
     with machine.numerics(settings.device):
         loss = evaluate(step_functions(config, settings)[2], params, ids, settings)

@@ -5,7 +5,7 @@ Text and tokens   bpe.py         the tokenizer
                   stories.py     the built-in corpus
 A model           checkpoint.py  as the folder that other tools open: safetensors and JSON
                   gguf.py        as one file, for llama.cpp
-                  forms.py       whether faster forms follow their definitions, before a run begins
+                  forms.py       whether faster forms follow their definitions, before the work begins
 A run             run.py         its folder, from start to resumption; what is newest and best
                   log.py         what it measured
                   plot.py        an SVG of that
