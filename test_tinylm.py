@@ -4444,12 +4444,12 @@ def test_sizes_that_a_run_has_may_be_given_again(tmp_path):
     train.train(data=data, output_dir=tmp_path / "next", d_ff=0, **TINY)
     train.train(resume=tmp_path / "next", num_steps=7, d_ff=0)
 
-def test_optimizers_with_what_is_no_number(tmp_path):
+def test_optimizers_with_numbers_that_are_not_finite(tmp_path):
     """Are refused: the first step would put it into the parameters."""
     train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", **TINY)
     path = tmp_path / "run/latest/training/optimizer.safetensors"
     path.write_bytes(path.read_bytes()[:-4] + np.float32(math.nan).tobytes())
-    with pytest.raises(cli.InputError, match="optimizer.safetensors is damaged: .* has what is no number; take an"):
+    with pytest.raises(cli.InputError, match="optimizer.safetensors: .* has numbers that are not finite; take an"):
         train.train(resume=tmp_path / "run", num_steps=7)
 
 @pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json"])
@@ -4473,12 +4473,16 @@ def test_texts_end_where_they_were_learned_to_end(trained, tmp_path, capsys):
     assert bpe.special_ids(new, bpe.load(new))[1:] == ((256,), [256])
     assert transformers.GenerationConfig.from_pretrained(new).eos_token_id == 256
     assert transformers.AutoConfig.from_pretrained(new).eos_token_id == 256
-    for ends, kept in (([5, 300], [300, 256]), (300, [300, 256]), ([300, 256], [300, 256]), (256, 256)):
+    for ends, kept in (([5, 300], [256, 300]), (300, [256, 300]), ([300, 256], [300, 256]), (256, 256), (None, 256),
+                       ({"a": 1}, 256), ([[1]], 256)):
         others = {"generation_config.json": json.dumps({"eos_token_id": ends, "top_k": 5}).encode()}
-        others = checkpoint.ending_as_learned(others, {256, 300}, 256, 256)
+        others = checkpoint.ending_as_learned(others, [256, 300], 256, 256)
         said = json.loads(others["generation_config.json"])
         assert said["eos_token_id"] == kept and said["top_k"] == 5
     assert checkpoint.ending_as_learned({}, {256}, 256, 256) == {}
+    others = {"config.json": b'{"eos_token_id": 256}', "generation_config.json": b"{}"}  # by which others never end
+    others = checkpoint.ending_as_learned(others, [256, 300], 256, 256)
+    assert json.loads(others["generation_config.json"])["eos_token_id"] == 256
 
 def test_a_prompt_that_has_its_beginning(trained, monkeypatch):
     """As a chat template makes it, begins once."""
@@ -6046,12 +6050,26 @@ def test_hidden_states_that_become_float32(monkeypatch, capsys):
     ("token_losses", lambda logits, targets: logits.logsumexp(-1))])
 def test_what_is_evaluated_or_written_by_other_forms(trained, name, form, monkeypatch):
     """Is refused as training is: a changed definition would be passed over without a word."""
+    data.forms.compare_reading.cache_clear()
+    monkeypatch.setattr(data.forms.threading, "active_count", lambda: 1)  # other tests may have left some
     monkeypatch.setattr(tinylm.OPERATIONS[name], "forms", [(tinylm.always, form)])
     told = pytest.raises(cli.InputError, match=f"^{name}: by faster forms not what it is by the definitions")
     with told:
         train.train(eval_only=True, resume=trained / "runs/tiny", eval_tokens=100)
     with told:
         sample.sample(checkpoint=trained / "runs/tiny", max_new_tokens=2)
+
+def test_texts_written_beside_other_threads(trained, monkeypatch):
+    """Leave the forms of these on, which compute by them; and a process compares once."""
+    forms, seen = {name: target.forms[:] for name, target in tinylm.OPERATIONS.items()}, []
+    monkeypatch.setattr(data.forms, "writing", lambda model: seen.append(1))
+    write = lambda: sample.sample(checkpoint=trained / "runs/tiny", max_new_tokens=2, device="cpu")
+    threads = [threading.Thread(target=write) for _ in range(4)]
+    data.forms.compare_reading.cache_clear()
+    for step in (threading.Thread.start, threading.Thread.join):
+        for thread in threads:
+            step(thread)
+    assert not seen and forms == {name: target.forms for name, target in tinylm.OPERATIONS.items()}
 
 def test_a_cache_that_does_not_follow(trained, monkeypatch, capsys):
     """Is told, before training and by what writes: training has no cache."""
@@ -6060,6 +6078,8 @@ def test_a_cache_that_does_not_follow(trained, monkeypatch, capsys):
     settings = train.Settings.complete(dict(device="cpu"))
     train.check_forms(run.model_config(settings, 300), settings)
     assert "what the model writes is not what it learns" in capsys.readouterr().out
+    data.forms.compare_reading.cache_clear()
+    monkeypatch.setattr(data.forms.threading, "active_count", lambda: 1)  # other tests may have left some
     sample.sample(checkpoint=trained / "runs/tiny", prompt="It", max_new_tokens=2)
     told = capsys.readouterr()
     assert "what the model writes is not what it learns" in told.err and told.out.startswith("It")

@@ -395,8 +395,9 @@ def files_for_others(folder):
     templates = [f"additional_chat_templates/{path.name}" for path in folder.glob("additional_chat_templates/*.jinja")]
     there = [name for name in (*names, *templates) if (folder / name).is_file()]
     for name in there:
-        # Else each checkpoint would have the damaged one.
-        if name.endswith(".json") and not isinstance(files.read_json(folder / name, ANOTHER), dict):
+        # Else each checkpoint would have the damaged one, of those that are read again.
+        if name in ("config.json", "tokenizer_config.json", "generation_config.json") and not isinstance(
+                files.read_json(folder / name, ANOTHER), dict):
             raise InputError(f"{folder / name} is damaged (expected an object); {ANOTHER}")
     return {name: (folder / name).read_bytes() for name in there}
 
@@ -407,12 +408,12 @@ def ending_as_learned(others, special_ids, begin_id, end_id):
     """
     names = [name for name in ("config.json", "generation_config.json") if name in others]
     said = {name: json.loads(others[name]) for name in names}
-    ends = next((said[name]["eos_token_id"] for name in names[::-1] if "eos_token_id" in said[name]), None)
-    ends = ends if isinstance(ends, list) else [ends]
-    if end_id in ends or not names:
+    ends = [said[name].get("eos_token_id") for name in names]
+    ends = [end if isinstance(end, list) else [end] for end in ends]
+    if not names or end_id in ends[-1]:  # which other tools go by
         return others
-    ends = [i for i in ends if i in special_ids]
-    ids = {"bos_token_id": begin_id, "eos_token_id": [*ends, end_id] if ends else end_id}
+    kept = [i for i in ends[-1] if i in special_ids]
+    ids = {"bos_token_id": begin_id, "eos_token_id": [end_id, *kept] if kept else end_id}
     return others | {name: json.dumps(said[name] | ids, indent=2).encode() for name in names}
 
 def weights_dtype(folder):
@@ -478,6 +479,6 @@ def load_optimizer(folder, like):
     if [(name, t.shape, t.dtype) for name, t in tensors.items()] != expected:
         raise InputError(f"{path} does not belong to this model; {ANOTHER}")
     for name, tensor in tensors.items():
-        if tensor.isnan().any():
-            raise InputError(f"{path} is damaged: {name} has what is no number; {ANOTHER}")
+        if not is_finite(tensor):
+            raise InputError(f"{path}: {name} has numbers that are not finite; {ANOTHER}")
     return tree_build(tensors.items())

@@ -247,10 +247,10 @@ def run(function, arguments=None):
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed, as by >&-; else the next file would take its place
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
-    if any(argument in ("--help", "-h") for argument in arguments):
-        return say(help_text(function))
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as it was while torch was imported
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if any(argument in ("--help", "-h") for argument in arguments):
+        return say(help_text(function))
     try:
         kinds = inspect.signature(function).parameters.values()
         parameters = {parameter.name: parameter for parameter in kinds if parameter.kind == parameter.KEYWORD_ONLY}

@@ -1,8 +1,9 @@
 """Whether faster forms follow their definitions, seen on a small model before the work begins."""
 
+import threading
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -74,8 +75,13 @@ def check_forms(config, settings):
 
 def check_reading(config, device):
     """`check_forms` for what reads a model and changes nothing of it, to evaluate or to write: in float64 alone, which
-    sees a changed definition.
+    sees a changed definition. Not beside other threads, as it switches forms off for all.
     """
+    if threading.active_count() == 1:
+        compare_reading(config, device)
+
+@lru_cache(maxsize=8)  # of a process that writes many texts
+def compare_reading(config, device):
     try:
         model = small_model(config, device)
         with tinylm.definitions_alone():

@@ -29,7 +29,7 @@ PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e
 
 @contextmanager
 def modes_of_its_own():
-    """Within it torch's modes are those a program begins with, whatever the caller has switched on."""
+    """Within it gradients are on, inference mode and autocast off, whatever the caller has switched."""
     with (torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False),
           torch.autocast("cuda", enabled=False)):
         yield

@@ -585,7 +585,7 @@ def check_tokenizer(data, model):
     """Raise InputError where the data in a folder was prepared with another tokenizer than that of a model's folder."""
     if not bpe.are_same(*(bpe.load(folder / "tokenizer.json") for folder in (data, model))):
         raise InputError(f"{data} was prepared with another tokenizer than that of the model in {model}; prepare its "
-                         f"text with data/prepare.py --input=TEXT --tokenizer={cli.quoted(model)} --output=NEW")
+                         f"text with data/prepare.py --input=YOUR_TEXT --tokenizer={cli.quoted(model)} --output=NEW")
 
 def stamp(file):
     """What tells a version of a file, given by its path or number, from an older one: its size and time."""
