@@ -42,7 +42,7 @@ class Settings:
 
 def check_prompt(prompt):
     """Raise InputError where the bytes on the command line were no text, for which Python puts lone surrogates."""
-    wrong = next((i for i, character in enumerate(prompt) if "\ud800" <= character <= "\udfff"), None)
+    wrong = next((i for i, character in enumerate(prompt) if "\udc80" <= character <= "\udcff"), None)
     if wrong is not None:
         raise InputError(f"--prompt: its byte {ord(prompt[wrong]) & 0xFF:#04x} at character {wrong} is no text in "
                          f"{sys.getfilesystemencoding()}, the encoding of the command line; give it in that one")

@@ -41,7 +41,7 @@ import types
 import unittest.mock
 import warnings
 import weakref
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -2321,6 +2321,14 @@ def test_no_mark_is_cut(tmp_path, before):
     train, val = prepare.split_spans([(tmp_path / "text.txt", 0, 1000)], 0.1)
     assert train[0][2] == val[0][1] == size + len(END)
 
+@pytest.mark.parametrize("behind", range(5))
+def test_no_last_mark_is_cut(tmp_path, behind):
+    """Where too little stands behind it: the cut is before it."""
+    text = "A" * 980 + END + "B" * behind
+    (tmp_path / "text.txt").write_text(text)
+    train, val = prepare.split_spans([(tmp_path / "text.txt", 0, len(text))], 10 / len(text))
+    assert train[0][2] == val[0][1] == 980
+
 def test_a_run_on_the_data_in_this_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(prepared(tmp_path))
     assert train.train(data=".", **TINY | dict(num_steps=1)).folder == Path("runs/data")
@@ -2562,6 +2570,9 @@ def test_resuming_refuses_what_would_make_another_run(tmp_path):
             train.train(**flags | dict(resume=str(tmp_path / flags["resume"])))
     with pytest.raises(run.Finished, match="has done its 6 steps"):
         train.train(resume="auto", data=str(tmp_path / "data"), output_dir=str(tmp_path / "run"))
+    prepare.prepare(input=tmp_path / "corpus.txt", output=tmp_path / "other", vocab_size=300)
+    with pytest.raises(cli.InputError, match="other has other data|another tokenizer"):
+        train.train(resume="auto", data=str(tmp_path / "other"), output_dir=str(tmp_path / "run"))
     train.train(data=tmp_path / "data", output_dir=tmp_path / "muon", optimizer="muon", **TINY)
     damage(tmp_path / "muon/latest/training", "train_state.json",  # a run of before that was a flag
            lambda content: re.sub(rb'"momentum": [\d.]+,', b"", content))
@@ -3074,6 +3085,7 @@ WRONG_SAMPLE = [
     (["--checkpoint="], "--checkpoint is empty"),
     (["--device=cuda:99"], "CUDA device"),
     (["--prompt=\udcff"], "0xff at character 0 is no text in utf-8"),
+    (["--prompt=\ud83d"], "has half a surrogate pair at character 0"),
 ]
 
 @pytest.mark.parametrize("arguments, message", WRONG_SAMPLE, ids=lambda value: ascii(value)[:40])
@@ -3963,6 +3975,13 @@ def test_a_run_resumes_on_other_ranks(tmp_path):
     (tmp_path / "many/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     same_run(tmp_path / "one", tmp_path / "many")
 
+def test_scripts_are_named_as_a_shell_finds_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert cli.script("sample.py") == "sample.py"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sample.py").touch()
+    assert cli.script("sample.py") == shlex.quote(str(ROOT / "sample.py"))
+
 def test_a_signal_to_one_rank_ends_all_after_the_same_step(tmp_path):
     processes = start_ranks(2, "sys.exit(train.train(**flags).exit_code)", data=str(prepared(tmp_path)),
                             output_dir=str(tmp_path / "run"), num_steps=100_000, eval_interval=100_000)
@@ -4017,6 +4036,40 @@ def test_a_mistake_of_a_later_rank_ends_all(tmp_path):
         assert process.exitcode == 0
     for rank in "01":
         assert re.fullmatch("rank 1, on .*: no such data here; or copy it from .*", (tmp_path / rank).read_text())
+
+def test_runs_of_ranks_one_after_the_other(tmp_path):
+    """In the same processes; the script's own output is there again behind each."""
+    program = """if True:
+        out = sys.stdout
+        for shard in (False, True):
+            done = train.train(**flags, shard=shard, output_dir=f"{flags['data']}/../{shard}")
+            assert done.step == 6 and sys.stdout is out
+    """
+    for process in start_ranks(2, program, data=str(prepared(tmp_path))):
+        process.join(180)
+        assert process.exitcode == 0
+    same_run(tmp_path / "False", tmp_path / "True")
+
+def test_a_rank_that_is_gone_is_one_line_to_others(monkeypatch):
+    monkeypatch.setattr(machine, "join_ranks", lambda device: (device, 1, 2))
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(machine.RankLost, match="^rank 1: another rank is gone"), machine.ranks("cpu"):
+        raise RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer")
+    with pytest.raises(RuntimeError, match="^a mistake in the code"), machine.ranks("cpu"):
+        raise RuntimeError("a mistake in the code")
+
+def test_ranks_that_do_not_speak_let_the_one_that_does_end_first(monkeypatch, capsys):
+    """Of a mistake that all make torchrun would else hide what is said; help is printed once."""
+    waited = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    for name, value in dict(RANK="1", LOCAL_RANK="1", WORLD_SIZE="2", MASTER_ADDR="x", MASTER_PORT="1").items():
+        monkeypatch.setenv(name, value)
+    for rank, flag in (("1", "--foo=1"), ("0", "--foo=1"), ("1", "--help")):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with contextlib.suppress(SystemExit):
+            cli.run(train.train, [flag])
+    out, err = capsys.readouterr()
+    assert waited == [5] and err.count("unknown flag --foo") == 1 and not out
 
 @pytest.mark.parametrize("alone_from, remat, compiled", [
     (0, False, False), (1 << 20, False, False), (0, True, False), (1 << 20, True, False), (1 << 20, False, True)])
@@ -4289,11 +4342,95 @@ def meanwhile(step, monkeypatch, action):
 
 def test_what_was_prepared_meanwhile_by_other_flags(tmp_path, monkeypatch):
     """It serves only who asked for the same."""
-    data = prepared(tmp_path)
     monkeypatch.setattr(files, "wait_for_lock", lambda *_: contextlib.nullcontext(True))
-    when = (data / "meta.json").stat().st_mtime_ns
-    assert (prepared(tmp_path) / "meta.json").stat().st_mtime_ns == when
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/b.txt").write_text("the second text\n" * 20)
+    output = tmp_path / "out"
+
+    def bytes_after(**flags):
+        prepare.prepare(**dict(input=tmp_path / "texts", output=output, vocab_size=257) | flags)
+        when.append((output / "meta.json").stat().st_mtime_ns)
+        return sum(meta["bytes"] for meta in prepare.open_data(output)[0].values() if isinstance(meta, dict)
+                   and "bytes" in meta)
+
+    when = []
+    assert bytes_after() == bytes_after() == 320 and when[0] == when[1]
+    (tmp_path / "texts/a.txt").write_text("the first\n" * 20)  # as while the other was waited for
+    assert bytes_after() == 520 and when[1] != when[2]
+    monkeypatch.chdir(tmp_path / "texts")
+    assert bytes_after(input="a.txt") == 200
+    (tmp_path / "a.txt").write_text("of the same name\n" * 20)
+    monkeypatch.chdir(tmp_path)
+    assert bytes_after(input="a.txt") == 340
     assert prepare.open_data(prepared(tmp_path, vocab_size=300))[0]["vocab_size"] == 300
+    assert prepare.open_data(prepared(tmp_path, vocab_size=290))[0]["vocab_size"] == 290
+
+def test_prepare_removes_nothing_of_others(tmp_path):
+    """A folder with a meta.json of another kind, a text in the folder to be written, files named as a corpus' are."""
+    text, other = tmp_path / "stories", tmp_path / "other"
+    text.write_text("a line of text\n" * 50)
+    for content in ('{"my": "notes"}', "[1]", "no JSON"):
+        other.mkdir(exist_ok=True)
+        (other / "meta.json").write_text(content)
+        with pytest.raises(cli.InputError, match="was not written by this command"):
+            prepare.prepare(input=text, output=other, vocab_size=257)
+        assert [path.name for path in other.iterdir()] == ["meta.json"]
+    output = tmp_path / "out"
+    prepare.prepare(input=text, output=output, vocab_size=257)
+    (output / "train.txt").write_text("my own text\n" * 50)
+    prepare.prepare(input=text, output=output, vocab_size=258)
+    for flags in (dict(input=output / "train.txt"), dict(input=text, val_input=output / "train.txt")):
+        with pytest.raises(cli.InputError, match="train.txt lies in .*, which is to be written; choose another --output"):
+            prepare.prepare(**flags, output=output, vocab_size=259)
+    assert (output / "train.txt").read_text() == "my own text\n" * 50
+
+def test_meta_json_is_the_last_of_data(tmp_path, monkeypatch):
+    """So that a folder which has it has all, and nothing else, wherever the process is killed."""
+    (tmp_path / "text.jsonl").write_text('{"text": "one"}\n' * 20)
+    write, there = files.write_json, []
+    monkeypatch.setattr(files, "write_json", lambda path, value: [
+        there.extend(one.name for one in path.parent.iterdir()), write(path, value)])
+    prepare.prepare(input=tmp_path / "text.jsonl", output=tmp_path / "out", vocab_size=257)
+    assert sorted(there) == ["tokenizer.json", "train.bin", "val.bin"]
+
+def test_a_text_to_validate_on_within_the_folder(tmp_path):
+    """Is no text to learn from too."""
+    (tmp_path / "in").mkdir()
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / "in" / name).write_text(f"text of {name}")
+    prepare.prepare(input=tmp_path / "in", val_input=tmp_path / "in/a.txt", output=tmp_path / "out", vocab_size=257)
+    _, ids = prepare.open_data(tmp_path / "out")
+    tokenizer = bpe.load(tmp_path / "out")
+    assert [bpe.decode(tokenizer, ids[split]) for split in ids] == [f"text of b.txt{END}", f"text of a.txt{END}"]
+    with pytest.raises(cli.InputError, match="is all of --input"):
+        prepare.prepare(input=tmp_path / "in", val_input=tmp_path / "in", output=tmp_path / "o2", vocab_size=257)
+
+def test_lines_of_jsonl_as_they_are(tmp_path):
+    """A text that begins with U+FEFF, also in the first line, keeps it; one that ends with the mark has ended."""
+    lines = ["\ufeffHello", f"one{END}", "\ufefftwo"] + ["x"] * 20
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in lines), "utf-8-sig")
+    prepare.prepare(input=tmp_path / "a.jsonl", output=tmp_path / "out", vocab_size=257)
+    _, ids = prepare.open_data(tmp_path / "out")
+    read = "".join(bpe.decode(bpe.load(tmp_path / "out"), ids[split]) for split in ids)
+    assert read == "".join(text.removesuffix(END) + END for text in lines)
+
+def test_what_is_in_the_way_of_data_has_a_name(tmp_path, monkeypatch):
+    """A link that leads to itself, a disk that is full."""
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(cli.InputError, match="loop is not there"):
+        prepare.prepare(input=tmp_path / "loop", output=tmp_path / "out")
+    for flags, message in ((dict(resume=tmp_path / "loop"), "no checkpoint"),
+                           (dict(output_dir=tmp_path / "loop", data=prepared(tmp_path)), "is no folder")):
+        with pytest.raises(cli.InputError, match=message):
+            train.train(**flags)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(prepare, "write_ids", unittest.mock.Mock(side_effect=full))
+    with pytest.raises(OSError) as caught:
+        prepare.prepare(input=tmp_path / "corpus.txt", output=tmp_path / "out")
+    assert caught.value.filename == str(tmp_path / "out")
+    with pytest.raises(OSError) as caught, files.beside(tmp_path / "x.json"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert caught.value.filename == str(tmp_path / "x.json")
 
 def test_processes_of_other_users_are_alive(monkeypatch):
     monkeypatch.setattr(os, "kill", unittest.mock.Mock(side_effect=PermissionError))
@@ -4668,6 +4805,12 @@ def test_a_wandb_that_is_broken_is_told(monkeypatch):
     monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
     with pytest.raises(cli.InputError, match="^--use_wandb: wandb can't be imported .*'float_'.*install it anew"):
         log.import_wandb()
+
+def test_advice_about_wandb_is_not_what_was_followed(monkeypatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    assert "set WANDB_MODE=offline" in str(log.wandb_error(OSError("no")))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert "leave out --use_wandb" in str(log.wandb_error(OSError("no")))
 
 @pytest.mark.parametrize("is_rank, written", [(True, "now\n"), (False, "now\nlater\n")])
 def test_ranks_end_at_once(is_rank, written):
@@ -5795,7 +5938,13 @@ def test_forms_that_are_dropped_but_over_ranks(name, monkeypatch, mesh_of_one):
     same(tinylm.own_parts(ours[1]), grads, 1e-5)
 
 def test_what_backward_passes_by_hand_refuse():
-    """Second derivatives, which would be wrong; by the definitions they are those of finite differences."""
+    """A loss' second pass; second derivatives, which would be wrong, and by definitions are finite differences'."""
+    logits, targets = randn(3, 7).requires_grad_(), torch.arange(3)
+    again = lambda loss: torch.autograd.grad(loss, logits, retain_graph=True) + torch.autograd.grad(loss, logits)
+    with pytest.raises(NotImplementedError, match=r"a second backward pass.* within tinylm.definitions_alone\(\)"):
+        again(tinylm.cross_entropy(logits, targets))
+    with tinylm.definitions_alone():
+        assert torch.equal(*again(tinylm.cross_entropy(logits, targets)))
     config = small_config(num_layers=1)
     params = tinylm.tree_map(torch.Tensor.double, random_params(config))
     inputs, targets = random_tokens(config, 2, 2, 9)
@@ -6228,6 +6377,20 @@ def test_a_new_parameter_makes_another_model(monkeypatch):
     monkeypatch.setattr(tinylm, "param_shapes", lambda config: shapes(config) | {"positions": (9, 9)})
     assert checkpoint.config_to_hf(small_config(), 0, 0)["model_type"] == "tinylm"
 
+def test_a_field_that_a_config_json_changes_is_refused(monkeypatch):
+    """One of its own that is nothing leaves a Llama what it is; by a name of a Llama's one is saved as that."""
+    @dataclass(frozen=True)
+    class Other(tinylm.Config):
+        windows: tuple = ()
+        word: str = None
+
+    monkeypatch.setattr(checkpoint, "Config", Other)
+    assert checkpoint.config_to_hf(Other(257, 16, 8, 1, 1), 0, 0)["model_type"] == "llama"
+    hf = checkpoint.config_to_hf(Other(257, 16, 8, 1, 1, word="relu"), 0, 0)
+    assert (hf["model_type"], hf["tinylm_word"]) == ("tinylm", "relu") and "tinylm_windows" not in hf
+    with pytest.raises(cli.InputError, match=r"windows \(1, 2\) would come back from config.json as \[1, 2\]"):
+        checkpoint.config_to_hf(Other(257, 16, 8, 1, 1, windows=(1, 2)), 0, 0)
+
 def test_a_fork_loses_nothing(tmp_path):
     """A field, a parameter, an optimiser and a schedule, added to a copy of the code as a forker would."""
     data = prepared(tmp_path)
@@ -6258,9 +6421,6 @@ def test_a_fork_loses_nothing(tmp_path):
                 return
             raise AssertionError(words)
 
-        refused("window 8 would be lost in a checkpoint", "HF_SIZES")
-        refused("window 0 would be lost in a checkpoint", "HF_SIZES", window=0)  # it may be a formula of the fork's
-        checkpoint.HF_SIZES["window"] = "tinylm_window"
         for window in (0, 8):  # the first, the default, asks for nothing
             config = tinylm.Config(257, 16, 8, 1, 1, window=window)
             hf = checkpoint.config_to_hf(config, 0, 0)
@@ -6307,11 +6467,13 @@ def test_a_fork_loses_nothing(tmp_path):
             assert "depth_scale" in str(error), error
         else:
             raise AssertionError("a setting that this code has not")
-        del checkpoint.HF_SIZES["window"]  # as in code that knows of no window
-        refused("has tinylm_window", "the code that wrote it", command=lambda **_: checkpoint.load_config("run/latest"))
         """
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+    with pytest.raises(cli.InputError, match="has tinylm_window.*the code that wrote it"):  # as this one knows of none
+        checkpoint.load_config(tmp_path / "run/latest")
+    with pytest.raises(ValueError, match="model type `tinylm`"):
+        transformers.AutoConfig.from_pretrained(tmp_path / "run/latest")
 
 @pytest.mark.parametrize("flags", [
     {"num_steps": np.int64(2), "lr_max": np.float32(0.01), "batch_size": "4", "log_interval": 1e0,

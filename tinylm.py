@@ -733,7 +733,7 @@ class TokenLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, targets):
-        ctx.dtype, targets = logits.dtype, targets.unsqueeze(-1)
+        ctx.dtype, ctx.is_spent, targets = logits.dtype, False, targets.unsqueeze(-1)
         logits = at_least_float32(logits)
         highest = logits.amax(-1, keepdim=True)
         chosen = logits.gather(-1, targets)
@@ -745,7 +745,9 @@ class TokenLosses(torch.autograd.Function):
     @staticmethod
     @only_first
     def backward(ctx, d_losses):
-        exps, total, targets = ctx.saved_tensors
+        if ctx.is_spent:
+            raise NotImplementedError("a second backward pass of a loss: compute it within tinylm.definitions_alone()")
+        ctx.is_spent, (exps, total, targets) = True, ctx.saved_tensors
         d_losses = d_losses.unsqueeze(-1)
         d_logits = exps.mul_(d_losses / total).scatter_add_(-1, targets, -d_losses)
         return d_logits.to(ctx.dtype), None

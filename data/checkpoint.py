@@ -116,7 +116,7 @@ HF_NAMES = {
     "blocks.{}.mlp.w_up": "model.layers.{}.mlp.up_proj.weight",
     "blocks.{}.mlp.w_down": "model.layers.{}.mlp.down_proj.weight",
 }
-# Of a field of Config, its name in config.json.
+# Of a field of Config, its name in a Llama's config.json; see `hf_sizes` for others.
 HF_SIZES = {
     "vocab_size": "vocab_size", "context_length": "max_position_embeddings", "d_model": "hidden_size",
     "num_layers": "num_hidden_layers", "num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads",
@@ -185,28 +185,32 @@ def from_hf(tensors, config, source, dtype):
         params.append((path, halves_to_pairs(tensor, config.head_dim) if is_rotated(path) else tensor))
     return tree_build(params)
 
+def hf_sizes():
+    """{field of Config: its name in config.json}; of a field that no Llama has, a name which code without it refuses."""
+    names = [field.name for field in fields(Config) if field.name != "rope_scaling"]  # which is no number
+    return {name: HF_SIZES.get(name, f"tinylm_{name}") for name in names}
+
 def config_to_hf(config, bos_token_id, eos_token_id):
     """config.json of a LlamaForCausalLM with these sizes. Raises InputError for a size that it can't say."""
     hf = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "float32",
           "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "bos_token_id": bos_token_id,
           "eos_token_id": eos_token_id, "rope_scaling": scaling_to_hf(config.rope_scaling)}
-    for field in fields(Config):
-        name, value = HF_SIZES.get(field.name), getattr(config, field.name)
-        if name and not (name.startswith("tinylm_") and value == field.default and not value):  # which asks for nothing
-            hf[name] = value
+    for name, theirs in hf_sizes().items():
+        value = getattr(config, name)
+        asks_for_nothing = not value and value == Config.__dataclass_fields__[name].default
+        if name in HF_SIZES or not asks_for_nothing:
+            hf[theirs] = value
     block = config.d_model * (2 + 2 * (config.num_heads + config.num_kv_heads) * config.head_dim + 3 * config.d_ff)
     table = config.vocab_size * config.d_model
     size = table + config.num_layers * block + config.d_model + (0 if config.tie_embeddings else table)  # of a Llama
     if tinylm.num_params(config) != size or any(name.startswith("tinylm_") for name in hf):
         hf["model_type"] = "tinylm"  # which other tools refuse, where they would take it for a Llama
-    read_back = config_from_hf(hf, "config.json")
+    read_back = config_from_hf(json.loads(json.dumps(hf, default=str)), "config.json")
     for field in fields(Config):
-        value = getattr(config, field.name)
-        is_known = field.name in {*HF_SIZES, "rope_scaling"}
-        if not is_known or getattr(read_back, field.name) != value:
-            instead = f", or leave it at {getattr(read_back, field.name)!r}" * is_known
-            raise InputError(f"{field.name} {value!r} would be lost in a checkpoint; give it a name in HF_SIZES of "
-                             f"data/checkpoint.py, such as tinylm_{field.name}, which code without it refuses{instead}")
+        value, read = getattr(config, field.name), getattr(read_back, field.name)
+        if read != value:
+            raise InputError(f"{field.name} {value!r} would come back from config.json as {read!r}; leave it at that, "
+                             "or let it be a number, a text, True or False")
     return hf
 
 def check_can_be_saved(config):
@@ -246,7 +250,7 @@ def config_from_hf(hf, source):
         kind = repr(hf.get("model_type")) if isinstance(hf, dict) else "not there"
         raise InputError(f"{source} is not the config of a Llama model (model_type is {kind}, expected 'llama'); take "
                          "a Llama model")
-    for option in hf.keys() - HF_SIZES.values():
+    for option in hf.keys() - hf_sizes().values():
         if option.startswith("tinylm_"):
             raise InputError(f"{source} has {option}, as of a changed tinylm: read it with the code that wrote it")
     for option, value in HF_PLAIN.items():
@@ -262,7 +266,7 @@ def config_from_hf(hf, source):
             if value is not None}
         for needed in ("intermediate_size", "rms_norm_eps"):
             hf[needed]  # what Config has by default would be wrong here
-        return Config(**{name: hf[theirs] for name, theirs in HF_SIZES.items() if theirs in hf},
+        return Config(**{name: hf[theirs] for name, theirs in hf_sizes().items() if theirs in hf},
                       rope_scaling=scaling_from_hf(rope, source))
     except InputError:
         raise

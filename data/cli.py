@@ -250,7 +250,7 @@ def run(function, arguments=None):
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as it was while torch was imported
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if any(argument in ("--help", "-h") for argument in arguments):
-        return say(help_text(function))
+        return say(help_text(function)) if speaks() else None
     try:
         kinds = inspect.signature(function).parameters.values()
         parameters = {parameter.name: parameter for parameter in kinds if parameter.kind == parameter.KEYWORD_ONLY}
@@ -289,6 +289,8 @@ def run(function, arguments=None):
             raise
         if speaks() or getattr(error, "is_of_one_rank", False):
             fail(f"{program}: {error}")
+        elif error.exit_code:
+            time.sleep(5)  # torchrun ends all ranks when one has failed: let that be the one that speaks
         sys.exit(error.exit_code)
 
 # Of Ctrl-C, a scheduler, a terminal that closes, one that warns, as Slurm may, and a limit of CPU time.
@@ -350,6 +352,11 @@ def say(line):
 def quoted(path):
     """A path as a shell takes it, for a command to be pasted."""
     return shlex.quote(str(path))
+
+def script(name):
+    """A script of this project, as a shell in the folder of this process finds it."""
+    path = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), name)
+    return name if os.path.isfile(name) and os.path.samefile(name, path) else quoted(path)
 
 def fail(line):
     """Print a line on stderr; returns 2, the exit code of a user's mistake."""

@@ -57,6 +57,9 @@ def beside(path):
     try:
         yield partial
         os.replace(partial, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # as of a disk that is full
+        raise
     finally:
         remove(partial)
 
@@ -82,6 +85,10 @@ def check_room(folder, needed, purpose, instead):
     if free < needed:
         raise InputError(f"{parent} has {free / 1e6:,.1f} MB free; {purpose} {needed / 1e6:,.1f} MB; make room, or "
                          f"{instead}")
+
+def real(path):
+    """A path without links in it; Path.resolve raises RuntimeError for a link that leads to itself."""
+    return Path(os.path.realpath(path))
 
 def remove(path):
     """Remove a file, a link or a whole folder, if it is there."""
@@ -138,7 +145,7 @@ HELD_BY_NAME = set()  # by this process, whose number another had before it, as 
 @contextmanager
 def lock_by_name(path):
     """`lock` where a system has no locks: by a file that names host and process. One that died on this host is over."""
-    path, mine = path.resolve(), f"{os.getpid()} on {socket.gethostname()}"
+    path, mine = real(path), f"{os.getpid()} on {socket.gethostname()}"
     is_over = lambda process: not is_alive(process) or process == os.getpid() and path not in HELD_BY_NAME
     while True:
         try:

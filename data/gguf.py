@@ -198,7 +198,7 @@ def export(*model, output: str = "model.gguf", dtype: str = "f16"):
     if any(w.abs().max() > most.get(dtype_of(w.shape, dtype), math.inf) for _, w in tree_leaves(params)):
         raise InputError(f"{folder} has numbers that float16, which --dtype={dtype} stores, can't hold; give "
                          "--dtype=bf16")
-    place = folder.resolve()
+    place = files.real(folder)
     name = place.parent.name if place.name.startswith("step-") else place.name
     if len(ends) > 3:
         say(f"of the {len(ends)} tokens that end a text the file names three, {', '.join(map(str, ends[:3]))}")

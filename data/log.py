@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import platform
 import shutil
 import subprocess
@@ -45,8 +46,9 @@ def check_wandb():
         raise wandb_error(error) from None
 
 def wandb_error(error):
-    return InputError(f"W&B can't be used ({' '.join(str(error).split())}); see to that, or set WANDB_MODE=offline to "
-                      "keep what it gets in the run's folder for later")
+    instead = "leave out --use_wandb" if os.environ.get("WANDB_MODE") == "offline" else (
+        "set WANDB_MODE=offline to keep what it gets in the run's folder for later")
+    return InputError(f"W&B can't be used ({' '.join(str(error).split())}); see to that, or {instead}")
 
 def describe(run):
     """What a run is, for W&B: its flags, the model's size, the device, versions and the commit of this code."""

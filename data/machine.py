@@ -3,6 +3,7 @@
 import datetime
 import errno
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -251,21 +252,37 @@ def alone():
 
 # ---- Ranks ----
 
+class RankLost(InputError):
+    """Another rank is gone, of which torchrun says the rest."""
+
+    is_of_one_rank = True
+
 @contextmanager
 def ranks(device):
-    """Within it this process is with the other ranks, where torchrun started it. → its device, its number, how many."""
+    """Within it this process is with the other ranks, where torchrun started it. → its device, its number, how many.
+
+    Only the first rank has a stdout there.
+    """
+    stdout = sys.stdout
     try:
         yield join_ranks(device)
-    except BaseException:  # of this rank alone, maybe, and NCCL would wait for the others here
+        if dist.is_initialized():
+            if dist.get_backend() == "gloo":
+                # While this waits, gloo's threads let go of the last tensors, as a rule; see `leaving_gloo`.
+                with suppress(RuntimeError):  # of a rank that failed
+                    dist.barrier()
+            dist.destroy_process_group()
+    except BaseException as error:  # of this rank alone, maybe, and NCCL would wait for the others here
+        number = os.environ.get("RANK")
         if dist.is_initialized() and dist.get_backend() == "gloo":
             dist.destroy_process_group()
+        if isinstance(error, RuntimeError) and re.search("gloo.*(closed|reset) by peer", str(error), re.DOTALL):
+            raise RankLost(f"rank {number}: another rank is gone; what that has said, or torchrun, tells why") from None
         raise
-    if dist.is_initialized():
-        if dist.get_backend() == "gloo":
-            # While this waits, gloo's threads let go of the last tensors, as a rule; see `leaving_gloo`.
-            with suppress(RuntimeError):  # of a rank that failed
-                dist.barrier()
-        dist.destroy_process_group()
+    finally:
+        sys.stdout = stdout
+
+RUNS = itertools.count()  # in this process, and so in each rank of it
 
 @contextmanager
 def leaving_gloo():
@@ -310,7 +327,9 @@ def join_ranks(device):
                          "ranks meet; see that torchrun runs there and can be reached") from None
     store.set_timeout(timeout)
     # torchrun keeps its store when it starts ranks again; they must not find the addresses of those that died.
-    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    # Nor must a second run in the same processes.
+    attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}, run {next(RUNS)}"
+    store = dist.PrefixStore(attempt, store)
     backend = "nccl" if kind == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=timeout)
     if rank:

@@ -151,9 +151,9 @@ def text_files(source, output):
         raise InputError(f"{source} is not there; expected a text file, or a folder of them")
     if is_no_text(source):
         raise InputError(f"{source} has prepared data or a model in it; expected a text file, or a folder of them")
-    paths, seen = [], {output.resolve()}
+    paths, seen = [], {files.real(output)}
     for folder, folders, names in os.walk(source, onerror=refuse, followlinks=True):
-        here = Path(folder).resolve()
+        here = files.real(folder)
         if is_no_text(here) and here not in seen:
             cli.say(f"left out, as prepared data or a model is in it: {folder}")
             seen.add(here)
@@ -197,13 +197,16 @@ def as_text(path, copy, errors="strict"):
     if path.suffix.lower() not in (".jsonl", ".ndjson"):
         return path
     progress, done = cli.Progress(f"reading {path.name}", path.stat().st_size), 0
-    with open(path, "rb") as lines, open(copy, "w", encoding="utf-8", newline="") as file:
+    # With a byte order mark, as what a text begins with is not to be taken for one.
+    with open(path, "rb") as lines, open(copy, "w", encoding="utf-8-sig", newline="") as file:
         for number, line in enumerate(lines, 1):
             try:
                 line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-                text = json.loads(line.decode("utf-8", errors))["text"] + bpe.END_OF_TEXT if line.strip() else ""
-                # In JSON a character may be two numbers, of which one may be missing.
-                file.write(text.encode("utf-16", "surrogatepass").decode("utf-16", errors))
+                if line.strip():
+                    text = json.loads(line.decode("utf-8", errors))["text"].removesuffix(bpe.END_OF_TEXT)
+                    # In JSON a character may be two numbers, of which one may be missing.
+                    text = text.encode("utf-16", "surrogatepass").decode("utf-16", errors)
+                    file.write(text + bpe.END_OF_TEXT)
             except UnicodeError as error:
                 raise InputError(f"{path}, line {number:,} is not valid Unicode ({error.reason}); mend it, or let "
                                  "data/prepare.py --errors=replace put U+FFFD there") from None
@@ -247,6 +250,9 @@ def cut_point(path, start, target, end):
         place = text.find(border, begin, before + (end - target) // 2)  # so that much is left behind it
         if place >= 0:
             return target - before + place + len(border)
+    around = text.find(mark, 0, before + len(mark) - 1)
+    if around >= 0:  # with little behind it
+        return target - before + around
     text = text[before:]
     return target + len(text) - len(text.lstrip(bytes(range(0x80, 0xC0))))  # which begin no character
 
@@ -320,17 +326,26 @@ def prepare(given):
     if settings.tokenizer and settings.vocab_size:
         raise InputError(f"--tokenizer={settings.tokenizer} has its own vocabulary; leave out --vocab_size")
     tokenizer, begin, end = load_tokenizer(settings.tokenizer) if settings.tokenizer else (None, [], None)
-    name = dataset or (Path(source).resolve().stem if Path(source).is_file() else Path(source).resolve().name)
+    name = dataset or (files.real(source).stem if Path(source).is_file() else files.real(source).name)
     output = Path(settings.output or DATA / name)
     own = {".lock", ".lock.held", ".partial"}  # what a killed process of this command may have left
     if is_data(output / ".partial"):  # while it moved that into place
         own |= {"tokenizer.json", *(f"{split}.{kind}" for split in ("train", "val") for kind in ("bin", "txt"))}
-    if output.exists() and not is_data(output) and (
+    if output.exists() and not is_of_this_command(output) and (
             not output.is_dir() or any(path.name not in own for path in output.iterdir())):
         raise InputError(f"{output} is there and was not written by this command; choose another --output")
     if source and not settings.output and output.name in CORPORA:
         raise InputError(f"--input={source} would replace data/{output.name}, a corpus of this project; add --output")
     sources = [text_files(path, output) for path in (source, val_input) if path]
+    if val_input:  # which may be a part of the folder
+        held_out = {files.real(path) for path in sources[1]}
+        sources[0] = [path for path in sources[0] if files.real(path) not in held_out]
+        if not sources[0]:
+            raise InputError(f"--val_input={val_input} is all of --input={source}; give other text to validate on, or "
+                             "leave it out")
+    for path in (source, val_input):
+        if path and Path(path).is_file() and files.real(output) in files.real(path).parents:
+            raise InputError(f"{path} lies in {output}, which is to be written; choose another --output")
     num_bytes = sum(end - start for paths in sources for _, start, end in whole_spans(paths, paths))
     if any(len(paths) > 1 for paths in sources):
         cli.say(f"{sum(map(len, sources)):,} files with {num_bytes:,} bytes")
@@ -338,6 +353,7 @@ def prepare(given):
     vocab_size = tokenizer.vocab_size if tokenizer else settings.vocab_size or default
 
     asked = cli.kept(settings) | {"dataset": dataset, "workers": None, "output": None}
+    asked["of"] = digest_of(itertools.chain(*sources), tokenizer and (tokenizer, begin, end))
     is_new = not output.exists()
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -352,6 +368,8 @@ def prepare(given):
             try:
                 write_beside(output / ".partial", sources, settings, dataset, tokenizer, begin, end, vocab_size, asked)
             except BaseException as error:
+                if isinstance(error, OSError) and not error.filename:  # as of a disk that is full
+                    error.filename = str(output)
                 files.remove(output / ".partial")
                 if is_new and not is_data(output):
                     files.remove(output)
@@ -384,19 +402,21 @@ def write_beside(partial, sources, settings, dataset, tokenizer, begin, end, voc
     files.check_room(partial, ids * (2 if vocab_size <= 1 << 16 else 4), "the data may need", "choose another --output")
     tokenizer = tokenizer or bpe.train(train, vocab_size, workers=settings.workers, errors=settings.errors)
     end = tokenizer.special_tokens[bpe.END_OF_TEXT] if end is None else end
-    write_data(partial, asked, train, val, tokenizer, begin, end, settings.workers, settings.errors)
+    meta = write_data(partial, asked, train, val, tokenizer, begin, end, settings.workers, settings.errors)
     for path in stamps:
         if stamp(path) != stamps[path]:
             raise InputError(f"{path} was changed while it was read; wait until it is whole, and start again")
     for path in partial.glob("*-copy.txt"):
         path.unlink()
+    with files.beside(partial / "meta.json") as path:  # which says that all else is there
+        files.write_json(path, meta)
 
 def put_in_place(partial, output):
     """Move new data over old. The folder itself stays, as it may be a mount point; without meta.json it is no data."""
     if is_data(output):  # else new files may be here that a process moved before it was killed
         with contextlib.suppress(InputError, KeyError, TypeError):  # of a file that is damaged
-            is_corpus = files.read_json(output / "meta.json")["source"] == "stories"  # which has its text beside it
-            for name in NUM_STORIES if is_corpus else ():
+            asked = files.read_json(output / "meta.json")["asked"]
+            for name in NUM_STORIES if asked["dataset"] == "stories" else ():  # which has its text beside it
                 (output / name).unlink(missing_ok=True)
         (output / "meta.json").unlink()
     for path in sorted(partial.iterdir(), key=lambda path: path.name == "meta.json"):  # that one last
@@ -406,6 +426,13 @@ def put_in_place(partial, output):
 
 def is_data(folder):
     return (folder / "meta.json").is_file()
+
+def is_of_this_command(folder):
+    """Whether a folder has data that this command wrote."""
+    try:
+        return is_data(folder) and "tokenizer_sha256" in files.read_json(folder / "meta.json")
+    except (InputError, TypeError):  # no JSON object
+        return False
 
 def find_data(name, model=None):
     """The data folder of this path, or of this name below data/, or one made of this text file.
@@ -439,15 +466,20 @@ def find_data(name, model=None):
 
 def made_of(name, model=None):
     """The data folder of a known corpus, or of this version of a text, with its own tokenizer or that of a model."""
-    told_apart = [str(Path(name).resolve()), *stamp(name)] if is_text(name) else []
-    if model:
-        tokenizer, begin, end = load_tokenizer(model)
+    texts = [name] if is_text(name) else []
+    digest = digest_of(texts, model and load_tokenizer(model))
+    return DATA / (f"{Path(name).stem[:50]}-{digest[:8]}" if texts or model else name)  # names of files are bounded
+
+def digest_of(paths, loaded=None):
+    """What tells data apart: a digest of the versions of texts, and of what `load_tokenizer` gives."""
+    told_apart = [what for path in paths for what in (str(files.real(path)), *stamp(path))]
+    if loaded:
+        tokenizer, begin, end = loaded
         told_apart += [tokenizer.split, [token.hex() for token in tokenizer.tokens], tokenizer.merges.tolist()]
         told_apart += [begin, end]
         more = sorted(tokenizer.special_tokens.items()), sorted(tokenizer.text_tokens), tokenizer.whole_words
         told_apart += more if more != ([(bpe.END_OF_TEXT, end)], [], False) else []  # which older folders do not tell
-    digest = hashlib.sha256(json.dumps(told_apart).encode()).hexdigest()
-    return DATA / (f"{Path(name).stem[:50]}-{digest[:8]}" if told_apart else name)  # names of files are bounded
+    return hashlib.sha256(json.dumps(told_apart).encode()).hexdigest()
 
 def load_tokenizer(path):
     """The tokenizer in a file or a model's folder, the ids that begin a document, if it is not enough that the one
@@ -467,7 +499,7 @@ def load_tokenizer(path):
     return tokenizer, [] if begin == [end] else begin, end
 
 def write_data(folder, asked, train, val, tokenizer, begin, end, workers, errors):
-    """Write tokenizer.json, train.bin, val.bin and, when all is there, meta.json with what was asked for."""
+    """Write tokenizer.json, train.bin and val.bin. → what meta.json has to say of them, and of what was asked for."""
     bpe.save(tokenizer, folder / "tokenizer.json")
     source = asked["dataset"] or asked["input"]
     meta = {"source": source, "asked": asked, "vocab_size": tokenizer.vocab_size, "dtype": tokenizer.dtype.name,
@@ -478,7 +510,7 @@ def write_data(folder, asked, train, val, tokenizer, begin, end, workers, errors
         if not meta[split]["bytes"]:
             raise InputError(f"{source}: the part for {split}.bin has nothing but special tokens; expected text "
                              "(data/prepare.py has --val_input and --val_fraction to choose it)")
-    files.write_json(folder / "meta.json", meta)
+    return meta
 
 def report(folder, most_tokens):
     """Say what a data folder holds."""

@@ -283,7 +283,7 @@ def resume_run(folder, given, table, check, claims, error_if_done=InputError):
     `error_if_done` where it has done all its steps."""
     latest = newest(folder)
     if not latest:
-        advice, parent = "expected a folder that train.py wrote", folder.resolve().parent
+        advice, parent = "expected a folder that train.py wrote", files.real(folder).parent
         if (folder / "training/train_state.json").is_file():
             advice = f"give the run's folder, --resume={cli.quoted(parent)}" if newest(parent) else (
                 "it is one itself: put it, named step-NUMBER, into a folder of its own, and give that")
@@ -299,7 +299,7 @@ def resume_run(folder, given, table, check, claims, error_if_done=InputError):
                 and isinstance(state["best"], (int, float, type(None)))):
             raise TypeError(f"step {step!r}, seconds {seconds!r}, best {state['best']!r}")
         names = {"output_dir": given.get("output_dir"), "run_name": "run_name" in given and f"runs/{given['run_name']}"}
-        is_its_own = lambda path: path and Path(path).resolve() == folder.resolve()  # the run may have moved
+        is_its_own = lambda path: path and files.real(path) == files.real(folder)  # the run may have moved
         given = {flag: value for flag, value in given.items() if not is_its_own(names.get(flag))}
         text = given.get("data", "")
         versions = [prepare.made_of(text, model).name for model in (None, latest)] if prepare.is_text(text) else []
@@ -334,11 +334,11 @@ def resume_run(folder, given, table, check, claims, error_if_done=InputError):
             lowest, best_step = math.inf, None  # what was measured so far is of another part of the text
         run = Run(settings, folder, data.absolute(), str(latest), step, seconds, lowest, best_step, state["wandb_id"],
                   claims=claims, lock=lock)
+        run.meta, run.ids = prepare.open_data(run.data)
+        check_same_data(run, state["data"], latest)
         if step >= settings.num_steps:
             raise error_if_done(f"--resume={folder}: the run has done its {step} steps; give a larger --num_steps to "
                                 "extend it")
-        run.meta, run.ids = prepare.open_data(run.data)
-        check_same_data(run, state["data"], latest)
     check(model_config(settings, run.meta["vocab_size"], latest), settings)
     return run
 
@@ -509,7 +509,7 @@ def save(run, step, seconds, val_loss):
     lowest, best_step = (val_loss, step) if val_loss < run.lowest else (run.lowest, run.best_step)
     state = {"step": step, "settings": cli.kept(run.settings), "seconds": seconds, "wandb_id": run.wandb_id,
              "best": lowest if lowest < math.inf else None, "best_step": best_step,
-             "data_folder": str(run.data.resolve()), "data": {split: run.meta[split] for split in run.ids}}
+             "data_folder": str(files.real(run.data)), "data": {split: run.meta[split] for split in run.ids}}
     *begin, end = ((run.tokenizer.tokens[i].decode(), i) for i in (*run.meta["begin_ids"], run.meta["end_of_text_id"]))
     checkpoint.save_checkpoint(target, run.params, run.config, run.tokenizer_json, end, run.optimizer, state,
                                run.others, machine.DTYPES_OF_FILES[run.settings.save_dtype], begin)
@@ -545,11 +545,14 @@ def conclude(run, step, problem):
         then = f"go on from {good.name} with --resume={cli.quoted(run.folder)}" if good else "run it again"
         raise InputError(f"{run.folder}: the run ended without its last checkpoint ({problem}); see to that, and "
                          f"{then}")
+    if run.rank:
+        return
     if step < run.settings.num_steps:
         command = "python" if run.num_ranks == 1 else f"torchrun --standalone --nproc_per_node={run.num_ranks}"
-        cli.say(f"stopped after step {step}; go on with: {command} train.py --resume={cli.quoted(run.folder)}")
+        cli.say(f"stopped after step {step}; go on with: {command} {cli.script('train.py')} "
+                f"--resume={cli.quoted(run.folder)}")
     else:
-        cli.say(f"done; write with: python sample.py --checkpoint={cli.quoted(run.folder)}")
+        cli.say(f"done; write with: python {cli.script('sample.py')} --checkpoint={cli.quoted(run.folder)}")
         if run.best_step not in (None, step):
             cli.say(f"  that takes step {run.best_step}, whose validation loss, {run.lowest:.4f}, is the lowest saved; "
                     f"--checkpoint={cli.quoted(run.folder / 'latest')} is the last one")
