@@ -112,8 +112,7 @@ def sample(given):
             writer.token(rows[-1][0])
     writer.end()
     seconds = time.perf_counter() - begin
-    texts = [list(column) for column in zip(*rows)]
-    texts = [text[:next((i + 1 for i, token in enumerate(text) if token in ends), None)] for text in texts]
+    texts = [text[:next((i + 1 for i, token in enumerate(text) if token in ends), None)] for text in zip(*rows)]
     count = sum(map(len, texts))
     known = [[token for token in text if token not in ends and token < tokenizer.vocab_size] for text in texts]
     texts = [prompt + bpe.decode(tokenizer, text) for text in known]

@@ -4,8 +4,7 @@ Part I is the language model, a whole program: each operation as it is defined, 
 it. Part II has forms that compute the same in less time, part III splits a model over ranks. Parameters are a nested
 dict of tensors; inside a block the keys are the argument names of the functions that use them. Functions change nothing
 of the caller's but what a docstring calls donated. Randomness comes from a seed, a generator or, without, torch's own.
-Axes in shapes: B batch, T query positions, S key positions, V vocabulary, H heads, D features of a head, N several of
-these flattened into one; `...` any.
+Axes: B batch, T positions, S key positions, V vocabulary, H heads, D features of a head, N several in one, `...` any.
 """
 
 import math
@@ -21,10 +20,9 @@ from torch.utils.checkpoint import checkpoint
 OPERATIONS = {}  # name → operation
 
 def operation(definition):
-    """Make a function one that may also have forms: functions that compute the same in less time.
+    """Let a function have forms, which compute the same in less time. Part I reads as if this decorator were not there.
 
-    Part I reads as if this decorator were not there. Part II fills `forms`, pairs (fits, form): a call runs the first
-    that fits the arguments, and else the definition.
+    Part II fills `forms`, pairs (fits, form): a call runs the first that fits the arguments, and else the definition.
     """
     @wraps(definition)
     def call(*args, **options):
@@ -120,9 +118,8 @@ def swiglu(x, w_gate, w_up, w_down):
 def token_losses(logits, targets):
     """-log softmax(logits)[target], in nats and float32 at least. logits (..., V), targets (...) of int64 → (...)."""
     logits = at_least_float32(logits)
-    highest = logits.detach().amax(-1, keepdim=True)  # (..., 1); subtracted so that exp can't overflow
-    log_sum = torch.log(torch.exp(logits - highest).sum(-1)) + highest.squeeze(-1)  # (...)
-    return log_sum - logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    logits = logits - logits.detach().amax(-1, keepdim=True)  # it cancels, and exp can't overflow
+    return torch.log(torch.exp(logits).sum(-1)) - logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 
 def cross_entropy(logits, targets):
     """The mean of `token_losses`. logits (..., V), targets (...) of int64 → a scalar, in nats per token."""
@@ -132,22 +129,18 @@ def cross_entropy(logits, targets):
 
 @dataclass(frozen=True)
 class Config:
-    """The sizes of a model. Raises ValueError where they can't go together.
-
-    num_kv_heads 0 means num_heads, head_dim 0 d_model / num_heads; d_ff 0 means 8/3·d_model, rounded up to a multiple
-    of 64, for as many parameters in SwiGLU's three matrices as in the usual two of 4·d_model.
-    """
+    """The sizes of a model. Raises ValueError where they can't go together."""
     vocab_size: int
     context_length: int
     d_model: int
     num_layers: int
     num_heads: int
-    num_kv_heads: int = 0
-    d_ff: int = 0
+    num_kv_heads: int = 0  # which means num_heads
+    d_ff: int = 0  # 8/3·d_model, for as many parameters in SwiGLU's three matrices as in the usual two of 4·d_model
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
-    head_dim: int = 0
+    head_dim: int = 0  # d_model / num_heads
     rope_scaling: tuple = (1.0, 1.0, 2.0, 0)  # none, as its factor is 1; see `rope_angles`
 
     def __post_init__(self):
@@ -155,12 +148,11 @@ class Config:
         fill_in("num_kv_heads", self.num_kv_heads or self.num_heads)
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type not in (int, float) or value == field.default:  # a default such as 0 may mean "none"
-                continue
-            kind, least, most = ("whole number", 1, 2**31 - 1) if field.type is int else ("number", 1e-20, 1e20)
-            if not isinstance(value, (int, field.type)) or isinstance(value, bool) or not least <= value <= most:
-                raise ValueError(f"{field.name} is {value!r}; expected a {kind} from {least} to {most}")
-        fill_in("d_ff", self.d_ff or 64 * math.ceil(8 * self.d_model / (3 * 64)))
+            if field.type in (int, float) and value != field.default:  # a default such as 0 may mean "none"
+                kind, least, most = ("whole number", 1, 2**31 - 1) if field.type is int else ("number", 1e-20, 1e20)
+                if not isinstance(value, (int, field.type)) or isinstance(value, bool) or not least <= value <= most:
+                    raise ValueError(f"{field.name} is {value!r}; expected a {kind} from {least} to {most}")
+        fill_in("d_ff", self.d_ff or 64 * math.ceil(8 * self.d_model / (3 * 64)))  # rounded up to a multiple of 64
         if not self.head_dim and self.d_model % self.num_heads:
             raise ValueError(f"d_model {self.d_model} over num_heads {self.num_heads} leaves a remainder; choose "
                              "num_heads to divide d_model")
@@ -219,8 +211,7 @@ def angles_at(start, T, config, device):
 def hidden_states(params, tokens, config, dtype=torch.float32, cache=None, remat=False):
     """What the output matrix reads, computed in `dtype`. tokens (B, T) of int64 → (B, T, d_model) and the new cache.
 
-    `cache` has keys and values of the positions before `tokens`; it is donated, as to copy it for each token is slow.
-    Where one token is read, cache["filled"] may be a tensor (1), as in CUDA graphs. Raises ValueError past the context.
+    `cache`, keys and values of earlier positions, is donated, as copies are slow. Raises ValueError past the context.
     """
     start, T = cache["filled"] if cache else 0, tokens.shape[1]
     cos, sin = angles_at(start, T, config, tokens.device)
@@ -229,11 +220,8 @@ def hidden_states(params, tokens, config, dtype=torch.float32, cache=None, remat
     return rmsnorm(x, params["final_norm"], config.norm_eps), (cache | {"filled": start + T} if cache else None)
 
 def to_logits(params, x):
-    """Scores of every token of the vocabulary, for training, evaluation and generation. x (..., d_model) → (..., V).
-
-    Where params are tied they may have an lm_head too: the embedding, as it is laid out for generation.
-    """
-    return linear(x, params.get("lm_head", params["embedding"]))
+    """Scores of every token of the vocabulary. x (..., d_model) → (..., V)."""
+    return linear(x, params.get("lm_head", params["embedding"]))  # tied params may have it, laid out for generation
 
 def forward(params, tokens, config, dtype=torch.float32, remat=False):
     """Scores of the token that follows each position. tokens (B, T) of int64 → (B, T, V) in `dtype`."""
@@ -263,8 +251,8 @@ def tree_build(leaves):
 
 def param_shapes(config):
     """The tree of parameter shapes, in the order of the forward pass."""
-    d, d_ff, d_q, d_kv = (config.d_model, config.d_ff, config.num_heads * config.head_dim,
-                          config.num_kv_heads * config.head_dim)
+    d, d_ff = config.d_model, config.d_ff
+    d_q, d_kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     block = {"attention_norm": (d,), "attention": {"wq": (d_q, d), "wk": (d_kv, d), "wv": (d_kv, d), "wo": (d, d_q)},
              "mlp_norm": (d,), "mlp": {"w_gate": (d_ff, d), "w_up": (d_ff, d), "w_down": (d, d_ff)}}
     shapes = {"embedding": (config.vocab_size, d), "blocks": {str(i): block for i in range(config.num_layers)}}
@@ -282,10 +270,9 @@ def init_params(config, generator):
     matrix has 1/(3√d_model), for a first loss near ln(vocab_size); from less, learning is slower. A tied one has
     1/√d_model, and wo and w_down a fifth: a token's logit for itself is high at first, but learning as fast as untied.
     """
-    stream, tied = config.d_model ** -0.5, config.tie_embeddings
-    into_stream = lambda d_in: (2 * config.num_layers * d_in) ** -0.5 / (5 if tied else 1)
-    deviations = {"embedding": stream if tied else 1.0, "wo": into_stream(config.num_heads * config.head_dim),
-                  "w_down": into_stream(config.d_ff), "lm_head": stream / 3}
+    into_stream = lambda d_in: (2 * config.num_layers * d_in) ** -0.5 / (5 if config.tie_embeddings else 1)
+    deviations = {"wo": into_stream(config.num_heads * config.head_dim), "w_down": into_stream(config.d_ff)}
+    deviations |= {} if config.tie_embeddings else {"embedding": 1.0, "lm_head": config.d_model ** -0.5 / 3}
 
     def initial(path, shape):
         if len(shape) <= 1:
@@ -293,7 +280,7 @@ def init_params(config, generator):
         deviation = deviations.get(path.split(".")[-1], shape[-1] ** -0.5)
         return torch.randn(shape, generator=generator, device=generator.device) * deviation
 
-    return tree_build([(path, initial(path, shape)) for path, shape in tree_leaves(param_shapes(config))])
+    return tree_build((path, initial(path, shape)) for path, shape in tree_leaves(param_shapes(config)))
 
 # ---- Learning ----
 
@@ -387,9 +374,6 @@ def muon_update(params, grads, state, lr, beta1=0.8, beta2=0.98, eps=1e-8, weigh
     updated = dict(tree_leaves(tree_map(update, matrices, directions)) + tree_leaves(rest))
     return tree_build((path, updated[path]) for path, _ in tree_leaves(params)), {"momentum": averages, "adamw": adamw}
 
-# An optimiser is its first state and its update; further arguments of the update are its hyperparameters.
-OPTIMIZERS = {"adamw": (adamw_init, adamw_update), "muon": (muon_init, muon_update)}
-
 def cosine_lr(step, lr_max, lr_min, warmup_steps, num_steps):
     """Learning rate of a step from 0 on: warm-up, half a cosine (Loshchilov and Hutter 2017, eq. 5), then lr_min."""
     if step < warmup_steps:
@@ -397,30 +381,31 @@ def cosine_lr(step, lr_max, lr_min, warmup_steps, num_steps):
     progress = min(1.0, (step - warmup_steps) / max(1, num_steps - warmup_steps))
     return lr_min + 0.5 * (lr_max - lr_min) * (1 + math.cos(math.pi * progress))
 
+# An optimiser is its first state and its update; further arguments of the update are its hyperparameters.
+OPTIMIZERS = {"adamw": (adamw_init, adamw_update), "muon": (muon_init, muon_update)}
 SCHEDULES = {"cosine": cosine_lr}
 
 # ---- Data ----
 
 def splitmix64(x):
-    """Scramble 64-bit integers, one to one (the finaliser of SplitMix64; Steele et al. 2014). uint64 (...) → (...)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    """Scramble 64 bits, one to one (the finaliser of SplitMix64; Steele et al. 2014). x an int, or uint64 (...)."""
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & (2**64 - 1)
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & (2**64 - 1)
+    return x ^ (x >> 31)
 
 def shuffled_index(index, length, key):
-    """Where `index` lands in a permutation of range(length) that `key` chooses; nothing of that length is stored.
+    """Where `index` (...) of int64 lands in a permutation of range(length) by `key`; nothing of that length is stored.
 
-    A Feistel network permutes a power of four (Luby and Rackoff 1988); what falls outside goes through it again, until
-    it falls inside. index (...) of int64 below length → (...) of int64.
+    A Feistel network permutes a power of four (Luby and Rackoff 1988); what falls outside goes through it again.
     """
-    half = np.uint64(max(1, ((length - 1).bit_length() + 1) // 2))
-    mask = (np.uint64(1) << half) - np.uint64(1)
+    half = max(1, ((length - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
     index = np.array(index, dtype=np.uint64)
     outside = np.ones(index.shape, dtype=bool)
     while outside.any():
         left, right = index[outside] >> half, index[outside] & mask
         for round_ in range(4):
-            scrambled = splitmix64(right + np.uint64((key * 4 + round_ + 1) * 0x9E3779B97F4A7C15 % 2**64))
+            scrambled = splitmix64(right + (key * 4 + round_ + 1) * 0x9E3779B97F4A7C15 % 2**64)
             left, right = right, left ^ (scrambled & mask)
         index[outside] = left << half | right
         outside = index >= length
@@ -437,14 +422,12 @@ def get_batch(tokens, batch_size, context_length, seed, step, rank=0, num_ranks=
         raise ValueError(f"{len(tokens)} tokens can't fill one window of context_length {context_length} and the token "
                          "after it; use more text or a smaller context_length")
     num_windows = max(1, (len(tokens) - 1) // context_length - 1)  # one less than fit: so each epoch starts elsewhere
-    room = len(tokens) - num_windows * context_length
-    numbers = (step * num_ranks + rank) * batch_size + np.arange(batch_size)
+    epochs, numbers = np.divmod((step * num_ranks + rank) * batch_size + np.arange(batch_size), num_windows)
     starts = np.empty(batch_size, dtype=np.int64)
-    for epoch in np.unique(numbers // num_windows).tolist():
-        here = numbers // num_windows == epoch
-        key = int(splitmix64(np.array([seed % 2**64], dtype=np.uint64))[0]) + epoch
-        offset = int(splitmix64(np.array([key % 2**64], dtype=np.uint64))[0]) % room
-        starts[here] = offset + context_length * shuffled_index(numbers[here] % num_windows, num_windows, key)
+    for epoch in np.unique(epochs).tolist():
+        key = splitmix64(seed % 2**64) + epoch
+        offset = splitmix64(key % 2**64) % (len(tokens) - num_windows * context_length)
+        starts[epochs == epoch] = offset + context_length * shuffled_index(numbers[epochs == epoch], num_windows, key)
     windows = np.stack([tokens[start:start + context_length + 1] for start in starts]).astype(np.int64)  # (B, T + 1)
     return torch.from_numpy(windows[:, :-1]), torch.from_numpy(windows[:, 1:])
 
@@ -500,8 +483,8 @@ def generate(params, prompt, config, max_new_tokens, temperature=1.0, top_k=0, t
     history = fresh = prompt[:, -config.context_length:]  # what the model may see; of it, what the cache lacks
     length = min(config.context_length, history.shape[1] + max_new_tokens)
     cache = init_cache(config, len(prompt), length, dtype, prompt.device)
-    stopped = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
-    chance = torch.zeros(len(prompt), 1, dtype=torch.float64, device=prompt.device)
+    stopped = prompt.new_zeros(len(prompt), dtype=torch.bool)
+    chance = prompt.new_zeros(len(prompt), 1, dtype=torch.float64)
     for _ in range(max_new_tokens):
         if history.shape[1] > config.context_length:
             history = fresh = history[:, -max(1, config.context_length // 2):]

@@ -180,12 +180,11 @@ class Settings:
         """All settings: those given, and defaults that suit the device, what is known, and each other for the rest."""
         device = machine.choose_device(given.get("device"))
         settings = cli.complete(cls, given | {"device": device}, device, **known)
-        own = own_parameters(settings.optimizer)
         for name, value in given.items():
             default = cli.flags_of(cls)[name].metadata["default"]
-            if callable(default) and default(settings) is None and name not in {p.name for p in own}:  # but others have
+            if callable(default) and default(settings) is None and name not in settings.of_optimizer:  # but others have
                 raise InputError(f"--{name}={value}: {settings.optimizer} has no {name}; leave the flag out")
-        for p in own:
+        for p in own_parameters(settings.optimizer):
             if p.default is p.empty and getattr(settings, p.name, None) is None:
                 raise InputError(f"--optimizer={settings.optimizer} needs {p.name}; give --{p.name}, or that a line in "
                                  "Settings of train.py")

@@ -17,6 +17,7 @@ import textwrap
 import threading
 import time
 from contextlib import contextmanager
+from functools import partial
 
 class InputError(ValueError):
     """A mistake in what was given: one line saying what was given, what was expected and what to do."""
@@ -104,7 +105,7 @@ def complete(table, given, device="cpu", **known):
             default = field.metadata["default"]
             default = default[device.split(":")[0]] if isinstance(default, dict) else default
             setattr(settings, name, default(settings) if callable(default) else default)
-        check(name, getattr(settings, name), **{key: field.metadata[key] for key in ("within", "choices")})
+        check(name, getattr(settings, name), field.metadata["within"], field.metadata["choices"])
     return settings
 
 def check(name, value, within, choices):
@@ -130,10 +131,6 @@ def check(name, value, within, choices):
 def kept(settings):
     """What a run keeps of its settings, for JSON."""
     return {name: getattr(settings, name) for name in flags_of(type(settings)) if getattr(settings, name) is not None}
-
-def may_change(table, name):
-    """Whether a resumed run may have another value of a setting."""
-    return flags_of(table)[name].metadata["may_change"]
 
 @contextmanager
 def as_input_error():
@@ -257,8 +254,7 @@ def run(function, arguments=None):
         takes_names = len(parameters) < len(kinds)
         names = list(itertools.takewhile(lambda argument: takes_names and not argument.startswith("-"), arguments))
         flags = read_arguments(parameters, arguments[len(names):])
-        parsers = {name: (lambda text, name=name: convert(name, kind_of(parameters[name]), text))
-                   for name in parameters}
+        parsers = {name: partial(convert, name, kind_of(parameter)) for name, parameter in parameters.items()}
         for name, text in flags.items():
             parsers[name](text)
         import fire

@@ -2,6 +2,7 @@
 
 import math
 import struct
+from contextlib import closing
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -160,17 +161,15 @@ def write_gguf(path, params, config, dtype, said):
         offset += w.numel() // values * size
         offset += len(padding(offset))
     header = b"".join(header)
-    progress, done = Progress(f"writing {path.name}", offset), 0
-    try:
-        with files.beside(path) as partial, open(partial, "wb") as file:
-            file.write(header + padding(len(header)))
-            for _, w, kind in leaves:
-                data = as_bytes(w, kind)
-                file.write(data + padding(len(data)))
-                progress.update(done := done + len(data))
-            files.flush(file)
-    finally:
-        progress.close()
+    done = 0
+    with (closing(Progress(f"writing {path.name}", offset)) as progress, files.beside(path) as partial,
+          open(partial, "wb") as file):
+        file.write(header + padding(len(header)))
+        for _, w, kind in leaves:
+            data = as_bytes(w, kind)
+            file.write(data + padding(len(data)))
+            progress.update(done := done + len(data))
+        files.flush(file)
 
 def export(*model, output: str = "model.gguf", dtype: str = "f16"):
     """Write a model as one GGUF file, for llama.cpp: python sample.py export MODEL [flags].

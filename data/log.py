@@ -123,7 +123,6 @@ class Log:
         for line in [] if run.rank else cli.json_lines(run.folder / "metrics.jsonl"):
             self.overfitting.begins(line)
             self.samples += [[line["step"], line["sample"]]] if "sample" in line else []
-            del self.samples[:-SAMPLES]
         self.cut = False  # whether the last line was cut short
         self.screen = cli.Progress("training", stream=sys.stdout)
         self.wandb = import_wandb() if run.settings.use_wandb else None
@@ -165,8 +164,8 @@ class Log:
             self.keep(json.dumps(measured))
         self.is_overfitting = self.overfitting.begins(measured)
         sample = measured.pop("sample", None)
-        self.samples = [*self.samples, [step, sample]][-SAMPLES:] if sample is not None else self.samples
-        table = lambda: {} if sample is None else {"samples": self.wandb.Table(["step", "text"], self.samples)}
+        self.samples += [[step, sample]] if sample else []
+        table = lambda: {"samples": self.wandb.Table(["step", "text"], self.samples[-SAMPLES:])} if sample else {}
         self.send(lambda: self.wandb_run.log(measured | table(), step=step))
 
     def keep(self, line):

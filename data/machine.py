@@ -43,7 +43,6 @@ def choose_device(device):
     Raises InputError where it isn't there, and where a GPU is there that torch can't use, so that nobody trains on a
     CPU unawares.
     """
-    number = device.partition(":")[2] if device else ""
     if device and not re.fullmatch("cpu|cuda(:[0-9]+)?", device):
         raise InputError(f"--device={device}: expected cpu, cuda or cuda:NUMBER")
     if device == "cpu":
@@ -51,11 +50,12 @@ def choose_device(device):
     count, problem = count_devices()
     if problem:
         raise InputError(f"the GPU can't be used: {problem}; see to that, or give --device=cpu")
-    if device and int(number or 0) >= count:
+    number = int((device or "").partition(":")[2] or 0)
+    if device and number >= count:
         raise InputError(f"--device={device}: this machine has {count} CUDA device(s); use --device=cpu, or leave the "
                          "flag out")
     if count:
-        check_architecture(int(number or 0))
+        check_architecture(number)
     return device or ("cuda" if count else "cpu")
 
 @lru_cache(maxsize=1)  # as torch warns once

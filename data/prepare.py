@@ -104,30 +104,25 @@ def fetch(url, path, size, attempts, pause):
 
 def receive(response, partial, begin, size, label):
     """Write what a response sends behind the first `begin` bytes of `partial`, no more than `size` bytes in all."""
-    progress = cli.Progress(f"downloading {label}", size)
-    with open(partial, "r+b" if begin else "wb") as file:
+    done, progress = begin, cli.Progress(f"downloading {label}", size)
+    with contextlib.closing(progress), open(partial, "r+b" if begin else "wb") as file:
         file.seek(begin)
-        done = begin
-        try:
-            while done < size and (block := response.read(min(1 << 20, size - done))):
-                file.write(block)
-                done += len(block)
-                progress.update(done, begin)
-            files.flush(file)
-        finally:
-            progress.close()
+        while done < size and (block := response.read(min(1 << 20, size - done))):
+            file.write(block)
+            done += len(block)
+            progress.update(done, begin)
+        files.flush(file)
 
 def write_stories(folder):
     """Write the built-in corpus into a folder; returns the paths for training and validation."""
-    progress = cli.Progress("writing stories", sum(NUM_STORIES.values()), "stories", 1)
     first = 0
-    for name, count in NUM_STORIES.items():
-        with open(folder / name, "w", encoding="utf-8", newline="") as file:
-            for number in range(first, first + count):
-                file.write(stories.story(0, number) + bpe.END_OF_TEXT)
-                progress.update(number)
-        first += count
-    progress.close()
+    with contextlib.closing(cli.Progress("writing stories", sum(NUM_STORIES.values()), "stories", 1)) as progress:
+        for name, count in NUM_STORIES.items():
+            with open(folder / name, "w", encoding="utf-8", newline="") as file:
+                for number in range(first, first + count):
+                    file.write(stories.story(0, number) + bpe.END_OF_TEXT)
+                    progress.update(number)
+            first += count
     return [folder / name for name in NUM_STORIES]
 
 def is_text(name):
@@ -197,8 +192,9 @@ def as_text(path, copy, errors="strict"):
     if path.suffix.lower() not in (".jsonl", ".ndjson"):
         return path
     progress, done = cli.Progress(f"reading {path.name}", path.stat().st_size), 0
-    # With a byte order mark, as what a text begins with is not to be taken for one.
-    with open(path, "rb") as lines, open(copy, "w", encoding="utf-8-sig", newline="") as file:
+    # The copy has a byte order mark, as what a text begins with is not to be taken for one.
+    with (contextlib.closing(progress), open(path, "rb") as lines,
+          open(copy, "w", encoding="utf-8-sig", newline="") as file):
         for number, line in enumerate(lines, 1):
             try:
                 line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
@@ -214,7 +210,6 @@ def as_text(path, copy, errors="strict"):
                 raise InputError(f'{path}, line {number:,}: expected a JSON object with a text as "text"') from None
             done += len(line)
             progress.update(done)
-    progress.close()
     return copy
 
 def whole_spans(paths, sources):

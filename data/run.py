@@ -313,10 +313,11 @@ def resume_run(folder, given, table, check, claims, error_if_done=InputError):
             raise InputError(f"{latest} was written with a setting {name}, which this code has not; go on with the "
                              "code that began the run")
         for flag, value in given.items():
-            before = kept.get(flag, cli.flags_of(table)[flag].metadata["default"])  # for a run of before it was a flag
+            metadata = cli.flags_of(table)[flag].metadata
+            before = kept.get(flag, metadata["default"])  # for a run of before it was a flag
             before = before(table(**kept)) if callable(before) else before
             chosen = before or getattr(config, flag, before)  # where 0 lets Config choose
-            if not cli.may_change(table, flag) and value not in (before, chosen):
+            if not metadata["may_change"] and value not in (before, chosen):
                 has = f"no {flag}" if chosen is None else f"{flag} {chosen}"
                 raise InputError(f"--{flag}={value}: the run has {has}, which can't change on resuming; start a new "
                                  "run for that")
