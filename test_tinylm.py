@@ -65,7 +65,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mod
 import sample
 import tinylm
 import train
-from data import bpe, checkpoint, cli, files, gguf, log, machine, plot, prepare, run, stories
+from data import bpe, checkpoint, cli, files, forms, gguf, log, machine, plot, prepare, run, stories
 
 ROOT = Path(__file__).resolve().parent
 END = bpe.END_OF_TEXT
@@ -5878,6 +5878,34 @@ def test_forms_that_differ_beyond_the_small_model(monkeypatch):
     compute = lambda: {"x": {"y": torch.ones(()) * bool(both[0].forms or both[1].forms)}}
     assert tinylm.forms_that_differ(compute) == ["linear", "attention"]
 
+@pytest.mark.parametrize("i, vocab_size", [(46, 300), (256, 300), (299, 300), (1500, 2048), (256, 10000),
+                                           (50303, 50304)])
+def test_a_loss_that_names_an_id_is_told(monkeypatch, i, vocab_size):
+    """As of a token that ends a document, also where a context is short; to train and to evaluate."""
+    settings, plain = train.Settings.complete(dict(device="cpu", context_length=16)), tinylm.token_losses.definition
+    config = run.model_config(settings, vocab_size)
+    monkeypatch.setattr(tinylm.token_losses, "forms", [(tinylm.always, lambda logits, targets: plain(
+        logits, targets) * (targets != i))])
+    reading = functools.partial(forms.compare_reading.__wrapped__, config, "cpu")
+    for check in (functools.partial(train.check_forms, config, settings), reading):
+        with pytest.raises(cli.InputError, match="^token_losses: by faster forms not what it is by the def"):
+            check()
+
+def test_an_update_that_changes_late_is_told(monkeypatch):
+    settings, plain = train.Settings.complete(dict(device="cpu")), tinylm.adamw_update.definition
+    monkeypatch.setattr(tinylm.adamw_update, "forms", [(tinylm.always, lambda params, grads, state, lr, **own: plain(
+        params, grads, state, lr, **own | {"weight_decay": own["weight_decay"] * (state["step"] < 6)}))])
+    with pytest.raises(cli.InputError, match="^adamw_update: by faster forms not what it is by the def"):
+        train.check_forms(run.model_config(settings, 300), settings)
+
+def test_a_model_that_cannot_write_is_trained(tmp_path, monkeypatch, capsys):
+    """What a sample fails by is said, and its checkpoints are saved."""
+    monkeypatch.setattr(tinylm, "generate", unittest.mock.Mock(side_effect=KeyError("raw")))
+    monkeypatch.setattr(train, "check_forms", lambda *_: None)
+    done = train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", **TINY)
+    assert done.step == 6 and run.newest(tmp_path / "run").name == "step-0000006"
+    assert "the model could not write a sample (KeyError: 'raw'); the run goes on" in capsys.readouterr().err
+
 def test_a_changed_nucleus_is_told(monkeypatch):
     """Which no step asks for, nor the likeliest tokens."""
     settings = train.Settings.complete(dict(device="cpu"))
@@ -6075,13 +6103,13 @@ def test_small_models_that_forms_are_compared_by(monkeypatch, capsys):
     fork(lambda blocks, x, *rest, **options: x + plain(blocks, x, *rest, **options))
     train.check_forms(run.model_config(settings, 300), settings)
     settings.shard = True
-    with pytest.raises(cli.InputError, match="^transformer_blocks: by faster forms not what it is"):
+    with pytest.raises(cli.InputError, match="^--shard gathers one block at a time, which gives other"):
         train.check_forms(run.model_config(settings, 300), settings)
     def shared(blocks, *rest, **options):  # the third block is the first again
         return plain(blocks | {"2": blocks["0"]} if "2" in blocks and "0" in blocks else blocks, *rest, **options)
 
     fork(shared)
-    with pytest.raises(cli.InputError, match="^transformer_blocks: by faster forms not what it is"):
+    with pytest.raises(cli.InputError, match="^--shard gathers one block at a time, which gives other"):
         train.check_forms(run.model_config(settings, 300), settings)
     settings.shard = False
     train.check_forms(run.model_config(settings, 300), settings)

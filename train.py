@@ -414,10 +414,16 @@ def sample_text(run):
         return ""
     device = settings.device
     prompt, randomness = torch.tensor([run.meta["begin_ids"]], device=device), torch.Generator(device).manual_seed(0)
-    tokens = (token.item() for token in tinylm.generate(
-        run.params, prompt, run.config, settings.sample_tokens, temperature=0.8, top_p=0.95, stop_tokens=(end,),
-        generator=randomness, dtype=DTYPES[settings.dtype]))
-    return bpe.decode(run.tokenizer, [t for t in tokens if t != end and t < run.tokenizer.vocab_size])
+    try:
+        tokens = [token.item() for token in tinylm.generate(
+            run.params, prompt, run.config, settings.sample_tokens, temperature=0.8, top_p=0.95, stop_tokens=(end,),
+            generator=randomness, dtype=DTYPES[settings.dtype])]
+        return bpe.decode(run.tokenizer, [t for t in tokens if t != end and t < run.tokenizer.vocab_size])
+    except Exception as error:  # of a changed model; where split, others would wait for this rank
+        if settings.shard:
+            raise
+        cli.fail(f"the model could not write a sample ({type(error).__name__}: {error}); the run goes on")
+        return ""
 
 @machine.within_memory("give a smaller --batch_size or --context_length, --dtype=bfloat16 or --device=cpu")
 def evaluate_only(resume, init_from, given):

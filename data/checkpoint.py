@@ -186,7 +186,7 @@ def from_hf(tensors, config, source, dtype):
     return tree_build(params)
 
 def hf_sizes():
-    """{field of Config: its name in config.json}; of a field that no Llama has, a name which code without it refuses."""
+    """{field of Config: its name in config.json}, of a field that no Llama has one which code without it refuses."""
     names = [field.name for field in fields(Config) if field.name != "rope_scaling"]  # which is no number
     return {name: HF_SIZES.get(name, f"tinylm_{name}") for name in names}
 

@@ -76,7 +76,8 @@ def gguf_name(path):
     """llama.cpp's name of a parameter: blocks.0.attention.wq → blk.0.attn_q.weight."""
     layer, general = checkpoint.layer_of(path)
     if general not in GGUF_NAMES:
-        raise InputError(f"the parameter {general} has no name in a GGUF file of a Llama model")
+        raise InputError(f"the parameter {general} has no name in a GGUF file of a Llama model; use the checkpoint's "
+                         "folder")
     return GGUF_NAMES[general].format(layer)
 
 def check_is_llama(params, config):
@@ -84,9 +85,11 @@ def check_is_llama(params, config):
     for field in fields(config):
         value = getattr(config, field.name)
         if field.name not in GGUF_SIZES and value != field.default:
-            raise InputError(f"{field.name} {value!r} would be lost in a GGUF file of a Llama model")
+            raise InputError(f"{field.name} {value!r} would be lost in a GGUF file of a Llama model; export one with "
+                             f"{field.default!r}, or use the checkpoint's folder")
     for name in GGUF_NAMES.keys() - {"lm_head"} - {checkpoint.layer_of(path)[1] for path, _ in tree_leaves(params)}:
-        raise InputError(f"the model has no {name}, which a GGUF file of a Llama model needs")
+        raise InputError(f"the model has no {name}, which a GGUF file of a Llama model needs; use the "
+                         "checkpoint's folder")
 
 def check_words(tokenizer, folder):
     """Raise InputError where llama.cpp would give other ids: with the split of Llama 3, and no other, it takes words
