@@ -508,6 +508,28 @@ def test_every_form_of_the_loss(at_once, monkeypatch):
         for (path, g), (_, plain) in zip(tinylm.tree_leaves(grads), tinylm.tree_leaves(plain_grads)):
             assert (g - plain).norm() <= tolerance * plain.norm(), path
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_evaluation_in_pieces_casts_and_gathers_the_output_matrix_once(tied, monkeypatch, mesh_of_one):
+    monkeypatch.setattr(tinylm, "LOGITS_AT_ONCE", 900)  # three positions
+    config, begin, casts, sent = small_config(tie_embeddings=tied), tinylm.begin_gather, [], []
+    params, batch = random_params(config), random_tokens(config, 2, 3, 9)
+    output = params.get("lm_head", params["embedding"])
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            is_cast = function is torch.ops.aten._to_copy.default and args[0].shape == output.shape
+            casts.extend([function] if is_cast and args[0].dtype == torch.float32 else [])
+            return function(*args, **kwargs or {})
+
+    with torch.no_grad(), Casts():
+        whole = tinylm.token_losses_in_pieces(params, *batch, config, torch.bfloat16)
+    assert len(casts) == 1
+    monkeypatch.setattr(tinylm, "begin_gather", lambda ws, dtypes: [sent.extend(ws), begin(ws, dtypes)][1])
+    split = tinylm.shard(params, mesh_of_one)
+    with torch.no_grad():
+        same(tinylm.token_losses_in_pieces(split, *batch, config, torch.bfloat16), whole, 0.02)
+    assert sum(w.shape == output.shape for w in sent) <= 2  # to look tokens up, and here
+
 # ---- Learning ----
 
 def random_tree(seed=0):
@@ -2682,8 +2704,9 @@ def test_share_of_peak_flops(monkeypatch, tmp_path):
                        ("NVIDIA L40S", 362e12)):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
         assert machine.peak_flops("cuda:0") == peak
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU of tomorrow")
-    assert machine.peak_flops("cuda:0") is None
+    for name in ("GPU of tomorrow", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA H100 NVL", "RTX 4090 Laptop GPU"):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+        assert machine.peak_flops("cuda:0") is None
 
 def test_what_is_measured(tmp_path, monkeypatch):
     """Perplexity, and of two GPUs the share of both."""
@@ -5319,6 +5342,21 @@ def test_a_gpu_that_nothing_compiles_for(monkeypatch):
         expected = pytest.raises(cli.InputError, match="7.0, which Tesla P4 has not; give --compile=False")
         with expected if capability < (7, 0) else contextlib.nullcontext():
             machine.check_compiler("cuda:0", torch.float32, True)
+    monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(cli.InputError, match="needs the package triton.* give --compile=False$"):
+        machine.check_compiler("cuda:0", torch.float32, True)
+
+def test_devices_that_are_not_there(monkeypatch):
+    """The advice works for a flag, and for what a resumed run was begun on."""
+    for count, device, instead in ((0, "cuda", "cpu"), (1, "cuda:1", "cuda")):
+        monkeypatch.setattr(machine, "count_devices", lambda: (count, None))
+        with pytest.raises(cli.InputError, match=rf"has {count} CUDA device\(s\); give --device={instead}$"):
+            machine.choose_device(device)
+    for name, value in dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="x", MASTER_PORT="1").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(machine.dist, "is_nccl_available", lambda: False)
+    with pytest.raises(cli.InputError, match="need NCCL, which this torch has not; give --device=cpu"):
+        machine.join_ranks("cuda")
 
 def test_gpus_without_bfloat16_get_float32(monkeypatch):
     monkeypatch.setattr(machine, "choose_device", lambda device: "cuda")
@@ -6535,6 +6573,24 @@ def test_settings_are_given_back(tmp_path):
         fail_and_resume(data, tmp_path, lambda: now() == before)
     finally:
         torch.set_float32_matmul_precision("highest")
+
+@pytest.mark.parametrize("place", ["backends", "backends.cuda.matmul", "backends.mkldnn.matmul"])
+def test_precisions_by_their_newer_names(place):
+    """Are no obstacle, where the older one can't be read then; and are as they were afterwards."""
+    program = f"""if True:
+        from data import machine
+        import torch
+        places = torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+        now = lambda: [place.fp32_precision for place in places]
+        torch.{place}.fp32_precision = "tf32"
+        before = now()
+        for device, expected in (("cpu", "highest"), ("cuda", "high")):
+            with machine.numerics(device):
+                assert torch.get_float32_matmul_precision() == expected
+            assert now() == before
+        """
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 def fail_and_resume(data, tmp_path, is_as_before):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(log.Diverged):

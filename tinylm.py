@@ -437,7 +437,7 @@ def get_batch(tokens, batch_size, context_length, seed, step, rank=0, num_ranks=
 def nucleus_floor(probabilities, top_p):
     """The least probability in a nucleus, the fewest tokens with mass top_p (Holtzman et al. 2020). (B, V) → (B, 1)."""
     best_first = probabilities.sort(-1, descending=True).values  # (B, V)
-    before = best_first.cumsum(-1) - best_first  # the mass of all better tokens
+    before = best_first.double().cumsum(-1) - best_first  # the mass of all better tokens
     return best_first.masked_fill(before >= top_p, math.inf).amin(-1, keepdim=True).minimum(best_first[:, :1])
 
 def sample_token(logits, chance, temperature, top_k, top_p):
@@ -813,6 +813,8 @@ def token_losses_in_pieces(params, inputs, targets, config, dtype):
         return torch.cat([token_losses(to_logits(params, x), targets) for x, targets in pieces], 1)
 
     x, _ = hidden_states(params, inputs, config, dtype)
+    name = "lm_head" if "lm_head" in params else "embedding"
+    params = params | {name: all_gather(params[name], x.dtype).to(x.dtype)}  # once for all pieces
     rows = max(1, LOGITS_AT_ONCE // (config.vocab_size * inputs.shape[1]))
     return torch.cat(list(map(of_rows, x.split(rows), targets.split(rows))))
 

@@ -52,8 +52,8 @@ def choose_device(device):
         raise InputError(f"the GPU can't be used: {problem}; see to that, or give --device=cpu")
     number = int((device or "").partition(":")[2] or 0)
     if device and number >= count:
-        raise InputError(f"--device={device}: this machine has {count} CUDA device(s); use --device=cpu, or leave the "
-                         "flag out")
+        raise InputError(f"--device={device}: this machine has {count} CUDA device(s); give "
+                         f"--device={'cuda' if count else 'cpu'}")
     if count:
         check_architecture(number)
     return device or ("cuda" if count else "cpu")
@@ -86,7 +86,10 @@ def numerics(device):
     """Within it a CPU computes the same numbers from run to run, and CUDA float32 products in TF32."""
     deterministic = torch.get_deterministic_debug_mode()
     fills = torch.utils.deterministic.fill_uninitialized_memory
-    precision = torch.get_float32_matmul_precision()
+    places = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    precisions, precision = [place.fp32_precision for place in places], "highest"
+    with suppress(RuntimeError):  # where the caller has set them by these names
+        precision = torch.get_float32_matmul_precision()
     # Compiled code would otherwise add up the gradients of the embedding in whatever order its threads come.
     # torch.use_deterministic_algorithms would set this too, and import the compiler for it, which takes a second.
     torch.set_deterministic_debug_mode("error" if device == "cpu" else "default")
@@ -99,6 +102,8 @@ def numerics(device):
         torch.set_deterministic_debug_mode(deterministic)
         torch.utils.deterministic.fill_uninitialized_memory = fills
         torch.set_float32_matmul_precision(precision)
+        for place, before in zip(places, precisions):
+            place.fp32_precision = before
 
 TO_GO_ON = "(to go on with a run in bfloat16, give that and --init_from=RUN/latest in place of --resume)"
 
@@ -137,6 +142,9 @@ def check_compiler(device, dtype, compiles=False):
     if missing:
         raise InputError(f"{purpose} needs {missing}, which is not there; install a C++ compiler and Python's headers "
                          f"(g++ and python3-dev on Debian), or give {instead}")
+    if compiles and device != "cpu" and importlib.util.find_spec("triton") is None:
+        raise InputError("--compile on CUDA needs the package triton, which is not there; install it (triton-windows on "
+                         "Windows), or give --compile=False")
     if compiles and device != "cpu" and torch.cuda.get_device_capability(device) < (7, 0):
         raise InputError("--compile: torch.compile needs compute capability 7.0, which "
                          f"{torch.cuda.get_device_name(device)} has not; give --compile=False")
@@ -200,6 +208,8 @@ def peak_memory(device):
 def peak_flops(device):
     """What a device promises, in FLOP/s, or None where that is not known."""
     name = torch.cuda.get_device_name(device) if device != "cpu" else ""
+    if re.search("MIG|NVL|Laptop|Max-Q", name):  # which have less than others of the name
+        return None
     return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
 
 class Interrupt:
@@ -307,6 +317,9 @@ def join_ranks(device):
         return device, 0, 1
     kind = device.split(":")[0]
     if kind == "cuda":
+        if not dist.is_nccl_available():
+            raise InputError("ranks on CUDA need NCCL, which this torch has not; give --device=cpu, or start one "
+                             "process without torchrun")
         number, count = int(os.environ["LOCAL_RANK"]), count_devices()[0]
         if number >= count:  # which is 0 of 1 on every rank with torchrun --virtual-local-rank
             here = os.environ.get("LOCAL_WORLD_SIZE", number + 1)

@@ -309,6 +309,8 @@ def resume_run(folder, given, table, check, claims, error_if_done=InputError):
         if kept.get("shard") and "shard" not in given and not cli.has_ranks():
             cli.say("the run was split over ranks; here it goes on in one process, whole")
             kept = kept | {"shard": False}
+        if cli.has_ranks():  # each of which has a device of its own
+            kept = kept | {"device": kept["device"].partition(":")[0]}
         for name in kept.keys() - cli.flags_of(table):
             raise InputError(f"{latest} was written with a setting {name}, which this code has not; go on with the "
                              "code that began the run")
