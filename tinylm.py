@@ -437,7 +437,7 @@ def get_batch(tokens, batch_size, context_length, seed, step, rank=0, num_ranks=
 def nucleus_floor(probabilities, top_p):
     """The least probability in a nucleus, the fewest tokens with mass top_p (Holtzman et al. 2020). (B, V) → (B, 1)."""
     best_first = probabilities.sort(-1, descending=True).values  # (B, V)
-    before = best_first.double().cumsum(-1) - best_first  # the mass of all better tokens
+    before = best_first.cumsum(-1) - best_first  # the mass of all better tokens
     return best_first.masked_fill(before >= top_p, math.inf).amin(-1, keepdim=True).minimum(best_first[:, :1])
 
 def sample_token(logits, chance, temperature, top_k, top_p):

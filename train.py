@@ -419,8 +419,8 @@ def sample_text(run):
             run.params, prompt, run.config, settings.sample_tokens, temperature=0.8, top_p=0.95, stop_tokens=(end,),
             generator=randomness, dtype=DTYPES[settings.dtype])]
         return bpe.decode(run.tokenizer, [t for t in tokens if t != end and t < run.tokenizer.vocab_size])
-    except Exception as error:  # of a changed model; where split, others would wait for this rank
-        if settings.shard:
+    except Exception as error:  # of a changed model
+        if settings.shard or device != "cpu":  # others would wait for this rank; what a GPU has begun is not known
             raise
         cli.fail(f"the model could not write a sample ({type(error).__name__}: {error}); the run goes on")
         return ""

@@ -287,6 +287,7 @@ def ranks(device):
         if dist.is_initialized() and dist.get_backend() == "gloo":
             dist.destroy_process_group()
         if isinstance(error, RuntimeError) and re.search("gloo.*(closed|reset) by peer", str(error), re.DOTALL):
+            time.sleep(5)  # so that torchrun, which ends all when one has failed, finds that one
             raise RankLost(f"rank {number}: another rank is gone; what that has said, or torchrun, tells why") from None
         raise
     finally:
