@@ -460,6 +460,14 @@ def test_cross_entropy(lead, vocab_size):
     same(tinylm.token_losses(randn(*lead, vocab_size), targets),
          F.cross_entropy(randn(*lead, vocab_size).view(-1, vocab_size), targets.view(-1), reduction="none").view(lead))
 
+def test_rope_as_in_llama_3():
+    """What turns more than 4 times in 8,192 positions is kept, what turns less than once takes 8 times as long."""
+    plain = 5e5 ** -(torch.arange(64).double() / 64)
+    turns = plain * 8192 / (2 * math.pi)
+    _, sines = tinylm.rope_angles.definition(2, 128, 5e5, (8.0, 1.0, 4.0, 8192), "cpu")
+    same(sines[1][turns > 4].double(), plain[turns > 4].sin(), 1e-6)
+    same(sines[1][turns < 1].double(), (plain[turns < 1] / 8).sin(), 1e-6)
+
 def test_cross_entropy_of_large_logits():
     logits = torch.tensor([[1e4, -1e4, 0.0]])
     same(tinylm.cross_entropy(logits, torch.tensor([2])), torch.tensor(1e4))
@@ -632,7 +640,7 @@ def test_muon_serves_devices_that_no_form_knows():
 
 def test_defaults_by_size(monkeypatch):
     complete = lambda tokens=math.inf, **given: train.Settings.complete({"device": "cpu"} | given, train_tokens=tokens)
-    assert [complete(d_model=d).num_heads for d in (32, 64, 128, 704, 768, 1024)] == [1, 2, 4, 22, 12, 16]
+    assert [complete(d_model=d).num_heads for d in (32, 64, 66, 128, 704, 768, 1024)] == [1, 2, 1, 4, 22, 12, 16]
     assert [complete(tokens).context_length for tokens in (10, 1000, 2047, 2048)] == [2, 64, 128, 256]
     assert [complete(num_steps=n).warmup_steps for n in (5, 100, 5000)] == [0, 10, 100]
     assert [complete(num_steps=n).eval_interval for n in (1, 100, 5000)] == [1, 20, 500]
@@ -644,6 +652,7 @@ def test_defaults_by_size(monkeypatch):
         monkeypatch.setattr(machine, name, lambda *_: True)
     batch_size = lambda tokens: train.Settings.complete({}, train_tokens=tokens).batch_size
     assert [batch_size(tokens) for tokens in (math.inf, 160_000, 9)] == [128, 24, 4]
+    assert train.Settings.complete({"device": "cuda:1"}, train_tokens=9).d_model == 512
     monkeypatch.setattr(machine, "num_ranks", lambda: 3)
     assert batch_size(math.inf) == 132
     with pytest.raises(cli.InputError, match="--batch_size=4 can't be split over 3 ranks"):
@@ -1776,6 +1785,13 @@ def test_numbers_that_are_none_are_refused(tmp_path, tokenizer_file, number):
     with pytest.raises(cli.InputError, match="layers.1.self_attn.q_proj.weight has numbers that are not finite"):
         checkpoint.load_checkpoint(tmp_path / "m")
 
+def test_numbers_of_large_tensors_are_looked_at():
+    """All of them; and those whose sum alone is too much for float32 are finite."""
+    numbers = torch.zeros((1 << 20) + 1)
+    assert checkpoint.is_finite(numbers) and checkpoint.is_finite(torch.full((2,), 3e38))
+    numbers[-1] = math.nan
+    assert not checkpoint.is_finite(numbers)
+
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "q8_0"])
 @pytest.mark.parametrize("sizes", [dict(d_model=64, d_ff=96), dict(tie_embeddings=True, num_kv_heads=2, d_ff=80)])
 def test_gguf_files_are_those_of_the_package(tmp_path, tokenizer_file, dtype, sizes):
@@ -1842,6 +1858,10 @@ def test_gguf_files_of_bytes(tmp_path):
     checkpoint.save_checkpoint(tmp_path / "m", random_params(config), config, tokenizer, (END, 256))
     gguf.export(str(tmp_path / "m"), output=str(tmp_path / "m.gguf"))
     assert GGUFReader(tmp_path / "m.gguf").fields["tokenizer.ggml.merges"].contents() == ["ÿ ÿ"]
+
+def test_names_that_are_no_text_in_gguf_files():
+    """As of a folder whose name is not UTF-8."""
+    assert gguf.string(os.fsdecode(b"run-\xff")) == b"\5\0\0\0\0\0\0\0run-?"
 
 def test_gguf_files_say_how_a_model_is_spoken_to(trained, tmp_path, capsys):
     """Up to three tokens that end a text, and the template of a chat, from either file that may have it."""
@@ -2379,9 +2399,10 @@ def test_texts_begin_with_their_ids():
     assert prepare.with_begin_ids(ids, True, [], 9) is ids
 
 def test_prepare_a_folder_with_its_own_validation(tmp_path):
-    (tmp_path / "in/sub").mkdir(parents=True)
+    for folder in ("sub", ".git"):
+        (tmp_path / "in" / folder).mkdir(parents=True)
     for name, text in (("b.txt", "second"), ("a.txt", "first"), ("sub/c.txt", "third"), (".hidden", "no"),
-                       ("empty", "")):
+                       (".git/d.txt", "no"), ("empty", "")):
         (tmp_path / "in" / name).write_text(text)
     (tmp_path / "val.txt").write_text("validation")
     prepare.prepare(input=str(tmp_path / "in"), val_input=str(tmp_path / "val.txt"), output=str(tmp_path / "out"),
@@ -2714,6 +2735,8 @@ def test_what_is_measured(tmp_path, monkeypatch):
     train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", **TINY)
     lines, config = metrics(tmp_path / "run"), checkpoint.load_config(tmp_path / "run/latest")
     assert lines[-1]["val_perplexity"] == pytest.approx(math.exp(lines[-1]["val_loss"]))
+    size = TINY["batch_size"] * TINY["context_length"]
+    assert all(line["tokens"] == line["step"] * size for line in lines)
     share = lines[4]["tokens_per_second"] * log.flops_per_token(config) / 1e9
     assert lines[4]["flops_share"] == pytest.approx(share, abs=1e-4)
     monkeypatch.setattr(log, "introduce", lambda run: None)
@@ -2789,6 +2812,8 @@ def test_plot_draws_what_was_measured(tmp_path, trained, monkeypatch, capsys):
     assert {"step", "loss, nats per token", "learning rate"} <= set(texts)
     lines = [[tuple(map(float, point.split(","))) for point in element.get("points").split()]
              for element in root.iter("{http://www.w3.org/2000/svg}polyline")]
+    dashes = [line.get("stroke-dasharray") for line in root.iter("{http://www.w3.org/2000/svg}polyline")]
+    assert dashes == ["1 2", "", ""], "dots are the training loss, as the legend says"
     losses = [line["train_loss"] for line in metrics(trained / "runs/tiny") if "train_loss" in line]
     assert [len(line) for line in lines] == [len(losses), 1, len(losses)]
     heights = np.array([y for _, y in lines[0]])
@@ -2904,7 +2929,8 @@ def test_samples_of_a_long_prompt(trained, monkeypatch, capsys):
         prompts.append(prompt), generate(params, prompt, *args)][1])
     texts = sample.sample(checkpoint=trained / "runs/tiny", prompt="Once upon a time. " * 100, num_samples=3,
                           max_new_tokens=4, device="cpu")
-    assert prompts[0].shape == (3, TINY["context_length"]) and len(texts) == 3
+    ids = bpe.encode(bpe.load(trained / "data"), "Once upon a time. " * 100).tolist()
+    assert prompts[0].tolist() == 3 * [ids[-TINY["context_length"]:]] and len(texts) == 3
     assert all(text.startswith("Once upon a time. " * 100) for text in texts)
 
 def test_the_newest_run_is_sampled(tmp_path, monkeypatch):
@@ -3138,6 +3164,11 @@ def test_a_disk_with_no_room_to_compile_in_is_named(tmp_path, monkeypatch):
     with pytest.raises(cli.InputError, match="^no space is left in /no/room, where.*or give --compile=False$"):
         train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", **TINY)
 
+def test_a_stream_that_is_closed_ends_no_work():
+    stream = io.StringIO()
+    stream.close()
+    assert isinstance(cli.put("step 1", stream), ValueError)
+
 def test_a_full_disk_is_named(monkeypatch, capsys):
     def write():
         raise OSError(errno.ENOSPC, "No space left on device", "model.gguf")
@@ -3145,9 +3176,17 @@ def test_a_full_disk_is_named(monkeypatch, capsys):
     code, error = call(monkeypatch, capsys, write)
     assert code == 2 and error == "command.py: model.gguf: No space left on device; make room and start again\n"
 
-def test_room_is_asked_for(tmp_path):
+def test_room_is_asked_for(tmp_path, monkeypatch):
+    """To the byte; and for data of bytes at least what they take."""
+    needs = []
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "check_room", lambda folder, needed, *_: needs.append(needed))
+        data = prepared(tmp_path, vocab_size=257)
+    assert needs[-1] >= sum(path.stat().st_size for path in data.glob("*.bin")) - 4  # of two ends
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1000))
+    files.check_room(tmp_path / "not yet", 1000, "this needs", "that")
     with pytest.raises(cli.InputError, match="MB free; this needs .* MB; make room, or that"):
-        files.check_room(tmp_path / "not yet", 1e30, "this needs", "that")
+        files.check_room(tmp_path / "not yet", 1001, "this needs", "that")
 
 def test_no_checkpoint_yet(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -3365,6 +3404,12 @@ def test_ranks_that_wait_for_a_checkpoint_that_cannot_be_saved(tmp_path, monkeyp
     monkeypatch.setattr(run, "own_folder", fail)
     monkeypatch.setattr(checkpoint, "take_part_in_saving", lambda *args: took_part.append(args))
     assert "Permission denied" in run.try_to_save(model, 3, 0.0, math.inf) and took_part
+    gathered, params = [], random_params(small_config())
+    monkeypatch.setattr(tinylm, "all_gather", lambda w: [gathered.append(w), w][1])
+    monkeypatch.setattr(checkpoint, "write_safetensors", lambda *_: fail(None))
+    with pytest.raises(PermissionError):
+        checkpoint.save_checkpoint(tmp_path / "step", params, small_config(), {}, (END, 256))
+    assert len(gathered) == len(tinylm.tree_leaves(params)), "the others take part in all"
 
 def test_a_disk_that_fills_while_saving(tmp_path, monkeypatch, capsys):
     """What was written of the checkpoint goes, the last good one stays."""
@@ -4418,15 +4463,17 @@ def test_meta_json_is_the_last_of_data(tmp_path, monkeypatch):
     prepare.prepare(input=tmp_path / "text.jsonl", output=tmp_path / "out", vocab_size=257)
     assert sorted(there) == ["tokenizer.json", "train.bin", "val.bin"]
 
-def test_a_text_to_validate_on_within_the_folder(tmp_path):
-    """Is no text to learn from too."""
+def test_a_text_to_validate_on_within_the_folder(tmp_path, monkeypatch):
+    """Is no text to learn from too, however its path is written."""
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "in").mkdir()
     for name in ("a.txt", "b.txt"):
         (tmp_path / "in" / name).write_text(f"text of {name}")
-    prepare.prepare(input=tmp_path / "in", val_input=tmp_path / "in/a.txt", output=tmp_path / "out", vocab_size=257)
-    _, ids = prepare.open_data(tmp_path / "out")
-    tokenizer = bpe.load(tmp_path / "out")
-    assert [bpe.decode(tokenizer, ids[split]) for split in ids] == [f"text of b.txt{END}", f"text of a.txt{END}"]
+    for folder, text in (("in", "in/a.txt"), ("in", tmp_path / "in/a.txt"), (tmp_path / "in", "in/a.txt")):
+        prepare.prepare(input=folder, val_input=text, output=tmp_path / "out", vocab_size=257)
+        _, ids = prepare.open_data(tmp_path / "out")
+        tokenizer = bpe.load(tmp_path / "out")
+        assert [bpe.decode(tokenizer, ids[split]) for split in ids] == [f"text of b.txt{END}", f"text of a.txt{END}"]
     with pytest.raises(cli.InputError, match="is all of --input"):
         prepare.prepare(input=tmp_path / "in", val_input=tmp_path / "in", output=tmp_path / "o2", vocab_size=257)
 
@@ -5370,6 +5417,8 @@ def test_gpus_without_bfloat16_get_float32(monkeypatch):
         assert machine.dtype_to_write_in(None, "cuda") == to_write_in
         assert machine.dtype_to_write_in("float32", "cuda") == torch.float32
     assert machine.dtype_to_write_in("bfloat16", "cuda") == torch.bfloat16
+    with pytest.raises(cli.InputError, match="--dtype=int8 is for CPUs; leave it out, or add --device=cpu"):
+        machine.dtype_to_write_in("int8", "cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     for ask in (lambda: train.Settings.complete({"dtype": "bfloat16"}),
                 lambda: machine.dtype_to_write_in("bfloat16", "cuda")):
