@@ -25,7 +25,7 @@ class Settings:
     # What to write
     prompt: str = flag("", "the text to continue; empty begins a new document")
     max_new_tokens: int = flag(500, "tokens to write at most", "[1, inf)")
-    num_samples: int = flag(1, "texts to write, all at once", "[1, inf)")
+    num_samples: int = flag(1, "texts to write, all at once", "[1, 1000000000]")
     seed: int = flag(0, "chooses among the likely tokens; the same one writes the same text",
                      "[-9223372036854775808, 9223372036854775807]")
     # How to choose each token

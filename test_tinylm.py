@@ -1906,10 +1906,11 @@ def test_export_as_a_command(trained, tmp_path, monkeypatch, capsys):
     output = f"--output={tmp_path}/m.gguf"
     assert call(monkeypatch, capsys, gguf.export, "runs/tiny", output, "--dtype=q8_0")[0] == 0
     assert os.listdir(tmp_path) == ["m.gguf"]
+    os.mkfifo(tmp_path / "fifo")
     for arguments, message in (([output, "--dtype=q4"], "expected one of f32, f16"), (["a", "b"], "2 models given"),
                                (["runs/tiny", "--output=no/x"], "there is no folder no"),
                                (["runs/tiny", f"--output={tmp_path}"], "is a folder"),
-                               (["runs/tiny", "--output=/dev/null"], "is a device"),
+                               (["runs/tiny", f"--output={tmp_path}/fifo"], "is a device"),
                                (["runs/tiny", "--output=data/meta.json"], "another kind of file; give another name"),
                                ([""], "MODEL is empty"), (["runs/tiny", "--output="], "is a folder"),
                                (["nowhere"], "is not there"), (["runs/tiny", "--out=x"], "did you mean --output")):
@@ -2833,6 +2834,12 @@ def test_plot_draws_what_was_measured(tmp_path, trained, monkeypatch, capsys):
     (tmp_path / "odd/metrics.jsonl").write_text("\n".join([*map(json.dumps, odd), "[" * 200_000]))
     assert call(monkeypatch, capsys, plot.plot, str(tmp_path / "odd")) == (0, "")
 
+def test_plots_of_names_that_no_xml_has():
+    import xml.etree.ElementTree as xml
+    lines = [{"step": 1, "train_loss": 1.0, "lr": 0.1}]
+    root = xml.fromstring(plot.svg_of({"a\x01\x1b\ufffeb<&": lines}))
+    assert "a???b<&: validation" in "".join(root.itertext())
+
 def test_plots_of_many_runs():
     """Each has its lowest evaluation marked; a learning rate that grows evenly is a line up; ticks are round."""
     import xml.etree.ElementTree as xml
@@ -3128,6 +3135,7 @@ WRONG_SAMPLE = [
     (["--top_p=0"], "--top_p=0"),
     (["--top_p=1.1"], "--top_p=1.1"),
     (["--max_new_tokens=0"], "1 or more"),
+    (["--num_samples=1000000000000000000"], "from 1 up to 1000000000"),
     (["--checkpoint=nowhere"], "is not there"),
     (["--checkpoint=corpus.txt"], "corpus.txt is a file; expected a run"),
     (["--checkpoint=data"], "not a checkpoint"),
@@ -3410,6 +3418,68 @@ def test_ranks_that_wait_for_a_checkpoint_that_cannot_be_saved(tmp_path, monkeyp
     with pytest.raises(PermissionError):
         checkpoint.save_checkpoint(tmp_path / "step", params, small_config(), {}, (END, 256))
     assert len(gathered) == len(tinylm.tree_leaves(params)), "the others take part in all"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(PermissionError):
+        patch.setattr(files, "remove", fail)  # as of a disk that has become read-only
+        checkpoint.save_checkpoint(tmp_path / "step", params, small_config(), {}, (END, 256))
+    assert len(gathered) == 2 * len(tinylm.tree_leaves(params))
+    monkeypatch.setattr(run, "own_folder", lambda _: tmp_path)
+    monkeypatch.setattr(cli, "kept", fail)
+    model.config = small_config()
+    assert "Permission denied" in run.try_to_save(model, 3, 0.0, math.inf) and len(took_part) == 2
+
+def test_what_is_half_written_goes_with_ctrl_c(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "write_safetensors", unittest.mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save_checkpoint(tmp_path / "step", random_params(small_config()), small_config(), {}, (END, 256))
+    assert not list(tmp_path.iterdir())
+
+def test_a_run_that_was_killed_before_its_links(tmp_path):
+    """Gets them when it is started again, also where all its steps are done; what is not needed goes."""
+    folder, flags = tmp_path / "run", TINY | dict(eval_interval=1, checkpoint_interval=1)
+    data = prepared(tmp_path)
+    train.train(data=data, output_dir=folder, **flags)
+    names = lambda: {name: os.readlink(folder / name) for name in ("latest", "best")}
+    expected, kept = names(), sorted(run.checkpoints(folder))
+    shutil.copytree(folder / "step-0000005", folder / "step-0000004")
+    damage(folder, "step-0000004/training/train_state.json", lambda text: text.replace(b'"step": 5', b'"step": 4'))
+    for name in expected:
+        run.update_link(folder, name, "step-0000004")
+    with pytest.raises(run.Finished):
+        train.train(data=data, output_dir=folder, resume="auto", **flags)
+    assert names() == expected and sorted(run.checkpoints(folder)) == kept
+
+def test_a_best_checkpoint_that_was_removed(tmp_path, monkeypatch):
+    """Is none to beat any more, be the run at work or not."""
+    losses = iter([3.0, 5.0, 4.0, 6.0, 4.5, 7.0])
+    monkeypatch.setattr(train, "evaluate", lambda *_: next(losses))
+    folder, flags = tmp_path / "run", TINY | dict(eval_interval=1, checkpoint_interval=1)
+    meanwhile(3, monkeypatch, lambda: shutil.rmtree(folder / "step-0000001"))
+    done = train.train(data=prepared(tmp_path), output_dir=folder, **flags | dict(num_steps=4))
+    assert (done.best_step, done.lowest) == (3, 4.0)
+    shutil.rmtree(folder / "step-0000003")
+    done = train.train(resume=folder, num_steps=6)
+    assert (done.best_step, done.lowest) == (5, 4.5) and os.readlink(folder / "best") == "step-0000005"
+
+def test_a_state_in_the_folder_of_another_step(tmp_path):
+    train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", **TINY)
+    (tmp_path / "run/step-0000006").rename(tmp_path / "run/step-0000009")
+    with pytest.raises(cli.InputError, match="step-0000009/training/train_state.json is damaged .TypeError: step 6"):
+        train.train(resume=tmp_path / "run", num_steps=12)
+
+def test_metrics_that_are_cut_meanwhile(tmp_path, monkeypatch):
+    """By others, in the midst of a line: the next one is whole."""
+    path = tmp_path / "run/metrics.jsonl"
+    meanwhile(4, monkeypatch, lambda: os.truncate(path, path.stat().st_size - 9))
+    train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", **TINY)
+    assert [line["step"] for line in cli.json_lines(path) if "train_loss" in line] == [1, 2, 3, 4, 5, 6]
+
+def test_the_death_of_torchrun_before_the_first_step(tmp_path, monkeypatch):
+    """As while data is prepared: it ends the run as soon as it can be saved."""
+    parent, begin = [5], train.open_run
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setattr(os, "getppid", lambda: parent[0])
+    monkeypatch.setattr(train, "open_run", lambda *args: [begin(*args), parent.insert(0, 1)][0])
+    assert train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", **TINY).step == 1
 
 def test_a_disk_that_fills_while_saving(tmp_path, monkeypatch, capsys):
     """What was written of the checkpoint goes, the last good one stays."""
@@ -4128,6 +4198,27 @@ def test_a_rank_that_is_gone_is_one_line_to_others(monkeypatch):
     with pytest.raises(RuntimeError, match="^a mistake in the code"), machine.ranks("cpu"):
         raise RuntimeError("a mistake in the code")
 
+def test_each_run_of_ranks_has_addresses_of_its_own(monkeypatch):
+    """In the store that torchrun keeps; a connection that breaks while they meet is one line."""
+    for name, value in dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="x", MASTER_PORT="1").items():
+        monkeypatch.setenv(name, value)
+    names, meet = [], unittest.mock.Mock()
+    monkeypatch.setattr(machine.dist, "rendezvous", lambda *_, **__: iter([(unittest.mock.Mock(), 0, 2)]))
+    monkeypatch.setattr(machine.dist, "PrefixStore", lambda name, store: names.append(name))
+    monkeypatch.setattr(machine.dist, "init_process_group", meet)
+    for _ in range(2):
+        machine.join_ranks("cpu")
+    assert len(set(names)) == 2
+    meet.side_effect = machine.dist.DistNetworkError("Connection reset by peer")
+    with pytest.raises(cli.InputError, match="no connection to x:1, where ranks meet"):
+        machine.join_ranks("cpu")
+
+def test_one_rank_says_how_to_go_on(tmp_path, capsys):
+    for rank in (0, 1):
+        settings = types.SimpleNamespace(num_steps=3)
+        run.conclude(run.Run(settings, tmp_path, tmp_path, rank=rank, num_ranks=2), 3, None)
+    assert capsys.readouterr().out.count("done; write with") == 1
+
 def test_ranks_that_do_not_speak_let_the_one_that_does_end_first(monkeypatch, capsys):
     """Of a mistake that all make torchrun would else hide what is said; help is printed once."""
     waited = []
@@ -4442,7 +4533,7 @@ def test_prepare_removes_nothing_of_others(tmp_path):
     for content in ('{"my": "notes"}', "[1]", "no JSON"):
         other.mkdir(exist_ok=True)
         (other / "meta.json").write_text(content)
-        with pytest.raises(cli.InputError, match="was not written by this command"):
+        with pytest.raises(cli.InputError, match="was not written by this command or is damaged"):
             prepare.prepare(input=text, output=other, vocab_size=257)
         assert [path.name for path in other.iterdir()] == ["meta.json"]
     output = tmp_path / "out"
@@ -4501,6 +4592,10 @@ def test_what_is_in_the_way_of_data_has_a_name(tmp_path, monkeypatch):
     with pytest.raises(OSError) as caught:
         prepare.prepare(input=tmp_path / "corpus.txt", output=tmp_path / "out")
     assert caught.value.filename == str(tmp_path / "out")
+    (tmp_path / ".y.json.partial").mkdir()  # somebody else's
+    with pytest.raises(OSError), files.beside(tmp_path / "y.json") as partial:
+        partial.write_text("")
+    assert partial.is_dir()
     with pytest.raises(OSError) as caught, files.beside(tmp_path / "x.json"):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert caught.value.filename == str(tmp_path / "x.json")
@@ -5982,6 +6077,26 @@ def test_a_loss_that_names_an_id_is_told(monkeypatch, i, vocab_size):
         with pytest.raises(cli.InputError, match="^token_losses: by faster forms not what it is by the def"):
             check()
 
+def test_a_loss_of_longer_texts_is_not_compared_by_ids(monkeypatch, capsys):
+    """Which is said; nor are states of an optimiser that never occur."""
+    settings, loss_fn = train.Settings.complete(dict(device="cpu")), tinylm.loss_fn
+
+    def ring(params, grads, state, lr):
+        torch.zeros(10)[state["at"]]
+        return tinylm.tree_map(lambda p, g: p - lr * g, params, grads), {"at": (state["at"] + 1) % 10}
+
+    monkeypatch.setitem(tinylm.OPTIMIZERS, "ring", (lambda params: {"at": torch.zeros((), dtype=torch.int64)}, ring))
+    train.check_forms(run.model_config(settings, 300), train.Settings.complete(dict(device="cpu", optimizer="ring")))
+    assert not capsys.readouterr().out
+
+    def of_long_texts(params, inputs, *args, **options):
+        assert inputs.shape[1] >= 8, "too short"
+        return loss_fn(params, inputs, *args, **options)
+
+    monkeypatch.setattr(tinylm, "loss_fn", of_long_texts)
+    train.check_forms(run.model_config(settings, 300), settings)
+    assert "is not known, as a small model fails: AssertionError: too short" in capsys.readouterr().out
+
 def test_an_update_that_changes_late_is_told(monkeypatch):
     settings, plain = train.Settings.complete(dict(device="cpu")), tinylm.adamw_update.definition
     monkeypatch.setattr(tinylm.adamw_update, "forms", [(tinylm.always, lambda params, grads, state, lr, **own: plain(
@@ -6061,8 +6176,10 @@ def test_what_backward_passes_by_hand_refuse():
     """A loss' second pass; second derivatives, which would be wrong, and by definitions are finite differences'."""
     logits, targets = randn(3, 7).requires_grad_(), torch.arange(3)
     again = lambda loss: torch.autograd.grad(loss, logits, retain_graph=True) + torch.autograd.grad(loss, logits)
-    with pytest.raises(NotImplementedError, match=r"a second backward pass.* within tinylm.definitions_alone\(\)"):
+    with pytest.raises(NotImplementedError, match=r"second passes: .* within tinylm.definitions_alone\(\)"):
         again(tinylm.cross_entropy(logits, targets))
+    recomputed = torch.utils.checkpoint.checkpoint(tinylm.cross_entropy, logits, targets, use_reentrant=False)
+    assert torch.equal(*again(recomputed))
     with tinylm.definitions_alone():
         assert torch.equal(*again(tinylm.cross_entropy(logits, targets)))
     config = small_config(num_layers=1)
@@ -6508,6 +6625,8 @@ def test_a_field_that_a_config_json_changes_is_refused(monkeypatch):
     assert checkpoint.config_to_hf(Other(257, 16, 8, 1, 1), 0, 0)["model_type"] == "llama"
     hf = checkpoint.config_to_hf(Other(257, 16, 8, 1, 1, word="relu"), 0, 0)
     assert (hf["model_type"], hf["tinylm_word"]) == ("tinylm", "relu") and "tinylm_windows" not in hf
+    monkeypatch.setitem(checkpoint.HF_SIZES, "word", "tinylm_w")  # as forks did before
+    assert checkpoint.config_to_hf(Other(257, 16, 8, 1, 1), 0, 0)["model_type"] == "llama"
     with pytest.raises(cli.InputError, match=r"windows \(1, 2\) would come back from config.json as \[1, 2\]"):
         checkpoint.config_to_hf(Other(257, 16, 8, 1, 1, windows=(1, 2)), 0, 0)
 

@@ -716,7 +716,7 @@ class TokenLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, targets):
-        ctx.dtype, ctx.is_spent, targets = logits.dtype, False, targets.unsqueeze(-1)
+        ctx.dtype, targets = logits.dtype, targets.unsqueeze(-1)
         logits = at_least_float32(logits)
         highest = logits.amax(-1, keepdim=True)
         chosen = logits.gather(-1, targets)
@@ -728,9 +728,10 @@ class TokenLosses(torch.autograd.Function):
     @staticmethod
     @only_first
     def backward(ctx, d_losses):
-        if ctx.is_spent:
-            raise NotImplementedError("a second backward pass of a loss: compute it within tinylm.definitions_alone()")
-        ctx.is_spent, (exps, total, targets) = True, ctx.saved_tensors
+        try:
+            exps, total, targets = ctx.saved_tensors
+        except RuntimeError:  # as exps is no more what it was
+            raise NotImplementedError("second passes: compute all of it within tinylm.definitions_alone()") from None
         d_losses = d_losses.unsqueeze(-1)
         d_logits = exps.mul_(d_losses / total).scatter_add_(-1, targets, -d_losses)
         return d_logits.to(ctx.dtype), None

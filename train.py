@@ -234,7 +234,8 @@ def train(given):
     if torch.get_default_dtype() != torch.float32:
         raise InputError(f"torch's default dtype is {str(torch.get_default_dtype())[6:]}, expected float32; call "
                          "torch.set_default_dtype(torch.float32) before")
-    with (open_run(resume, init_from, given, Settings, check_forms) as run, machine.Interrupt() as interrupt,
+    interrupt = machine.Interrupt()  # made before data is prepared, as it notices when torchrun dies from here on
+    with (open_run(resume, init_from, given, Settings, check_forms) as run, interrupt,
           machine.numerics(run.settings.device), Log(run) as log):
         settings = run.settings
         train_ids, val_ids, ranks = run.ids["train"], run.ids["val"], (run.rank, run.num_ranks)
@@ -422,7 +423,8 @@ def sample_text(run):
     except Exception as error:  # of a changed model
         if settings.shard or device != "cpu":  # others would wait for this rank; what a GPU has begun is not known
             raise
-        cli.fail(f"the model could not write a sample ({type(error).__name__}: {error}); the run goes on")
+        what = " ".join(str(error).split())
+        cli.fail(f"the model could not write a sample ({type(error).__name__}: {what}); the run goes on")
         return ""
 
 @machine.within_memory("give a smaller --batch_size or --context_length, --dtype=bfloat16 or --device=cpu")

@@ -198,7 +198,7 @@ def config_to_hf(config, bos_token_id, eos_token_id):
     for name, theirs in hf_sizes().items():
         value = getattr(config, name)
         asks_for_nothing = not value and value == Config.__dataclass_fields__[name].default
-        if name in HF_SIZES or not asks_for_nothing:
+        if not (theirs.startswith("tinylm_") and asks_for_nothing):
             hf[theirs] = value
     block = config.d_model * (2 + 2 * (config.num_heads + config.num_kv_heads) * config.head_dim + 3 * config.d_ff)
     table = config.vocab_size * config.d_model
@@ -317,17 +317,17 @@ def save_checkpoint(folder, params, config, tokenizer, end_token, optimizer=None
     """
     folder = Path(folder)
     beside = folder.with_name(f".{folder.name}.partial")
-    files.remove(beside)
     leaves = tree_leaves(params) + tree_leaves(optimizer or {})
     gathered = map(tinylm.all_gather, [leaf for _, leaf in leaves])
     finite = (check_finite(path, tensor) for (path, _), tensor in zip(leaves, gathered))
     try:
+        files.remove(beside)
         write_checkpoint(beside, params, config, tokenizer, begin_tokens or [end_token], end_token, optimizer,
                          train_state, others or {}, dtype, finite)
         files.remove(folder)
         os.replace(beside, folder)
         files.flush_folder(folder.parent)
-    except (OSError, InputError):  # as on a full disk, where the part that was written would be in the way
+    except BaseException:  # as on a full disk, where the part that was written would be in the way
         files.remove(beside)
         raise
     finally:

@@ -61,7 +61,8 @@ def beside(path):
         error.filename = error.filename or str(path)  # as of a disk that is full
         raise
     finally:
-        remove(partial)
+        if not partial.is_dir():  # of somebody else's
+            remove(partial)
 
 def check_output(path, beginning):
     """Raise InputError where a file that begins with these bytes can't be written at a path, or would replace one of

@@ -43,6 +43,8 @@ def check_forms(config, settings):
         with tinylm.definitions_alone():
             exact = learning(model, torch.float64)
             check_finite(exact["loss"]), updates(model, settings), writing(model)
+            narrow = narrow_model(config, settings.device)
+            losses_of_ids(narrow)
     except InputError:
         raise
     except Exception as error:
@@ -54,7 +56,7 @@ def check_forms(config, settings):
         differing = (tinylm.forms_that_differ(partial(learning, model, torch.float64))
                      or tinylm.forms_that_differ(partial(updates, model, settings))
                      or tinylm.forms_that_differ(partial(writing, model))
-                     or tinylm.forms_that_differ(partial(losses_of_ids, narrow_model(config, settings.device))))
+                     or tinylm.forms_that_differ(partial(losses_of_ids, narrow)))
         if not differing and over_ranks:  # which ask for definitions that don't look beyond a block
             differing = tinylm.forms_that_differ(lambda: {"read": read(deep, False)})
         if not differing and (settings.device, settings.dtype) != ("cpu", "float32"):  # where other forms serve
@@ -87,10 +89,12 @@ def compare_reading(config, device):
         model = small_model(config, device)
         with tinylm.definitions_alone():
             check_finite(reading(model)["loss"]), writing(model)
+            narrow = narrow_model(config, device)
+            evaluated_of_ids(narrow)
     except Exception as error:
         return cli.fail(UNKNOWN.format(type(error).__name__, error))
     refuse(tinylm.forms_that_differ(partial(reading, model)) or tinylm.forms_that_differ(partial(writing, model))
-           or tinylm.forms_that_differ(partial(evaluated_of_ids, narrow_model(config, device))))
+           or tinylm.forms_that_differ(partial(evaluated_of_ids, narrow)))
     is_same_each_time(model, cli.fail)  # as what is written may be all that stdout is for
 
 def check_finite(loss):
@@ -270,7 +274,8 @@ def updates(model, settings):
             new, state = update_once(new, params, state)
     others = tinylm.tree_map(lambda p: p.flip(-1) if p.ndim else -p, params)  # a first step has no past
     new, state = update_once(new, others, state)
-    later = tinylm.tree_map(lambda x: x if x.is_floating_point() else x + 10_000, state)  # as what counts steps
+    later = tinylm.tree_build((path, x + 10_000 if path.split(".")[-1] == "step" else x)
+                              for path, x in tinylm.tree_leaves(state))
     new, state = update_once(new, params, later)
     state = tinylm.tree_map(lambda _, now: now, init(params), state)  # fails where a form forgets a part
     results = {"clipped": clipped, "update": tinylm.tree_map(torch.sub, new, params), "state": state}

@@ -204,6 +204,10 @@ def export(*model, output: str = "model.gguf", dtype: str = "f16"):
     name = place.parent.name if place.name.startswith("step-") else place.name
     if len(ends) > 3:
         say(f"of the {len(ends)} tokens that end a text the file names three, {', '.join(map(str, ends[:3]))}")
+    if len(begin) > 1:
+        say(f"of the {len(begin)} tokens that begin a text the file names one, {begin[0]}")
+    if not ends:
+        say("the model names no token that ends a text, and llama.cpp may take token 11 for one")
     said = description(config, tokenizer, dtype, name, begin, ends, empty) | chat_template(folder)
     write_gguf(path, params, config, dtype, said)
     say(f"wrote {path}, {path.stat().st_size / 1e6:,.2f} MB, of {folder}")

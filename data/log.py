@@ -122,8 +122,8 @@ class Log:
         self.overfitting, self.samples = Overfitting(), []
         for line in [] if run.rank else cli.json_lines(run.folder / "metrics.jsonl"):
             self.overfitting.begins(line)
-            self.samples += [[line["step"], line["sample"]]] if "sample" in line else []
-        self.cut = False  # whether the last line was cut short
+            self.samples += [[line["step"], line["sample"]]] if line.get("sample") else []
+        self.cut = False  # whether the last line could not be written
         self.screen = cli.Progress("training", stream=sys.stdout)
         self.wandb = import_wandb() if run.settings.use_wandb else None
         if self.wandb:
@@ -170,9 +170,11 @@ class Log:
 
     def keep(self, line):
         """Add a line to metrics.jsonl. What is in its way costs lines, not the run, and is said once."""
-        data = b"\n" * self.cut + line.encode() + b"\n"  # behind a line that was cut short another begins
+        data = line.encode() + b"\n"
         try:  # opened each time, as it may be edited and its folder renamed
-            with open(own_folder(self.run) / "metrics.jsonl", "ab", buffering=0) as file:
+            with open(own_folder(self.run) / "metrics.jsonl", "a+b", buffering=0) as file:
+                file.seek(-min(1, file.seek(0, os.SEEK_END)), os.SEEK_END)
+                data = data if file.read(1) in (b"", b"\n") else b"\n" + data  # behind one that was cut short
                 written, error = file.write(data), "the disk is full, or the file may not grow"
         except (OSError, InputError) as problem:
             written, error = 0, problem

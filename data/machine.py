@@ -143,8 +143,8 @@ def check_compiler(device, dtype, compiles=False):
         raise InputError(f"{purpose} needs {missing}, which is not there; install a C++ compiler and Python's headers "
                          f"(g++ and python3-dev on Debian), or give {instead}")
     if compiles and device != "cpu" and importlib.util.find_spec("triton") is None:
-        raise InputError("--compile on CUDA needs the package triton, which is not there; install it (triton-windows on "
-                         "Windows), or give --compile=False")
+        raise InputError("--compile on CUDA needs the package triton, which is not there; install it (triton-windows "
+                         "on Windows), or give --compile=False")
     if compiles and device != "cpu" and torch.cuda.get_device_capability(device) < (7, 0):
         raise InputError("--compile: torch.compile needs compute capability 7.0, which "
                          f"{torch.cuda.get_device_name(device)} has not; give --compile=False")
@@ -334,18 +334,17 @@ def join_ranks(device):
     timeout = datetime.timedelta(hours=12)
     try:
         store, rank, num_ranks = next(dist.rendezvous("env://", timeout=datetime.timedelta(minutes=10)))
+        store.set_timeout(timeout)
+        # torchrun keeps its store when it starts ranks again; they must not find the addresses of those that died.
+        # Nor must a second run in the same processes.
+        attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}, run {next(RUNS)}"
+        store, backend = dist.PrefixStore(attempt, store), "nccl" if kind == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=timeout)
     except ValueError as error:
         raise InputError(f"RANK, WORLD_SIZE or MASTER_PORT is no number ({error}); leave them to torchrun") from None
     except dist.DistError:
         raise InputError(f"no connection to {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}, where "
                          "ranks meet; see that torchrun runs there and can be reached") from None
-    store.set_timeout(timeout)
-    # torchrun keeps its store when it starts ranks again; they must not find the addresses of those that died.
-    # Nor must a second run in the same processes.
-    attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}, run {next(RUNS)}"
-    store = dist.PrefixStore(attempt, store)
-    backend = "nccl" if kind == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=timeout)
     if rank:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # only the first rank speaks
     return device, rank, num_ranks

@@ -1,6 +1,7 @@
 """The losses and learning rates of runs as an SVG: python train.py plot RUN [RUN …] [--output=FILE]."""
 
 import math
+import re
 from html import escape
 from pathlib import Path
 
@@ -69,12 +70,12 @@ def svg_of(runs):
     steps = max(1, *(line["step"] for lines in runs.values() for line in lines))
     losses, best, rates, legend = [], [], [], []
     for i, (name, lines) in enumerate(runs.items()):
-        color = COLORS[i % len(COLORS)]
+        color, name = COLORS[i % len(COLORS)], re.sub("[^\t -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "?", str(name))
         losses += [(color, "1 2", series(lines, "train_loss")), (color, "", series(lines, "val_loss"))]
         best += [(color, point) for point in sorted(series(lines, "val_loss"), key=lambda point: point[1])[:1]]
         rates.append((color, "", series(lines, "lr")))
         legend.append(f'<text x="{WIDTH - RIGHT - 10}" y="{TOP + 20 + 18 * i}" text-anchor="end" fill="{color}">'
-                      f'{escape(str(name))}: validation (line), training (dots)</text>')
+                      f'{escape(name)}: validation (line), training (dots)</text>')
     upper = round((HEIGHT - TOP - 2 * GAP) * 0.7)
     body = panel(losses, best, TOP, upper, "loss, nats per token", steps)
     body += panel(rates, [], TOP + upper + GAP, HEIGHT - TOP - upper - 2 * GAP, "learning rate", steps)

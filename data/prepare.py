@@ -2,6 +2,7 @@
 
 import codecs
 import contextlib
+import errno
 import hashlib
 import http.client
 import itertools
@@ -328,7 +329,8 @@ def prepare(given):
         own |= {"tokenizer.json", *(f"{split}.{kind}" for split in ("train", "val") for kind in ("bin", "txt"))}
     if output.exists() and not is_of_this_command(output) and (
             not output.is_dir() or any(path.name not in own for path in output.iterdir())):
-        raise InputError(f"{output} is there and was not written by this command; choose another --output")
+        raise InputError(f"{output} is there, and was not written by this command or is damaged; choose another "
+                         "--output")
     if source and not settings.output and output.name in CORPORA:
         raise InputError(f"--input={source} would replace data/{output.name}, a corpus of this project; add --output")
     sources = [text_files(path, output) for path in (source, val_input) if path]
@@ -363,7 +365,7 @@ def prepare(given):
             try:
                 write_beside(output / ".partial", sources, settings, dataset, tokenizer, begin, end, vocab_size, asked)
             except BaseException as error:
-                if isinstance(error, OSError) and not error.filename:  # as of a disk that is full
+                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG) and not error.filename:
                     error.filename = str(output)
                 files.remove(output / ".partial")
                 if is_new and not is_data(output):
@@ -624,7 +626,9 @@ def check_unchanged(ids):
     if not hasattr(ids, "stamp") or stamp(ids.file.fileno()) == ids.stamp:  # not from `open_data`, or as it was
         return
     if stamp(ids.file.fileno())[0] != ids.nbytes or summary(ids.file, ids.dtype)[1] != ids.digest:
-        raise InputError(f"{ids.filename} has changed while it was in use; prepare the data again and resume the run")
+        error = InputError(f"{ids.filename} has changed while it was in use; prepare the data again and resume the run")
+        error.is_of_one_rank = True  # others may not have looked yet
+        raise error
     ids.stamp = stamp(ids.file.fileno())  # it was but touched
 
 if __name__ == "__main__":

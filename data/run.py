@@ -295,7 +295,7 @@ def resume_run(folder, given, table, check, claims, error_if_done=InputError):
     config = checkpoint.load_config(latest)
     with state_of(latest) as state:
         kept, step, seconds = (state[name] for name in ("settings", "step", "seconds"))
-        if not (step >= 0 and isinstance(seconds, (int, float))
+        if not (step >= 0 and checkpoints(folder).get(step) == latest and isinstance(seconds, (int, float))
                 and isinstance(state["best"], (int, float, type(None)))):
             raise TypeError(f"step {step!r}, seconds {seconds!r}, best {state['best']!r}")
         names = {"output_dir": given.get("output_dir"), "run_name": "run_name" in given and f"runs/{given['run_name']}"}
@@ -333,12 +333,13 @@ def resume_run(folder, given, table, check, claims, error_if_done=InputError):
         if versions and not is_same_text and not is_moved:
             cli.say(f"{text} has another size or time than when the run began, which goes on with what it was, in "
                     f"{data}; for a new text begin a new run")
-        if given.get("eval_tokens", kept["eval_tokens"]) != kept["eval_tokens"]:
-            lowest, best_step = math.inf, None  # what was measured so far is of another part of the text
+        if best_step not in checkpoints(folder) or given.get("eval_tokens", kept["eval_tokens"]) != kept["eval_tokens"]:
+            lowest, best_step = math.inf, None  # it was removed; or is the best of another part of the text
         run = Run(settings, folder, data.absolute(), str(latest), step, seconds, lowest, best_step, state["wandb_id"],
                   claims=claims, lock=lock)
         run.meta, run.ids = prepare.open_data(run.data)
         check_same_data(run, state["data"], latest)
+        tidy(folder, best_step, settings.keep_checkpoints)  # as where the run was killed before it had
         if step >= settings.num_steps:
             raise error_if_done(f"--resume={folder}: the run has done its {step} steps; give a larger --num_steps to "
                                 "extend it")
@@ -490,8 +491,6 @@ def own_folder(run):
             cli.say(f"{run.folder} was removed or replaced while the run was at work; it goes on there")
             run.folder.mkdir(parents=True, exist_ok=True)
             run.lock = run.claims.enter_context(hold(run.folder))
-            if run.best_step not in checkpoints(run.folder):
-                run.lowest, run.best_step = math.inf, None
     return run.folder
 
 # ---- Save ----
@@ -505,22 +504,33 @@ def save(run, step, seconds, val_loss):
     try:
         folder = own_folder(run)
         files.check_room(folder, checkpoint_bytes(run.config), "a checkpoint needs", "choose another --output_dir")
+        with suppress(FileNotFoundError), open(folder / "metrics.jsonl", "ab") as file:
+            files.flush(file)  # so that what led to the checkpoint is on the disk before it
+        if run.best_step not in checkpoints(folder):  # removed by hand
+            run.lowest, run.best_step = math.inf, None
+        lowest, best_step = (val_loss, step) if val_loss < run.lowest else (run.lowest, run.best_step)
+        state = {"step": step, "settings": cli.kept(run.settings), "seconds": seconds, "wandb_id": run.wandb_id,
+                 "best": lowest if lowest < math.inf else None, "best_step": best_step,
+                 "data_folder": str(files.real(run.data)), "data": {split: run.meta[split] for split in run.ids}}
     except (OSError, InputError):
         checkpoint.take_part_in_saving(run.params, run.optimizer)  # the other ranks are gathering already
         raise
     target = folder / f"step-{step:07d}"
-    lowest, best_step = (val_loss, step) if val_loss < run.lowest else (run.lowest, run.best_step)
-    state = {"step": step, "settings": cli.kept(run.settings), "seconds": seconds, "wandb_id": run.wandb_id,
-             "best": lowest if lowest < math.inf else None, "best_step": best_step,
-             "data_folder": str(files.real(run.data)), "data": {split: run.meta[split] for split in run.ids}}
     *begin, end = ((run.tokenizer.tokens[i].decode(), i) for i in (*run.meta["begin_ids"], run.meta["end_of_text_id"]))
     checkpoint.save_checkpoint(target, run.params, run.config, run.tokenizer_json, end, run.optimizer, state,
                                run.others, machine.DTYPES_OF_FILES[run.settings.save_dtype], begin)
     run.lowest, run.best_step = lowest, best_step
-    for name in ["latest"] + ["best"] * (best_step in (step, None)):
-        update_link(folder, name, target.name)
+    tidy(folder, best_step, run.settings.keep_checkpoints)
+
+def tidy(folder, best_step, keep):
+    """Let the links of a run say which checkpoint is the newest and which the best; drop those not needed."""
+    found = checkpoints(folder)
+    latest = next(reversed(found.values()))
+    for name, target in (("latest", latest), ("best", found.get(best_step, latest))):
+        if target.name.startswith("step-"):  # no copy of a link
+            update_link(folder, name, target.name)
     files.flush_folder(folder)
-    for old_step, old in list(checkpoints(folder).items())[:-run.settings.keep_checkpoints]:
+    for old_step, old in list(found.items())[:-keep]:
         if old_step != best_step and old.name.startswith("step-"):
             going = folder / f".step-{old_step:07d}.partial"  # which `hold` removes where this is killed halfway
             try:
