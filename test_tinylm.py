@@ -5460,6 +5460,7 @@ def test_gpus_that_cannot_be_used_are_named(monkeypatch):
         assert mistake.value.is_of_one_rank == speaks
     monkeypatch.setenv("LOCAL_RANK", "0")  # every rank's with torchrun --virtual-local-rank, which shows it one device
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(machine.dist, "is_nccl_available", lambda: True)
     monkeypatch.setattr(machine.dist, "rendezvous", lambda *_, **__: iter([]))
     with pytest.raises(StopIteration):  # it goes on to meet the others
         machine.join_ranks("cuda")
@@ -5498,6 +5499,7 @@ def test_devices_that_are_not_there(monkeypatch):
             machine.choose_device(device)
     for name, value in dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="x", MASTER_PORT="1").items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(machine, "check_architecture", lambda number: None)
     monkeypatch.setattr(machine.dist, "is_nccl_available", lambda: False)
     with pytest.raises(cli.InputError, match="need NCCL, which this torch has not; give --device=cpu"):
         machine.join_ranks("cuda")

@@ -44,7 +44,7 @@ def check_forms(config, settings):
             exact = learning(model, torch.float64)
             check_finite(exact["loss"]), updates(model, settings), writing(model)
             narrow = narrow_model(config, settings.device)
-            losses_of_ids(narrow)
+            learned_of_ids(narrow)
     except InputError:
         raise
     except Exception as error:
@@ -56,7 +56,8 @@ def check_forms(config, settings):
         differing = (tinylm.forms_that_differ(partial(learning, model, torch.float64))
                      or tinylm.forms_that_differ(partial(updates, model, settings))
                      or tinylm.forms_that_differ(partial(writing, model))
-                     or tinylm.forms_that_differ(partial(losses_of_ids, narrow)))
+                     or tinylm.forms_that_differ(partial(learned_of_ids, narrow))
+                     or tinylm.forms_that_differ(partial(evaluated_of_ids, narrow)))
         if not differing and over_ranks:  # which ask for definitions that don't look beyond a block
             differing = tinylm.forms_that_differ(lambda: {"read": read(deep, False)})
         if not differing and (settings.device, settings.dtype) != ("cpu", "float32"):  # where other forms serve
@@ -216,12 +217,12 @@ def reading(model):
     with drawn_from(0):
         return {"read": read(model, True), "last": read_last(model, torch.float64), "loss": losses(model)[1]}
 
-def losses_of_ids(model):
-    """The loss of a narrow model, its gradients, and what an evaluation gives."""
+def learned_of_ids(model):
+    """The loss of a narrow model and its gradients."""
     with drawn_from(0):
         loss, grads = tinylm.value_and_grad(
             tinylm.loss_fn, model.doubles, model.tokens[:, :-1], model.tokens[:, 1:], model.config, torch.float64)
-    return {"loss": loss, "gradients": grads} | evaluated_of_ids(model)
+    return {"loss": loss, "gradients": grads}
 
 def evaluated_of_ids(model):
     """The loss that an evaluation gives of a narrow model."""

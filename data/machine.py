@@ -318,9 +318,6 @@ def join_ranks(device):
         return device, 0, 1
     kind = device.split(":")[0]
     if kind == "cuda":
-        if not dist.is_nccl_available():
-            raise InputError("ranks on CUDA need NCCL, which this torch has not; give --device=cpu, or start one "
-                             "process without torchrun")
         number, count = int(os.environ["LOCAL_RANK"]), count_devices()[0]
         if number >= count:  # which is 0 of 1 on every rank with torchrun --virtual-local-rank
             here = os.environ.get("LOCAL_WORLD_SIZE", number + 1)
@@ -329,6 +326,9 @@ def join_ranks(device):
             mistake.is_of_one_rank = number == count  # the first without a device says it
             raise mistake
         device = choose_device(f"cuda:{number}")
+        if not dist.is_nccl_available():
+            raise InputError("ranks on CUDA need NCCL, which this torch has not; give --device=cpu, or start one "
+                             "process without torchrun")
         torch.cuda.set_device(device)
     # The first rank may prepare data for hours before the others hear of it. One that dies is noticed by torchrun.
     timeout = datetime.timedelta(hours=12)
