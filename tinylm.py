@@ -716,7 +716,7 @@ class TokenLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, targets):
-        ctx.dtype, targets = logits.dtype, targets.unsqueeze(-1)
+        ctx.dtype, ctx.written, targets = logits.dtype, None, targets.unsqueeze(-1)
         logits = at_least_float32(logits)
         highest = logits.amax(-1, keepdim=True)
         chosen = logits.gather(-1, targets)
@@ -731,9 +731,12 @@ class TokenLosses(torch.autograd.Function):
         try:
             exps, total, targets = ctx.saved_tensors
         except RuntimeError:  # as exps is no more what it was
-            raise NotImplementedError("second passes: compute all of it within tinylm.definitions_alone()") from None
+            exps = None
+        if exps is None or exps._version == ctx.written:  # where autograd has hooks, it does not look
+            raise NotImplementedError("second passes: compute all of it within tinylm.definitions_alone()")
         d_losses = d_losses.unsqueeze(-1)
         d_logits = exps.mul_(d_losses / total).scatter_add_(-1, targets, -d_losses)
+        ctx.written = exps._version
         return d_logits.to(ctx.dtype), None
 
 @faster(token_losses, is_eager)

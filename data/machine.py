@@ -333,15 +333,17 @@ def join_ranks(device):
     # The first rank may prepare data for hours before the others hear of it. One that dies is noticed by torchrun.
     timeout = datetime.timedelta(hours=12)
     try:
-        store, rank, num_ranks = next(dist.rendezvous("env://", timeout=datetime.timedelta(minutes=10)))
+        try:
+            store, rank, num_ranks = next(dist.rendezvous("env://", timeout=datetime.timedelta(minutes=10)))
+        except ValueError as error:
+            raise InputError(f"RANK, WORLD_SIZE or MASTER_PORT is no number ({error}); leave them to torchrun"
+                             ) from None
         store.set_timeout(timeout)
         # torchrun keeps its store when it starts ranks again; they must not find the addresses of those that died.
         # Nor must a second run in the same processes.
         attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}, run {next(RUNS)}"
         store, backend = dist.PrefixStore(attempt, store), "nccl" if kind == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=timeout)
-    except ValueError as error:
-        raise InputError(f"RANK, WORLD_SIZE or MASTER_PORT is no number ({error}); leave them to torchrun") from None
     except dist.DistError:
         raise InputError(f"no connection to {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}, where "
                          "ranks meet; see that torchrun runs there and can be reached") from None

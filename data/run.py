@@ -120,6 +120,13 @@ def update_link(folder, name, target):
     except OSError:
         pass
 
+def update_links(folder):
+    """Let links in a run's folder say which checkpoint is the newest and which the best."""
+    for name, target in (("latest", newest(folder)), ("best", best(folder))):
+        if target.name.startswith("step-"):  # else it is a copy of a link
+            update_link(folder, name, target.name)
+    files.flush_folder(folder)
+
 # ---- Start and resume ----
 
 @contextmanager
@@ -297,7 +304,7 @@ def resume_run(folder, given, table, check, claims, error_if_done=InputError):
         kept, step, seconds = (state[name] for name in ("settings", "step", "seconds"))
         if not (step >= 0 and checkpoints(folder).get(step) == latest and isinstance(seconds, (int, float))
                 and isinstance(state["best"], (int, float, type(None)))):
-            raise TypeError(f"step {step!r}, seconds {seconds!r}, best {state['best']!r}")
+            raise TypeError(f"step {step!r} in {latest.name}, seconds {seconds!r}, best {state['best']!r}")
         names = {"output_dir": given.get("output_dir"), "run_name": "run_name" in given and f"runs/{given['run_name']}"}
         is_its_own = lambda path: path and files.real(path) == files.real(folder)  # the run may have moved
         given = {flag: value for flag, value in given.items() if not is_its_own(names.get(flag))}
@@ -339,7 +346,7 @@ def resume_run(folder, given, table, check, claims, error_if_done=InputError):
                   claims=claims, lock=lock)
         run.meta, run.ids = prepare.open_data(run.data)
         check_same_data(run, state["data"], latest)
-        tidy(folder, best_step, settings.keep_checkpoints)  # as where the run was killed before it had
+        update_links(folder)  # as where the run was killed before it had
         if step >= settings.num_steps:
             raise error_if_done(f"--resume={folder}: the run has done its {step} steps; give a larger --num_steps to "
                                 "extend it")
@@ -504,7 +511,7 @@ def save(run, step, seconds, val_loss):
     try:
         folder = own_folder(run)
         files.check_room(folder, checkpoint_bytes(run.config), "a checkpoint needs", "choose another --output_dir")
-        with suppress(FileNotFoundError), open(folder / "metrics.jsonl", "ab") as file:
+        with suppress(OSError), open(folder / "metrics.jsonl", "ab") as file:  # which may be in nobody's way
             files.flush(file)  # so that what led to the checkpoint is on the disk before it
         if run.best_step not in checkpoints(folder):  # removed by hand
             run.lowest, run.best_step = math.inf, None
@@ -520,17 +527,8 @@ def save(run, step, seconds, val_loss):
     checkpoint.save_checkpoint(target, run.params, run.config, run.tokenizer_json, end, run.optimizer, state,
                                run.others, machine.DTYPES_OF_FILES[run.settings.save_dtype], begin)
     run.lowest, run.best_step = lowest, best_step
-    tidy(folder, best_step, run.settings.keep_checkpoints)
-
-def tidy(folder, best_step, keep):
-    """Let the links of a run say which checkpoint is the newest and which the best; drop those not needed."""
-    found = checkpoints(folder)
-    latest = next(reversed(found.values()))
-    for name, target in (("latest", latest), ("best", found.get(best_step, latest))):
-        if target.name.startswith("step-"):  # no copy of a link
-            update_link(folder, name, target.name)
-    files.flush_folder(folder)
-    for old_step, old in list(found.items())[:-keep]:
+    update_links(folder)
+    for old_step, old in list(checkpoints(folder).items())[:-run.settings.keep_checkpoints]:
         if old_step != best_step and old.name.startswith("step-"):
             going = folder / f".step-{old_step:07d}.partial"  # which `hold` removes where this is killed halfway
             try:
