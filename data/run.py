@@ -511,7 +511,7 @@ def save(run, step, seconds, val_loss):
     try:
         folder = own_folder(run)
         files.check_room(folder, checkpoint_bytes(run.config), "a checkpoint needs", "choose another --output_dir")
-        with suppress(OSError), open(folder / "metrics.jsonl", "ab") as file:  # which may be in nobody's way
+        with suppress(OSError), open(folder / "metrics.jsonl", "ab") as file:  # what is in its way costs no checkpoint
             files.flush(file)  # so that what led to the checkpoint is on the disk before it
         if run.best_step not in checkpoints(folder):  # removed by hand
             run.lowest, run.best_step = math.inf, None
