@@ -108,7 +108,7 @@ def find_checkpoint(name, flag="checkpoint"):
 def update_link(folder, name, target):
     """Let a link in a run's folder point at a checkpoint, for other tools. Where there are no links nothing is lost."""
     link, place = folder / f".{name}.partial", folder / name
-    try:
+    with suppress(OSError):
         for step, path in checkpoints(folder).items():
             if path == place:  # a copy of an older checkpoint, by what does not know links, and all there is of it
                 os.replace(place, folder / f"step-{step:07d}")
@@ -117,8 +117,6 @@ def update_link(folder, name, target):
         files.remove(link)
         link.symlink_to(target)
         os.replace(link, place)
-    except OSError:
-        pass
 
 def update_links(folder):
     """Let links in a run's folder say which checkpoint is the newest and which the best."""
