@@ -182,13 +182,13 @@ def is_alive(process):
 @contextmanager
 def wait_for_lock(path, say, seconds=0.2):
     """`lock`, that waits for the process which holds it; `say` is told once of which. → whether it had to wait."""
-    said = held = False
+    said = False
     with ExitStack() as claims:
-        while not held:
+        while True:
             path.parent.mkdir(parents=True, exist_ok=True)  # again where the holder has removed it
             try:
                 claims.enter_context(lock(path))
-                held = True
+                break
             except Held as error:
                 if not said:
                     say(str(error))
