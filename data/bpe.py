@@ -1030,8 +1030,7 @@ def read_span(span, errors="strict"):
     """The bytes of a span, valid UTF-8. Raises InputError with file and offset where they are not, or replaces them."""
     path, start, end = span
     with open(path, "rb") as file:
-        file.seek(start)
-        text = file.read(end - start)
+        text = reader(file)(start, end)
     if len(text) < end - start:
         raise InputError(f"{path} became shorter while it was read; wait until it is whole, and start again")
     try:
@@ -1403,8 +1402,7 @@ def load(path):
                          "tokenizer.json")
     path = path / "tokenizer.json" if path.is_dir() else path
     try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-        return from_description(description)
+        return from_description(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise InputError(f"{path} is missing; put the tokenizer.json there that belongs to the model or data") from None
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
