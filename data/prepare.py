@@ -261,9 +261,9 @@ def default_vocab_size(num_bytes):
 
 def text_sizes(tokenizer, begin, end):
     """How many bytes of text each id stands for; special tokens, as those that begin or end a document, are no text."""
-    is_text = lambda token, i: token in tokenizer.text_tokens and i not in (*begin, end)
-    special = {i for token, i in tokenizer.special_tokens.items() if not is_text(token, i)}
-    return np.array([0 if i in special else len(token) for i, token in enumerate(tokenizer.tokens)])
+    no_text = {i for token, i in tokenizer.special_tokens.items()
+               if token not in tokenizer.text_tokens or i in (*begin, end)}
+    return np.array([0 if i in no_text else len(token) for i, token in enumerate(tokenizer.tokens)])
 
 def with_end(tokenizer, end):
     """The tokenizer, <|endoftext|> in a text read as the id that ends one."""
