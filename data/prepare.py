@@ -65,12 +65,13 @@ def download(url, path, size, attempts=8, pause=1):
     had, saying how far it came.
     """
     path = Path(path)
-    if path.is_file() and path.stat().st_size == size:
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
+    is_whole = lambda: path.is_file() and path.stat().st_size == size
     wait = lambda holder: cli.say(f"{path} is being downloaded by {holder}; waiting for it")
-    with files.wait_for_lock(path.with_name(f".{path.name}.lock"), wait):
-        return path if path.is_file() and path.stat().st_size == size else fetch(url, path, size, attempts, pause)
+    if not is_whole():
+        with files.wait_for_lock(path.with_name(f".{path.name}.lock"), wait):
+            if not is_whole():  # by the one that was waited for
+                fetch(url, path, size, attempts, pause)
+    return path
 
 def fetch(url, path, size, attempts, pause):
     """`download`, by the one process that does it."""
@@ -102,7 +103,6 @@ def fetch(url, path, size, attempts, pause):
         raise InputError(f"{url} stopped at {have():,} of {size:,} bytes ({error}); run the command again to go "
                          "on, or give the text with --input")
     os.replace(partial, path)
-    return path
 
 def receive(response, partial, begin, size, label):
     """Write what a response sends behind the first `begin` bytes of `partial`, no more than `size` bytes in all."""
