@@ -230,6 +230,10 @@ def help_text(function):
         lines.append(line)
     return "\n".join(lines)
 
+# What to do where a disk or a quota, which Windows has not, is full, or a file may not grow.
+NO_ROOM = dict.fromkeys((errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)), "; make room and start again") | {
+    errno.EFBIG: "; raise the limit that ulimit -f shows, and start again"}
+
 def run(function, arguments=None):
     """Call `function` with the flags on the command line, or those given, through Fire. What stands before them are
     names, where the function takes any.
@@ -271,11 +275,7 @@ def run(function, arguments=None):
         sys.exit(0)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        advice = ""
-        if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):  # which Windows has not
-            advice = "; make room and start again"
-        elif error.errno == errno.EFBIG:
-            advice = "; raise the limit that ulimit -f shows, and start again"
+        advice = NO_ROOM.get(error.errno, "")
         sys.exit(fail(f"{program}: {where}{error.strerror or error}{advice}"))
     except KeyboardInterrupt:
         fail(f"\n{program}: interrupted")

@@ -2,7 +2,6 @@
 
 import codecs
 import contextlib
-import errno
 import hashlib
 import http.client
 import itertools
@@ -30,7 +29,6 @@ from data.cli import InputError, flag
 DATA = Path(__file__).resolve().parent
 TINYSTORIES = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-"
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-FULL = errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", None)  # of disks; Windows has no quota
 # The files to download: address and size in bytes, for training and, where the corpus has one, for validation.
 DOWNLOADS = {"tinystories": [(TINYSTORIES + "train.txt", 2_227_753_162), (TINYSTORIES + "valid.txt", 22_502_601)],
              "shakespeare": [(SHAKESPEARE, 1_115_394)]}
@@ -366,7 +364,7 @@ def prepare(given):
             try:
                 write_beside(output / ".partial", sources, settings, dataset, tokenizer, begin, end, vocab_size, asked)
             except BaseException as error:
-                if isinstance(error, OSError) and error.errno in FULL and not error.filename:
+                if isinstance(error, OSError) and error.errno in cli.NO_ROOM and not error.filename:
                     error.filename = str(output)
                 files.remove(output / ".partial")
                 if is_new and not is_data(output):
