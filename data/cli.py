@@ -195,8 +195,8 @@ def read_arguments(parameters, arguments):
             raise InputError(f"{argument!r} is not a flag; write --name=value (--help lists the names)")
         name, equals, value = argument[2:].partition("=")
         name = name.replace("-", "_")
-        if name not in parameters and not equals and is_bool(re.sub("^no_?", "", name)):
-            name, equals, value = re.sub("^no_?", "", name), "=", "False"
+        if name not in parameters and not equals and is_bool(positive := re.sub("^no_?", "", name)):
+            name, equals, value = positive, "=", "False"
         if name not in parameters:
             raise unknown(name, parameters)
         if name in flags:
@@ -222,7 +222,7 @@ def help_text(function):
         name, colon, meaning = line.strip().partition(": ")
         if colon and name in parameters:
             default = parameters[name].default
-            if default is not inspect.Parameter.empty and default is not None and default != "":
+            if default not in (inspect.Parameter.empty, None, ""):
                 meaning += f" [{default}]"
             line = textwrap.fill(f"  --{name:<20} {meaning}", width, subsequent_indent=" " * 25)
         elif line.strip():
