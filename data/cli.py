@@ -17,7 +17,7 @@ import textwrap
 import threading
 import time
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
 
 class InputError(ValueError):
     """A mistake in what was given: one line saying what was given, what was expected and what to do."""
@@ -143,14 +143,13 @@ def as_input_error():
 def command(table):
     """Make function(given) a function of the flags of a table, for Fire and for Python; `given` has those not None."""
     def decorate(function):
+        @wraps(function)
         def call(**flags):
             return function(read(table, flags))
 
         keyword_only = inspect.Parameter.KEYWORD_ONLY
         parameters = [inspect.Parameter(name, keyword_only, default=None, annotation=field.type | None)
                       for name, field in flags_of(table).items()]
-        call.__name__, call.__qualname__ = function.__name__, function.__qualname__
-        call.__module__ = function.__module__
         call.__signature__ = inspect.Signature(parameters)
         call.__doc__ = "\n".join([inspect.getdoc(function) or "", *described(table)])
         return call
