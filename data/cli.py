@@ -258,8 +258,6 @@ def run(function, arguments=None):
         names = list(itertools.takewhile(lambda argument: takes_names and not argument.startswith("-"), arguments))
         flags = read_arguments(parameters, arguments[len(names):])
         parsers = {name: partial(convert, name, kind_of(parameter)) for name, parameter in parameters.items()}
-        for name, text in flags.items():
-            parsers[name](text)
         import fire
         function = fire.decorators.SetParseFn(str)(function)  # a name such as 1e3 is no number
         with exits_by_signals():
