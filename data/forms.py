@@ -71,7 +71,7 @@ def check_forms(config, settings):
     if dtype != DTYPES[settings.dtype]:
         cli.say(f"--dtype={settings.dtype}: hidden states become {str(dtype)[6:]}, which is slow, where a parameter of "
                 "that dtype is added to x or multiplied; let it be p.to(x.dtype)")
-    learned, evaluated = losses(model)
+    learned, evaluated = loss_by(tinylm.loss_fn, model), loss_by(tinylm.token_losses_in_pieces, model)
     if is_same_each_time(model, cli.say) and abs(learned - evaluated) > 1e-6 * abs(learned):
         cli.say(f"training lowers another loss, {learned:.6f} of a small model, than evaluations give, "
                 f"{evaluated:.6f}: right where loss_fn adds a term; what evaluations and sampling should have too "
@@ -203,19 +203,17 @@ def read_last(model, dtype):
     return tinylm.hidden_states(doubles, tokens[:1, :last], config, dtype, cache | {"filled": far - last})[0]
 
 @torch.no_grad()
-def losses(model):
-    """The loss that training lowers, and the one that evaluations give."""
+def loss_by(function, model):
+    """The mean loss by a function of the model and a batch: `loss_fn`, or what evaluations call."""
     config, _, doubles, tokens, _ = model
-    batch = tokens[:, :-1], tokens[:, 1:]
     with drawn_from(0):
-        learned = tinylm.loss_fn(doubles, *batch, config, torch.float64)
-    with drawn_from(0):
-        return learned, tinylm.token_losses_in_pieces(doubles, *batch, config, torch.float64).mean()
+        return function(doubles, tokens[:, :-1], tokens[:, 1:], config, torch.float64).mean()
 
 def reading(model):
     """What is compared of a model that is read: in pieces, last of all, and the loss of an evaluation."""
     with drawn_from(0):
-        return {"read": read(model, True), "last": read_last(model, torch.float64), "loss": losses(model)[1]}
+        return {"read": read(model, True), "last": read_last(model, torch.float64),
+                "loss": loss_by(tinylm.token_losses_in_pieces, model)}
 
 def learned_of_ids(model):
     """The loss of a narrow model and its gradients."""
@@ -226,7 +224,7 @@ def learned_of_ids(model):
 
 def evaluated_of_ids(model):
     """The loss that an evaluation gives of a narrow model."""
-    return {"evaluated": losses(model)[1]}
+    return {"evaluated": loss_by(tinylm.token_losses_in_pieces, model)}
 
 @torch.no_grad()
 def writing(model):
