@@ -389,9 +389,9 @@ class HashTable:
         is_word[:, 0] = True
         return raw[is_word].tobytes().split(bytes([FILLER]))[:-1]
 
-def split_words(text, special_spans, split="gpt2"):
+def split_words(text, special_pattern, split="gpt2"):
     """Cut text into words. → int64: starts (words), lengths (words)."""
-    return with_lengths(text, WORD_STARTS[split](text, special_spans))
+    return with_lengths(text, WORD_STARTS[split](text, find_spans(special_pattern, text)))
 
 def with_lengths(text, starts):
     """Words that begin at `starts`, as `split_words` gives them."""
@@ -796,7 +796,7 @@ class Encoder:
 
     def split_words(self, piece):
         """`split_words`, with this tokenizer's special tokens and pattern."""
-        return split_words(piece, find_spans(self.special_pattern, piece), self.tokenizer.split)
+        return split_words(piece, self.special_pattern, self.tokenizer.split)
 
     def encode_words(self, pieces):
         """The ids of pieces of text, each with its words as `split_words` gives them. → tokenizer.dtype (tokens)."""
@@ -1146,7 +1146,7 @@ def word_counter(special_tokens, errors):
             table = HashTable()
         numbers, long_words = [np.empty(0, np.int32)], Counter()
         for piece in cut_text(read_span(span, errors), PIECE_BYTES, special_tokens, "gpt2"):
-            starts, lengths = split_words(piece, find_spans(special_pattern, piece))
+            starts, lengths = split_words(piece, special_pattern)
             numbers.append(table.find_or_add(word_keys(piece, starts, lengths)))
             long_words.update(cut_words(piece, starts, lengths, lengths >= table.KEY_SIZE))
         counts = np.bincount(np.concatenate(numbers))
