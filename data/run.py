@@ -91,10 +91,10 @@ def find_checkpoint(name, flag="checkpoint"):
     """The checkpoint folder that a flag or argument means: one itself, a run's best, or that of the newest in runs/."""
     if name:
         folder = Path(name)
-        of_run = {"latest": newest, "best": best}.get(folder.name)  # they are links only where the disk has some
-        if not folder.is_dir() and of_run and of_run(folder.parent):
-            return of_run(folder.parent)
         if not folder.is_dir():
+            of_run = {"latest": newest, "best": best}.get(folder.name)  # they are links only where the disk has some
+            if of_run and (found := of_run(folder.parent)):
+                return found
             given = f"--{flag}={name}" if flag else name
             problem = "is a file" if folder.exists() else "is not there"
             raise InputError(f"{given} {problem}; expected a run of train.py or a Llama folder")
@@ -243,8 +243,8 @@ def start_run(given, init_from, folder, table, check, claims):
     sizes, known, has_tokenizer = {}, {"is_pretrained": bool(init_from)}, False
     if init_from:
         init_from = find_checkpoint(init_from, "init_from")
-        config, has_tokenizer = checkpoint.load_config(init_from), any(
-            (init_from / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+        config = checkpoint.load_config(init_from)
+        has_tokenizer = any((init_from / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
         if has_tokenizer:
             checkpoint.check_vocabulary(init_from, bpe.load(init_from), config)
         known["weights_dtype"] = checkpoint.weights_dtype(init_from)
