@@ -423,8 +423,7 @@ def sample_text(run):
     except Exception as error:  # of a changed model
         if settings.shard or device != "cpu":  # others would wait for this rank; what a GPU has begun is not known
             raise
-        what = " ".join(str(error).split())
-        cli.fail(f"the model could not write a sample ({type(error).__name__}: {what}); the run goes on")
+        cli.fail(f"the model could not write a sample ({type(error).__name__}: {cli.one_line(error)}); the run goes on")
         return ""
 
 @machine.within_memory("give a smaller --batch_size or --context_length, --dtype=bfloat16 or --device=cpu")

@@ -342,6 +342,10 @@ def say(line):
     """Print a line on stdout, as `put` does."""
     put(f"{line}\n")
 
+def one_line(text):
+    """A text, such as that of an error, in one line."""
+    return " ".join(str(text).split())
+
 def quoted(path):
     """A path as a shell takes it, for a command to be pasted."""
     return shlex.quote(str(path))

@@ -14,7 +14,7 @@ import torch
 
 import tinylm
 from data import cli, machine
-from data.cli import InputError, say
+from data.cli import InputError, one_line, say
 from data.run import newest, own_folder
 
 RISES = 3  # of the validation loss in a row, before a run says so
@@ -32,7 +32,7 @@ def import_wandb():
     except ImportError:
         raise InputError("--use_wandb needs the package wandb; pip install wandb, or leave the flag out") from None
     except Exception as error:  # as where it does not go with other packages
-        raise InputError(f"--use_wandb: wandb can't be imported ({' '.join(str(error).split())}); install it anew, or "
+        raise InputError(f"--use_wandb: wandb can't be imported ({one_line(error)}); install it anew, or "
                          "leave the flag out") from None
     return wandb
 
@@ -48,7 +48,7 @@ def check_wandb():
 def wandb_error(error):
     instead = "leave out --use_wandb" if os.environ.get("WANDB_MODE") == "offline" else (
         "set WANDB_MODE=offline to keep what it gets in the run's folder for later")
-    return InputError(f"W&B can't be used ({' '.join(str(error).split())}); see to that, or {instead}")
+    return InputError(f"W&B can't be used ({one_line(error)}); see to that, or {instead}")
 
 def describe(run):
     """What a run is, for W&B: its flags, the model's size, the device, versions and the commit of this code."""
@@ -189,7 +189,7 @@ class Log:
                 call()
             except Exception as error:  # of W&B's many kinds
                 self.wandb = None
-                cli.fail(f"W&B has failed ({' '.join(str(error).split())}); the run goes on without it")
+                cli.fail(f"W&B has failed ({one_line(error)}); the run goes on without it")
 
     def step(self, step, lr, numbers, at_once):
         """Take a step's numbers, a function → [loss, gradient norm, how many ranks were asked to stop].
@@ -231,7 +231,7 @@ class Log:
         say(f"step {step}  validation loss {val_loss:.4f}  {bits_per_byte:.4f} bits per byte  "
             f"after {cli.duration(self.seconds)}")
         if sample:
-            say(f"  it writes: {' '.join(sample.split())}")
+            say(f"  it writes: {one_line(sample)}")
         if self.is_overfitting:
             say(f"  validation has risen {RISES} times while training fell: the model learns this text by heart; more "
                 "text helps, or a larger --weight_decay, fewer --num_steps, a smaller --d_model")

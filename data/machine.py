@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 import tinylm
-from data.cli import STOP_SIGNALS, InputError, has_ranks, speaks
+from data.cli import STOP_SIGNALS, InputError, has_ranks, one_line, speaks
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # to compute in
 DTYPES_OF_FILES = DTYPES | {"float16": torch.float16}
@@ -64,7 +64,7 @@ def count_devices():
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return count, " ".join(str(told[0].message).split()) if told and not count else None
+    return count, one_line(told[0].message) if told and not count else None
 
 def check_architecture(number):
     """Raise InputError where this build of torch has no code for a GPU: its own, of an older minor, or PTX to compile.
@@ -169,7 +169,7 @@ def within_memory(advice):
         if not isinstance(error, MemoryError) and not any(text in str(error) for text in texts):
             raise
         # The rest is about PyTorch's allocator, or how to find a mistake in a kernel.
-        what = re.split(" GPU | CUDA kernel", " ".join(str(error).split()))[0].rstrip(".") or "out of memory"
+        what = re.split(" GPU | CUDA kernel", one_line(error))[0].rstrip(".") or "out of memory"
         raise OutOfMemory(f"{what}; {advice}") from None
 
 def on_device(inputs, targets, device):
