@@ -232,8 +232,8 @@ def train(given):
     if "split" in given:
         raise InputError(f"--split={given['split']} belongs to --eval_only; leave it out, or add --eval_only")
     if torch.get_default_dtype() != torch.float32:
-        raise InputError(f"torch's default dtype is {str(torch.get_default_dtype())[6:]}, expected float32; call "
-                         "torch.set_default_dtype(torch.float32) before")
+        raise InputError(f"torch's default dtype is {checkpoint.dtype_name(torch.get_default_dtype())}, expected "
+                         "float32; call torch.set_default_dtype(torch.float32) before")
     interrupt = machine.Interrupt()  # made before data is prepared, as it notices when torchrun dies from here on
     with (open_run(resume, init_from, given, Settings, check_forms) as run, interrupt,
           machine.numerics(run.settings.device), Log(run) as log):

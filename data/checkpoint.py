@@ -26,6 +26,10 @@ ANOTHER = "take another checkpoint (a run goes on from the one before, where the
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
                       "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8}
 
+def dtype_name(dtype):
+    """torch.bfloat16 → "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
 def write_safetensors(path, tensors, contents=None):
     """Write {name: tensor} in the safetensors layout: the header's length in 8 bytes, a JSON header, the raw bytes.
 
@@ -229,7 +233,7 @@ def check_goes_on(params, state, update):
             if not isinstance(leaf, torch.Tensor) or leaf.dtype not in SAFETENSORS_DTYPES.values():
                 raise InputError(f"the optimiser has {path} {leaf!r}, which a checkpoint can't hold; expected a tensor "
                                  "of numbers")
-        return [f"{path} {tuple(leaf.shape)} of {str(leaf.dtype)[6:]}" for path, leaf in leaves]
+        return [f"{path} {tuple(leaf.shape)} of {dtype_name(leaf.dtype)}" for path, leaf in leaves]
 
     shape = partial(tinylm.tree_map, lambda leaf: None)
     if shape(tree_build(tree_leaves(state))) != shape(state):
@@ -337,8 +341,8 @@ def save_checkpoint(folder, params, config, tokenizer, end_token, optimizer=None
 def check_finite(path, tensor):
     """The tensor. Raises InputError where it has numbers that are not finite: training could not go on from them."""
     if not is_finite(tensor):
-        raise InputError(f"{path} has numbers that are not finite in {str(tensor.dtype)[6:]}; a smaller --lr_max may "
-                         "help" + ", or --save_dtype=bfloat16" * (tensor.dtype == torch.float16))
+        raise InputError(f"{path} has numbers that are not finite in {dtype_name(tensor.dtype)}; a smaller "
+                         "--lr_max may help" + ", or --save_dtype=bfloat16" * (tensor.dtype == torch.float16))
     return tensor
 
 def take_part_in_saving(params, optimizer):
@@ -371,7 +375,7 @@ def write_checkpoint(folder, params, config, tokenizer, begin_tokens, end_token,
     ids = json.loads(others["config.json"]) if "config.json" in others else {}
     ids = {name: ids[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in ids}
     files.write_json(folder / "config.json",
-                     config_to_hf(config, begin_id, end_id) | {"torch_dtype": str(dtype)[6:]} | ids)
+                     config_to_hf(config, begin_id, end_id) | {"torch_dtype": dtype_name(dtype)} | ids)
     files.write_json(folder / "generation_config.json", {
         "bos_token_id": begin_id, "eos_token_id": end_id, "pad_token_id": end_id})
     files.write_json(folder / "tokenizer_config.json", {

@@ -10,6 +10,7 @@ import torch
 
 import tinylm
 from data import checkpoint, cli
+from data.checkpoint import dtype_name
 from data.cli import InputError
 from data.machine import DTYPES
 
@@ -69,8 +70,8 @@ def check_forms(config, settings):
     refuse(differing, settings.shard)
     dtype = read(model, False, DTYPES[settings.dtype]).dtype
     if dtype != DTYPES[settings.dtype]:
-        cli.say(f"--dtype={settings.dtype}: hidden states become {str(dtype)[6:]}, which is slow, where a parameter of "
-                "that dtype is added to x or multiplied; let it be p.to(x.dtype)")
+        cli.say(f"--dtype={settings.dtype}: hidden states become {dtype_name(dtype)}, which is slow, where a parameter "
+                "of that dtype is added to x or multiplied; let it be p.to(x.dtype)")
     learned, evaluated = loss_by(tinylm.loss_fn, model), loss_by(tinylm.token_losses_in_pieces, model)
     if is_same_each_time(model, cli.say) and abs(learned - evaluated) > 1e-6 * abs(learned):
         cli.say(f"training lowers another loss, {learned:.6f} of a small model, than evaluations give, "
@@ -248,7 +249,7 @@ def check_optimizer(model, settings):
     """Raise InputError where no run could go on with what an optimiser's update makes."""
     for path, p in tinylm.tree_leaves(model.params):
         if p.dtype != torch.float32:
-            raise InputError(f"init_params makes {path} of {str(p.dtype)[6:]}, expected float32, which checkpoints "
+            raise InputError(f"init_params makes {path} of {dtype_name(p.dtype)}, expected float32, which checkpoints "
                              "keep; another dtype to compute in goes into DTYPES of data/machine.py, for --dtype")
     init, update = tinylm.OPTIMIZERS[settings.optimizer]
     with tinylm.definitions_alone():  # what is wrong in a form is told as such
