@@ -1339,15 +1339,14 @@ def train(paths, vocab_size, special_tokens=(END_OF_TEXT,), workers=None, errors
     special_tokens = list(special_tokens)
     if len(set(special_tokens)) < len(special_tokens) or any(len(token.encode()) < 2 for token in special_tokens):
         raise InputError(f"special tokens {special_tokens}: expected different ones of two bytes or more")
-    if vocab_size < 256 + len(special_tokens):
-        raise InputError(f"vocab_size is {vocab_size}; expected at least {256 + len(special_tokens)}: "
-                         f"the 256 bytes and {len(special_tokens)} special token(s)")
-    tokens = [bytes([b]) for b in range(256)] + [token.encode() for token in special_tokens]
-    num_merges = vocab_size - len(tokens)
-    merges = []
-    if num_merges:
-        merges = train_merges(*count_corpus(paths, special_tokens, workers, errors), tokens, num_merges)
     first_made = 256 + len(special_tokens)
+    if vocab_size < first_made:
+        raise InputError(f"vocab_size is {vocab_size}; expected at least {first_made}: the 256 bytes and "
+                         f"{len(special_tokens)} special token(s)")
+    tokens = [bytes([b]) for b in range(256)] + [token.encode() for token in special_tokens]
+    merges = []
+    if vocab_size > first_made:
+        merges = train_merges(*count_corpus(paths, special_tokens, workers, errors), tokens, vocab_size - first_made)
     merges = np.array([(*pair, first_made + i) for i, pair in enumerate(merges)], np.int64).reshape(-1, 3)
     return Tokenizer(tokens, {token: 256 + i for i, token in enumerate(special_tokens)}, merges)
 
