@@ -553,9 +553,8 @@ def open_data(folder, splits=("train", "val")):
             ids[split] = np.memmap(file, dtype, "r")
             ids[split].file, ids[split].stamp = file, stamp(file.fileno())
             highest, digest = summary(file, dtype)
-            if highest >= meta["vocab_size"]:
-                raise InputError(f"{path} holds the id {highest}, beyond the vocabulary of {meta['vocab_size']}; "
-                                 f"{again}")
+            if highest >= vocab_size:
+                raise InputError(f"{path} holds the id {highest}, beyond the vocabulary of {vocab_size}; {again}")
             if meta[split]["sha256"] != digest:
                 raise InputError(f"{path} is not what was written, though as long; {again}")
             ids[split].digest = digest
