@@ -3471,7 +3471,7 @@ def test_metrics_that_are_cut_meanwhile(tmp_path, monkeypatch):
     path = tmp_path / "run/metrics.jsonl"
     meanwhile(4, monkeypatch, lambda: os.truncate(path, path.stat().st_size - 9))
     train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", **TINY)
-    assert [line["step"] for line in cli.json_lines(path) if "train_loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in files.json_lines(path) if "train_loss" in line] == [1, 2, 3, 4, 5, 6]
 
 def test_metrics_in_whose_place_is_a_folder(tmp_path, monkeypatch, capsys):
     """Cost lines, and no checkpoint."""
@@ -5091,7 +5091,7 @@ def test_lines_behind_one_that_was_cut(tmp_path, monkeypatch):
     monkeypatch.setattr(log, "own_folder", lambda run: tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "tr')
     one.keep('{"step": 2}'), one.keep('{"step": 3}')
-    assert list(cli.json_lines(tmp_path / "metrics.jsonl")) == [{"step": 2}, {"step": 3}]
+    assert list(files.json_lines(tmp_path / "metrics.jsonl")) == [{"step": 2}, {"step": 3}]
 
 def test_a_terminal_that_is_not_utf8(trained, tmp_path):
     """What it can't show is replaced, and nothing ends for it."""

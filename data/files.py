@@ -45,6 +45,23 @@ def read_json(path, advice=""):
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({error}){then}") from None
 
+def json_lines(path):
+    """The objects of a file of metrics, a line of JSON each, without lines cut short or of others; none where it is not
+    there. Yields them one by one, as a long run has many.
+    """
+    if not os.path.isfile(path):
+        return
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                one = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            losses = [one.get(name, 0.0) for name in ("train_loss", "val_loss")] if isinstance(one, dict) else [None]
+            is_sound = all(isinstance(loss, (int, float)) for loss in losses)
+            if is_sound and type(one.get("step")) is int and 0 <= one["step"] < 2**63:
+                yield one
+
 def begins_with(path, beginning):
     """Whether a file begins with these bytes."""
     with open(path, "rb") as file:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 import tinylm
-from data import cli, machine
+from data import cli, files, machine
 from data.cli import InputError, one_line, say
 from data.run import newest, own_folder
 
@@ -120,7 +120,7 @@ class Log:
         self.flops, peak = flops_per_token(run.config), machine.peak_flops(run.settings.device)
         self.peak_flops = peak and peak * run.num_ranks
         self.overfitting, self.samples = Overfitting(), []
-        for line in [] if run.rank else cli.json_lines(run.folder / "metrics.jsonl"):
+        for line in [] if run.rank else files.json_lines(run.folder / "metrics.jsonl"):
             self.overfitting.begins(line)
             self.samples += [[line["step"], line["sample"]]] if line.get("sample") else []
         self.cut = False  # whether the last line could not be written

@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 
 from data import files
-from data.cli import InputError, json_lines, say
+from data.cli import InputError, say
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, GAP = 840, 560, 70, 20, 30, 50  # pixels
 COLORS = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2"]
@@ -16,7 +16,7 @@ def read_metrics(run):
     path = Path(run) / "metrics.jsonl"
     if not path.is_file():
         raise InputError(f"{run} has no metrics.jsonl; expected the folder of a run, such as runs/stories")
-    lines = list(json_lines(path))
+    lines = list(files.json_lines(path))
     if not any("train_loss" in line or "val_loss" in line for line in lines):
         raise InputError(f"{path} has no losses yet; wait for the first steps")
     return lines

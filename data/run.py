@@ -464,7 +464,7 @@ def place_state(run):
 def keep_metrics(path, last_step):
     """Drop from a run's metrics what it measured after `last_step`, a line cut short by its death included."""
     with files.beside(path) as partial, open(partial, "w", encoding="utf-8") as file:
-        file.writelines(f"{json.dumps(line)}\n" for line in cli.json_lines(path) if line["step"] <= last_step)
+        file.writelines(f"{json.dumps(line)}\n" for line in files.json_lines(path) if line["step"] <= last_step)
         files.flush(file)
 
 @contextmanager
