@@ -228,6 +228,17 @@ def help_text(function):
         lines.append(line)
     return "\n".join(lines)
 
+def replace_closed_streams():
+    """Put the null device where a process began without stdin, stdout or stderr, as by >&-, in whose place a file that
+    it opens would be.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+
 # What to do where a disk or a quota, which Windows has not, is full, or a file may not grow.
 NO_ROOM = dict.fromkeys((errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)), "; make room and start again") | {
     errno.EFBIG: "; raise the limit that ulimit -f shows, and start again"}
@@ -240,12 +251,7 @@ def run(function, arguments=None):
     refuses in one line and code 2. A result may have one too.
     """
     program, arguments = os.path.basename(sys.argv[0]), sys.argv[1:] if arguments is None else arguments
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # so that none of the first three is that of a file
-        pass
-    os.close(descriptor)
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed, as by >&-; else the next file would take its place
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+    replace_closed_streams()
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as it was while torch was imported
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if any(argument in ("--help", "-h") for argument in arguments):
