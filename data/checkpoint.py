@@ -414,15 +414,14 @@ def ending_as_learned(others, special_ids, begin_id, end_id):
 
     Of the ids that it names those of `special_ids` stay, as the default of a config.json may name an ordinary token.
     """
-    names = [name for name in ("config.json", "generation_config.json") if name in others]
-    said = {name: json.loads(others[name]) for name in names}
-    ends = [said[name].get("eos_token_id") for name in names]
-    ends = [end if isinstance(end, list) else [end] for end in ends]
-    if not names or end_id in ends[-1]:  # which other tools go by
+    said = {name: json.loads(others[name]) for name in ("config.json", "generation_config.json") if name in others}
+    ends = list(said.values())[-1].get("eos_token_id") if said else end_id  # of the last, by which other tools go
+    ends = ends if isinstance(ends, list) else [ends]
+    if end_id in ends:
         return others
-    kept = [i for i in ends[-1] if i in special_ids]
+    kept = [i for i in ends if i in special_ids]
     ids = {"bos_token_id": begin_id, "eos_token_id": [end_id, *kept] if kept else end_id}
-    return others | {name: json.dumps(said[name] | ids, indent=2).encode() for name in names}
+    return others | {name: json.dumps(said[name] | ids, indent=2).encode() for name in said}
 
 def weights_dtype(folder):
     """The name of the dtype of most numbers in a Llama folder: float32, bfloat16 or float16."""
