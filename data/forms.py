@@ -49,7 +49,7 @@ def check_forms(config, settings):
     except InputError:
         raise
     except Exception as error:
-        return cli.say(UNKNOWN.format(type(error).__name__, error))
+        return cli.say(UNKNOWN.format(type(error).__name__, cli.one_line(error)))
     forms = tinylm.transformer_blocks.forms
     over_ranks = [(tinylm.always, tinylm.one_block_at_a_time)] if settings.shard and forms else []
     forms[:0] = over_ranks
@@ -94,7 +94,7 @@ def compare_reading(config, device):
             narrow = narrow_model(config, device)
             evaluated_of_ids(narrow)
     except Exception as error:
-        return cli.fail(UNKNOWN.format(type(error).__name__, error))
+        return cli.fail(UNKNOWN.format(type(error).__name__, cli.one_line(error)))
     refuse(tinylm.forms_that_differ(partial(reading, model)) or tinylm.forms_that_differ(partial(writing, model))
            or tinylm.forms_that_differ(partial(evaluated_of_ids, narrow)))
     is_same_each_time(model, cli.fail)  # as what is written may be all that stdout is for
