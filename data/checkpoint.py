@@ -402,10 +402,9 @@ def files_for_others(folder):
              "special_tokens_map.json", "chat_template.jinja", "vocab.json", "merges.txt")
     templates = [f"additional_chat_templates/{path.name}" for path in folder.glob("additional_chat_templates/*.jinja")]
     there = [name for name in (*names, *templates) if (folder / name).is_file()]
-    for name in there:
-        # Else each checkpoint would have the damaged one, of those that are read again.
-        if name in ("config.json", "tokenizer_config.json", "generation_config.json") and not isinstance(
-                files.read_json(folder / name, ANOTHER), dict):
+    for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
+        # These are read again: a damaged one would be in each checkpoint.
+        if name in there and not isinstance(files.read_json(folder / name, ANOTHER), dict):
             raise InputError(f"{folder / name} is damaged (expected an object); {ANOTHER}")
     return {name: (folder / name).read_bytes() for name in there}
 
