@@ -1189,8 +1189,8 @@ def count_corpus(paths, special_tokens, workers, errors):
     words = table.words() + list(long_words)
     counts = np.concatenate((counts, np.fromiter(long_words.values(), np.int64, len(long_words))))
     not_words = {token.encode() for token in special_tokens} | {b""}  # what the key of long words spells
-    keep = np.array([len(word) > 1 and word not in not_words for word in words], bool)
-    return [word for word, kept in zip(words, keep.tolist()) if kept], counts[keep]
+    keep = [len(word) > 1 and word not in not_words for word in words]
+    return list(itertools.compress(words, keep)), counts[np.array(keep, bool)]
 
 def sort_key(token):
     """A string that sorts the other way round than `token`: the greatest first, the longer before its beginning."""
