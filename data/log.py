@@ -74,13 +74,13 @@ def introduce(run):
     compiled = ", compiled in the first step, which takes a while" if settings.compile else ""
     sharded = ", sharded" if settings.shard else ""
     ranks = f", {run.num_ranks} ranks{sharded}" if torch.distributed.is_initialized() else ""
-    held_out = min(len(ids["val"]) - 1, settings.eval_tokens)
-    of_all = f"the first {held_out:,} of" if held_out < len(ids["val"]) - 1 else "all"
+    targets = len(ids["val"]) - 1
+    of_all = f"the first {settings.eval_tokens:,} of" if settings.eval_tokens < targets else "all"
     say(f"model       {tinylm.num_params(config):,} parameters: d_model {config.d_model}, "
         f"{config.num_layers} layers, {config.num_heads} heads, d_ff {config.d_ff}, "
         f"context {config.context_length}, vocabulary {config.vocab_size}")
     say(f"device      {settings.device}, {settings.dtype}{compiled}{ranks}")
-    say(f"data        {run.data}: {len(ids['train']):,} tokens; validation on {of_all} {len(ids['val']) - 1:,}")
+    say(f"data        {run.data}: {len(ids['train']):,} tokens; validation on {of_all} {targets:,}")
     say(f"step        {settings.tokens_per_step:,} tokens; {run.step} of {settings.num_steps} steps done; "
         f"learning rate {settings.lr_max:.2e} to {settings.lr_min:.2e}")
     readings = f"{settings.epochs:,.0f}" if settings.epochs >= 10 else f"{settings.epochs:.2g}"
