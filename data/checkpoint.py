@@ -466,10 +466,8 @@ def weights_files(folder):
         raise InputError(f"{folder} has its weights as pickles, pytorch_model.bin, which can run code; convert it by "
                          f"AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(…) of transformers")
     if index.is_file() and not (folder / names[0]).is_file():
-        try:
-            names = sorted(map(Path, set(files.read_json(index)["weight_map"].values())))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{index} is damaged ({type(error).__name__}: {error})") from None
+        with files.reading_json(index) as said:
+            names = sorted(map(Path, set(said["weight_map"].values())))
     for name in names:
         if Path(name).name != str(name) or not (folder / name).is_file():
             raise InputError(f"{folder} lacks {name}; {ANOTHER}")

@@ -45,6 +45,16 @@ def read_json(path, advice=""):
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({error}){then}") from None
 
+@contextmanager
+def reading_json(path, advice=""):
+    """`read_json`, and InputError also where what is done with it within shows that the file is damaged."""
+    value = read_json(path, advice)
+    try:
+        yield value
+    except (KeyError, TypeError, AttributeError) as error:
+        then = f"; {advice}" if advice else ""
+        raise InputError(f"{path} is damaged ({type(error).__name__}: {error}){then}") from None
+
 def json_lines(path):
     """The objects of a file of metrics, a line of JSON each, without lines cut short or of others; none where it is not
     there. Yields them one by one, as a long run has many.

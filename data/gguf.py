@@ -107,13 +107,13 @@ def chat_template(folder):
     file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     if file.is_file():
         return {"tokenizer.chat_template": file.read_text(encoding="utf-8", errors="replace")}
-    try:
-        template = files.read_json(config).get("chat_template") if config.is_file() else None
+    if not config.is_file():
+        return {}
+    with files.reading_json(config) as said:
+        template = said.get("chat_template")
         if isinstance(template, list):  # several, by name
             template = {named["name"]: named["template"] for named in template}.get("default")
         return {"tokenizer.chat_template": str(template)} if template else {}
-    except (AttributeError, KeyError, TypeError) as error:
-        raise InputError(f"{config} is damaged ({type(error).__name__}: {error})") from None
 
 def dtype_of(shape, dtype):
     """A parameter's dtype in a file of a given dtype: norms stay float32, rows that are no whole blocks float16."""

@@ -351,15 +351,9 @@ def resume_run(folder, given, table, check, claims, error_if_done=InputError):
     check(model_config(settings, run.meta["vocab_size"], latest), settings)
     return run
 
-@contextmanager
 def state_of(folder):
-    """What train_state.json of a checkpoint has. Raises InputError where what is done with it shows it damaged."""
-    path = folder / "training/train_state.json"
-    state = files.read_json(path, checkpoint.ANOTHER)
-    try:
-        yield state
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is damaged ({type(error).__name__}: {error}); {checkpoint.ANOTHER}") from None
+    """`reading_json` of a checkpoint's train_state.json."""
+    return files.reading_json(folder / "training/train_state.json", checkpoint.ANOTHER)
 
 def data_of(state, latest):
     """The data folder of a run with this state: where it was, or, in a copy of the project, of the same name."""
