@@ -243,7 +243,7 @@ def word_starts_llama3(text, special_spans=()):
     of_sign = np.flatnonzero((classes[begin - 1] == OTHER) & (begin > 0) & is_newline[begin])
     last_in_row = np.flatnonzero(np.append(np.diff(newlines) > 1, True))  # of new lines without a gap
     place = last_in_row[np.searchsorted(last_in_row, np.searchsorted(newlines, begin[of_sign]))]
-    rest[of_sign] = newlines[place] + 1 if len(of_sign) else 0
+    rest[of_sign] = newlines[place] + 1
     starts[begin[of_sign]] = False
     starts[rest[rest < end]] = True
     # … and without all up to the last new line.
