@@ -2840,6 +2840,17 @@ def test_plots_of_names_that_no_xml_has():
     root = xml.fromstring(plot.svg_of({"a\x01\x1b\ufffeb<&": lines}))
     assert "a???b<&: validation" in "".join(root.itertext())
 
+def test_plots_of_runs_without_losses(tmp_path, trained, monkeypatch, capsys):
+    """Beside others they are named; alone it is said why."""
+    for name, line in (("begun", ""), ("ruined", '{"step": 1, "skipped": "loss nan"}\n')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text(line)
+        code, error = call(monkeypatch, capsys, plot.plot, str(tmp_path / name))
+        assert code == 2 and ("wait for the first" if name == "begun" else "a smaller --lr_max") in error
+    plot.plot(tmp_path / "ruined", trained / "runs/tiny", tmp_path / "begun")
+    drawn = (tmp_path / "ruined/loss.svg").read_text()
+    assert drawn.count("no losses") == 2 and drawn.count("validation (line)") == 1
+
 def test_plots_of_many_runs():
     """Each has its lowest evaluation marked; a learning rate that grows evenly is a line up; ticks are round."""
     import xml.etree.ElementTree as xml
@@ -3340,11 +3351,11 @@ def test_the_pace_leaves_out_evaluations_and_checkpoints(tmp_path, monkeypatch):
 
 def test_a_run_that_diverges_gives_up_and_keeps_its_checkpoint(tmp_path, monkeypatch, capsys):
     data = prepared(tmp_path)
-    poisoned(monkeypatch, range(3, 20))
+    poisoned(monkeypatch, range(4, 20))
     flags = [f"--{name}={value}" for name, value in (TINY | dict(num_steps=20)).items()]
     code, error = call(monkeypatch, capsys, train.train, f"--data={data}", f"--output_dir={tmp_path}/run", *flags)
     assert code == 3 and error.count("\n") == 1
-    for word in ("step 8", "loss", "gradient norm", "learning rate", "smaller --lr_max", "step-0000003"):
+    for word in ("step 9", "loss", "gradient norm", "learning rate", "smaller --lr_max", "step-0000003"):
         assert word in error
     assert (tmp_path / "run/latest").resolve().name == "step-0000003"
 
@@ -5301,12 +5312,21 @@ def test_float16_that_cannot_hold_a_model(tmp_path, tokenizer_file):
 def test_after_diverging_a_smaller_learning_rate_goes_on(tmp_path, monkeypatch, capsys):
     data = prepared(tmp_path)
     with monkeypatch.context() as patch:
-        poisoned(patch, range(3, 20))
+        poisoned(patch, range(4, 20))
         with pytest.raises(log.Diverged) as error:
             train.train(data=data, output_dir=tmp_path / "run", **TINY | dict(num_steps=20))
-    flags = re.search(r"--resume=(\S+) --lr_max=(\S+),", str(error.value))
+    flags = re.search(r"; go on from step-0000003 with --resume=(\S+) --lr_max=(\S+),", str(error.value))
     train.train(resume=flags[1], lr_max=float(flags[2]), num_steps=6)
     assert metrics(tmp_path / "run")[-2]["lr"] < train.Settings.complete(TINY).lr_max / 2
+
+@pytest.mark.parametrize("interval, older", [(3, "step-0000003"), (6, None)])
+def test_a_checkpoint_after_which_no_step_is_finite_is_not_advised(tmp_path, monkeypatch, interval, older):
+    poisoned(monkeypatch, range(6, 20))
+    with pytest.raises(log.Diverged) as error:
+        train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", checkpoint_interval=interval,
+                    **TINY | dict(num_steps=20))
+    advice = re.search(r"; (?:remove (\S+), after .*, and go on from (\S+) with .*, or )?start anew", str(error.value))
+    assert advice.groups() == (str(tmp_path / "run/step-0000006") if older else None, older)
 
 def test_numbers_that_are_not_finite_are_never_saved(tmp_path, capsys):
     """A step may take finite gradients to parameters that are none."""

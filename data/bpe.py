@@ -17,6 +17,7 @@ processes, and the result is the same for any number of them. A word longer than
 time (`encode_endless`). Training holds each different word; it can't do with less.
 """
 
+import bisect
 import codecs
 import contextlib
 import heapq
@@ -25,6 +26,7 @@ import json
 import multiprocessing
 import os
 import re
+import reprlib
 import signal
 import sys
 import threading
@@ -450,10 +452,21 @@ def are_same(a, b):
     same = lambda name: getattr(a, name) == getattr(b, name)
     return np.array_equal(a.merges, b.merges) and all(map(same, ("tokens", "special_tokens", "split", "whole_words")))
 
+def alternatives(longest_first, depth=4):
+    """The pattern of one of these byte strings: by its first bytes, as `re` tries one alternative after the other."""
+    if depth == 0 or len(longest_first) < 8:
+        return b"|".join(map(re.escape, longest_first))
+    groups = {}
+    for token in longest_first:
+        groups.setdefault(token[:1], []).append(token[1:])
+    # The empty one last, as it is the shortest.
+    return b"|".join(re.escape(first) + b"(?:" + alternatives(rest, depth - 1) + b")"
+                     for first, rest in sorted(groups.items(), reverse=True))
+
 def compile_special_pattern(special_tokens):
     """The pattern of special tokens in bytes, of the longest where several begin; None where there are none."""
     longest_first = sorted((token.encode() for token in special_tokens), key=len, reverse=True)
-    return re.compile(b"|".join(map(re.escape, longest_first))) if longest_first else None
+    return re.compile(alternatives(longest_first)) if longest_first else None
 
 def find_spans(special_pattern, text):
     """Where special tokens stand. → [(start, end)]"""
@@ -1401,7 +1414,7 @@ def load(path):
                          "tokenizer.json")
     path = path / "tokenizer.json" if path.is_dir() else path
     try:
-        return from_description(json.loads(path.read_text(encoding="utf-8")))
+        return from_description(json.loads(files.read_text(path)))
     except FileNotFoundError:
         raise InputError(f"{path} is missing; put the tokenizer.json there that belongs to the model or data") from None
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
@@ -1430,12 +1443,16 @@ def from_description(description):
             if token.get(option):
                 raise ValueError(f"its token {token['content']} asks for {option}, which this tokenizer has not")
     special = {token["content"]: token["id"] for token in added}
-    first = [token["content"] for token in added if not token.get("normalized")]
+    first = sorted(token["content"] for token in added if not token.get("normalized"))
+    sizes, is_first = set(map(len, first)), set(first).__contains__
     for text in special.keys() - set(first):
-        for other in first:
-            if any(other.startswith(text[i:i + len(other)]) for i in range(len(text) <= len(other), len(text))):
-                raise ValueError(f"its token {text} overlaps with {other}, which, as it is not normalized, goes before "
-                                 "wherever it stands")
+        for i in range(len(text)):
+            rest, next_one = text[i:], bisect.bisect_left(first, text[i:])  # that begins with the rest, if any does
+            others = [rest[:size] for size in sizes if is_first(rest[:size])]
+            others += [other for other in first[next_one:next_one + 1] if i and other.startswith(rest)]
+            if others:
+                raise ValueError(f"its token {text} overlaps with {others[0]}, which, as it is not normalized, goes "
+                                 "before wherever it stands")
     vocab = model["vocab"] | special
     size = len(vocab)
     if sorted(vocab.values()) != list(range(size)):
@@ -1494,7 +1511,7 @@ def special_ids(path, tokenizer):
         first = generation.get("bos_token_id", config.get("bos_token_id", end))
         empty = [] if first is None else [first]
         if not all(type(i) is int and 0 <= i < tokenizer.vocab_size for i in (*begin, *ends, *empty)):
-            raise ValueError(f"ids {(*begin, *ends, *empty)} of {tokenizer.vocab_size} tokens")
+            raise ValueError(f"ids {reprlib.repr([*begin, *ends, *empty])} of {tokenizer.vocab_size} tokens")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{folder}: how texts begin and end is damaged ({type(error).__name__}: {error})") from None
     return begin, ends, empty

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import reprlib
 import struct
 from collections import Counter
 from dataclasses import fields
@@ -64,7 +65,7 @@ def read_header(path):
     def entry(name, dtype, shape, data_offsets):
         start, end = data_offsets
         are_sizes = all(type(number) is int and 0 <= number <= size for number in (*shape, start, end))
-        if not isinstance(shape, list) or not are_sizes:
+        if not isinstance(shape, list) or len(shape) > 8 or not are_sizes:
             raise ValueError(f"{name}: sizes that can't be")
         if dtype not in SAFETENSORS_DTYPES:
             raise InputError(f"{path}: {name} is of {dtype}; expected one of {', '.join(SAFETENSORS_DTYPES)}")
@@ -259,7 +260,7 @@ def config_from_hf(hf, source):
             raise InputError(f"{source} has {option}, as of a changed tinylm: read it with the code that wrote it")
     for option, value in HF_PLAIN.items():
         if hf.get(option, value) not in (value, None):
-            raise InputError(f"{source} asks for {option} {hf[option]!r}, {NOT_HERE}")
+            raise InputError(f"{source} asks for {option} {reprlib.repr(hf[option])}, {NOT_HERE}")
     try:
         both = [hf[name] for name in ("rope_parameters", "rope_scaling") if hf.get(name)]
         if len({scaling_from_hf(rope, source) for rope in both}) > 1:
@@ -270,6 +271,9 @@ def config_from_hf(hf, source):
             if value is not None}
         for needed in ("intermediate_size", "rms_norm_eps"):
             hf[needed]  # what Config has by default would be wrong here
+        for name, theirs in hf_sizes().items():
+            if Config.__dataclass_fields__[name].type is bool and type(hf.get(theirs, False)) is not bool:
+                raise ValueError(f"{theirs} is {reprlib.repr(hf[theirs])}; expected true or false")
         return Config(**{name: hf[theirs] for name, theirs in hf_sizes().items() if theirs in hf},
                       rope_scaling=scaling_from_hf(rope, source))
     except InputError:
@@ -292,8 +296,9 @@ def scaling_from_hf(rope, source):
     else:
         raise InputError(f"{source} asks for rope_type {kind!r}, {NOT_HERE}")
     factor, low, high, context = scaling
-    if not (1 <= factor < math.inf and 0 < low < high < math.inf and 0 <= context < math.inf):
-        raise ValueError(f"rope_type {kind!r} has factors {scaling}")
+    are_numbers = all(type(number) in (int, float) for number in scaling)
+    if not (are_numbers and 1 <= factor < 2**31 and 0 < low < high < 2**31 and 0 <= context < 2**31):
+        raise ValueError(f"rope_type {kind!r} has factors {reprlib.repr(scaling)}")
     return scaling
 
 def scaling_to_hf(scaling):
@@ -465,6 +470,9 @@ def weights_files(folder):
     if not index.is_file() and not (folder / names[0]).is_file() and any(folder.glob("pytorch_model*.bin")):
         raise InputError(f"{folder} has its weights as pickles, pytorch_model.bin, which can run code; convert it by "
                          f"AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(…) of transformers")
+    if (folder / "adapter_model.safetensors").is_file() and not (folder / names[0]).is_file():
+        raise InputError(f"{folder} holds an adapter alone; merge it into its model by merge_and_unload() of peft, and "
+                         "save that")
     if index.is_file() and not (folder / names[0]).is_file():
         with files.reading_json(index) as said:
             names = sorted(map(Path, set(said["weight_map"].values())))

@@ -343,9 +343,13 @@ def put(text, stream=None):
     except (OSError, ValueError) as error:  # a full disk; a closed stream
         return error
 
+def visible(text):
+    """A text whose control characters, as of a file's names, are spelled: none of them moves a terminal's cursor."""
+    return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: f"\\x{ord(match[0]):02x}", text)
+
 def say(line):
     """Print a line on stdout, as `put` does."""
-    put(f"{line}\n")
+    put(f"{visible(line)}\n")
 
 def one_line(text):
     """A text, such as that of an error, in one line."""
@@ -362,7 +366,7 @@ def script(name):
 
 def fail(line):
     """Print a line on stderr; returns 2, the exit code of a user's mistake."""
-    put(f"{line}\n", sys.stderr)
+    put(f"{visible(line)}\n", sys.stderr)
     return 2
 
 class ReaderGone(Exception):

@@ -35,11 +35,17 @@ def write_json(path, value):
         json.dump(value, file, indent=2)
         flush(file)
 
+def read_text(path):
+    """All of a text file. Raises ValueError for what else may stand in its place, and may never end."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError("no plain file")
+    return Path(path).read_text(encoding="utf-8")
+
 def read_json(path, advice=""):
     """Read a JSON file. Raises InputError where it is missing or damaged, with what to do about it."""
     then = f"; {advice}" if advice else ""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(read_text(path))
     except FileNotFoundError:
         raise InputError(f"{path} is missing{then}") from None
     except (ValueError, RecursionError) as error:
@@ -81,6 +87,8 @@ def begins_with(path, beginning):
 def beside(path):
     """A path to write to, which then takes the place of `path`, or after an error is removed."""
     partial = path.with_name(f".{path.name}.partial")
+    if partial.is_symlink():  # by which the bytes would go to another file
+        partial.unlink()
     try:
         yield partial
         os.replace(partial, path)
@@ -133,8 +141,10 @@ class Held(Exception):
 def lock(path):
     """Hold a lock file, which is yielded open, for this process, until it leaves or ends in whatever way.
 
-    Raises Held where another does.
+    Raises Held where another does, InputError for a link, by which another file would be written to.
     """
+    if os.path.islink(path):
+        raise InputError(f"{path} is a link, where a lock would be; remove it")
     with open(path, "a+", encoding="utf-8") as file:
         try:
             import fcntl

@@ -146,11 +146,12 @@ class Small(NamedTuple):
     past: torch.Tensor  # keys, or values, of more positions
 
 def small_model(config, device, **sizes):
-    most = {"num_layers": 2, "d_model": 64, "d_ff": 128, "vocab_size": 512, "num_kv_heads": 2} | sizes
+    most = {"num_layers": 2, "d_model": 64, "d_ff": 128, "vocab_size": 512, "num_kv_heads": 2,
+            "context_length": 8192} | sizes
     small = {name: min(size, getattr(config, name)) for name, size in most.items()}
     small["num_heads"] = min(2, config.num_heads // config.num_kv_heads) * small["num_kv_heads"]
     config, draw = replace(config, **small), torch.Generator().manual_seed(0)
-    T, far = (min(size, config.context_length) for size in (256, 8192))
+    T, far = min(256, config.context_length), config.context_length
     params = tinylm.tree_map(lambda p: p + 0.02 * torch.randn(p.shape, generator=draw),  # zeros and ones hide much
                              tinylm.init_params(config, draw))
     doubles = tinylm.tree_map(lambda p: p.to(device, torch.float64), params)

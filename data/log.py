@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ import torch
 import tinylm
 from data import cli, files, machine
 from data.cli import InputError, one_line, say
-from data.run import newest, own_folder
+from data.run import checkpoints, newest, own_folder
 
 RISES = 3  # of the validation loss in a row, before a run says so
 SAMPLES = 100  # the last ones, that W&B has in a table, of which it sends all each time
@@ -269,9 +270,14 @@ class Log:
         self.screen.close()
         say(f"step {step} is not applied: {numbers}")
         if self.bad_steps == PATIENCE:
-            good = newest(self.run.folder)
-            lower = f"--lr_max={self.settings.lr_max / 2:.2g}"
-            begin = f"go on from {good.name} with --resume={cli.quoted(self.run.folder)} {lower}, or " if good else ""
+            saved = {}
+            with suppress(OSError):
+                saved = checkpoints(self.run.folder)
+            ruined, begin = saved.pop(step - PATIENCE, None), ""
+            if saved:
+                begin = f"remove {cli.quoted(ruined)}, after which no step can be applied, and " if ruined else ""
+                begin += (f"go on from {saved[max(saved)].name} with --resume={cli.quoted(self.run.folder)} "
+                          f"--lr_max={self.settings.lr_max / 2:.2g}, or ")
             raise Diverged(f"{PATIENCE} steps in a row were not finite, the last at step {step}: {numbers}; {begin}"
                            "start anew with a smaller --lr_max, a longer --warmup_steps or --dtype=float32")
         return False

@@ -12,19 +12,20 @@ WIDTH, HEIGHT, LEFT, RIGHT, TOP, GAP = 840, 560, 70, 20, 30, 50  # pixels
 COLORS = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2"]
 
 def read_metrics(run):
-    """The lines of a run's metrics.jsonl. Raises InputError where there are none."""
+    """The lines of a run's metrics.jsonl."""
     path = Path(run) / "metrics.jsonl"
     if not path.is_file():
         raise InputError(f"{run} has no metrics.jsonl; expected the folder of a run, such as runs/stories")
-    lines = list(files.json_lines(path))
-    if not any("train_loss" in line or "val_loss" in line for line in lines):
-        raise InputError(f"{path} has no losses yet; wait for the first steps")
-    return lines
+    return list(files.json_lines(path))
 
 def series(lines, key):
     """The points (step, value) of one quantity."""
     is_finite = lambda value: isinstance(value, (int, float)) and abs(value) < 1e30
     return [(line["step"], line[key]) for line in lines if is_finite(line.get(key))]
+
+def has_losses(lines):
+    """Whether there is something of a run to draw."""
+    return bool(series(lines, "train_loss") or series(lines, "val_loss"))
 
 def ticks(low, high, count=5):
     """Round numbers between two bounds, about `count` of them."""
@@ -74,8 +75,9 @@ def svg_of(runs):
         losses += [(color, "1 2", series(lines, "train_loss")), (color, "", series(lines, "val_loss"))]
         best += [(color, point) for point in sorted(series(lines, "val_loss"), key=lambda point: point[1])[:1]]
         rates.append((color, "", series(lines, "lr")))
+        what = "validation (line), training (dots)" if has_losses(lines) else "no losses"
         legend.append(f'<text x="{WIDTH - RIGHT - 10}" y="{TOP + 20 + 18 * i}" text-anchor="end" fill="{color}">'
-                      f'{escape(name)}: validation (line), training (dots)</text>')
+                      f'{escape(name)}: {what}</text>')
     upper = round((HEIGHT - TOP - 2 * GAP) * 0.7)
     body = panel(losses, best, TOP, upper, "loss, nats per token", steps)
     body += panel(rates, [], TOP + upper + GAP, HEIGHT - TOP - upper - 2 * GAP, "learning rate", steps)
@@ -91,6 +93,11 @@ def plot(*runs, output: str = None):
     if not runs:
         raise InputError("no run given; write python train.py plot runs/NAME")
     lines = {run: read_metrics(run) for run in runs}
+    if not any(map(has_losses, lines.values())):
+        is_ruined = all(any("skipped" in line for line in of_run) for of_run in lines.values())
+        advice = ("as no step could be applied; start anew with a smaller --lr_max" if is_ruined else
+                  "yet; wait for the first steps")
+        raise InputError(f"{', '.join(map(str, runs))}: there are no losses to draw, {advice}")
     path = Path(runs[0]) / "loss.svg" if output is None else Path(output)
     files.check_output(path, b"<svg")
     with files.beside(path) as partial:

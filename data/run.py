@@ -29,6 +29,7 @@ class Run:
     lowest: float = math.inf  # validation loss
     best_step: int | None = None  # and when it was
     wandb_id: str | None = None
+    saved: str = "none"  # the name of its newest checkpoint
     stopped_by: int = 0  # the signal that ended it before its time
     meta: dict | None = None  # meta.json of the data
     # What each rank has of its own.
@@ -62,12 +63,15 @@ class Finished(InputError):
 
 def checkpoints(folder):
     """{step: path} of a run's checkpoints, the newest last."""
-    steps = {}
-    for name in ("best", "latest", "step-*"):  # the first two where a copy made folders of the links
-        for path in Path(folder).glob(name):
-            if (path / "training/train_state.json").is_file() and (name == "step-*" or not path.is_symlink()):
-                with suppress(ValueError):  # a copy that is damaged, a name of the user's
-                    steps[int(path.name[5:]) if name == "step-*" else step_and_best(path)[0]] = path
+    names, steps = [], {}
+    with suppress(FileNotFoundError, NotADirectoryError):  # but not where it can't be looked at, as for a moment
+        names = os.listdir(folder)
+    for name in sorted(names):
+        path, is_copy = Path(folder) / name, name in ("best", "latest")  # of links, made folders
+        is_named = name.startswith("step-") or is_copy and not path.is_symlink()
+        if is_named and (path / "training/train_state.json").is_file():
+            with suppress(ValueError):  # a copy that is damaged, a name of the user's
+                steps[step_and_best(path)[0] if is_copy else int(name[5:])] = path
     return dict(sorted(steps.items()))
 
 def newest(folder):
@@ -121,7 +125,7 @@ def update_link(folder, name, target):
 def update_links(folder):
     """Let links in a run's folder say which checkpoint is the newest and which the best."""
     for name, target in (("latest", newest(folder)), ("best", best(folder))):
-        if target.name.startswith("step-"):  # else it is a copy of a link
+        if target and target.name.startswith("step-"):  # else it is a copy of a link
             update_link(folder, name, target.name)
     files.flush_folder(folder)
 
@@ -226,6 +230,8 @@ def make_folder(settings, folder):
         except FileExistsError:
             if is_named or not os.path.lexists(path):
                 raise
+        except OSError as error:
+            raise InputError(f"{path} can't be made ({error.strerror}); give another --output_dir") from None
 
 def check_new(folder):
     """Raise InputError where a folder can't be, or has other things than a run leaves before its first checkpoint."""
@@ -341,7 +347,7 @@ def resume_run(folder, given, table, check, claims, error_if_done=InputError):
         if best_step not in checkpoints(folder) or given.get("eval_tokens", kept["eval_tokens"]) != kept["eval_tokens"]:
             lowest, best_step = math.inf, None  # it was removed; or is the best of another part of the text
         run = Run(settings, folder, data.absolute(), str(latest), step, seconds, lowest, best_step, state["wandb_id"],
-                  claims=claims, lock=lock)
+                  latest.name, claims=claims, lock=lock)
         run.meta, run.ids = prepare.open_data(run.data)
         check_same_data(run, state["data"], latest)
         update_links(folder)  # as where the run was killed before it had
@@ -499,7 +505,7 @@ def checkpoint_bytes(config):
     return (3 * 4 + 2) * tinylm.num_params(config)
 
 def save(run, step, seconds, val_loss):
-    """Write the checkpoint of a step and say which one is the latest and which the best; drop those not needed."""
+    """Write the checkpoint of a step, and tidy up the run's folder."""
     try:
         folder = own_folder(run)
         files.check_room(folder, checkpoint_bytes(run.config), "a checkpoint needs", "choose another --output_dir")
@@ -518,10 +524,17 @@ def save(run, step, seconds, val_loss):
     *begin, end = ((run.tokenizer.tokens[i].decode(), i) for i in (*run.meta["begin_ids"], run.meta["end_of_text_id"]))
     checkpoint.save_checkpoint(target, run.params, run.config, run.tokenizer_json, end, run.optimizer, state,
                                run.others, machine.DTYPES_OF_FILES[run.settings.save_dtype], begin)
-    run.lowest, run.best_step = lowest, best_step
+    run.lowest, run.best_step, run.saved = lowest, best_step, target.name
+    try:
+        tidy(run, folder)
+    except OSError as error:  # the checkpoint is there
+        cli.say(f"{folder} can't be tidied up ({error.strerror}); it is tried again at the next checkpoint")
+
+def tidy(run, folder):
+    """Say in a run's folder which checkpoint is the latest and which the best; drop those not needed."""
     update_links(folder)
     for old_step, old in list(checkpoints(folder).items())[:-run.settings.keep_checkpoints]:
-        if old_step != best_step and old.name.startswith("step-"):
+        if old_step != run.best_step and old.name.startswith("step-"):
             going = folder / f".step-{old_step:07d}.partial"  # which `hold` removes where this is killed halfway
             try:
                 os.replace(old, going)
@@ -536,16 +549,15 @@ def try_to_save(run, step, seconds, val_loss):
     try:
         save(run, step, seconds, val_loss)
     except (OSError, InputError) as error:
-        good = newest(run.folder)
-        cli.fail(f"the checkpoint of step {step} could not be saved ({error}); the last good one is "
-                 f"{good.name if good else 'none'}")
+        cli.fail(f"the checkpoint of step {step} could not be saved ({error}); the last good one is {run.saved}")
         return str(error)
 
 def conclude(run, step, problem):
     """Say how to go on. Raises InputError where there was a problem with saving the last checkpoint."""
     if problem:
-        good = newest(run.folder)
-        then = f"go on from {good.name} with --resume={cli.quoted(run.folder)}" if good else "run it again"
+        then = "run it again"
+        if run.saved != "none":
+            then = f"go on from {run.saved} with --resume={cli.quoted(run.folder)}"
         raise InputError(f"{run.folder}: the run ended without its last checkpoint ({problem}); see to that, and "
                          f"{then}")
     if run.rank:
