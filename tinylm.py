@@ -1860,7 +1860,7 @@ def orthogonalize_on_cuda(g):
 @faster(linear, is_compiled)
 def linear_compiled(x, w):
     if w.is_cpu and is_large_product(x.numel() // x.shape[-1], x, w):
-        return LargeLinear.apply(x, w)
+        return LargeLinear.apply(x, w.to(x.dtype))
     return linear.definition(x, w)
 
 @faster(attention, is_compiled)
