@@ -2005,16 +2005,14 @@ def begin_gather(ws, dtypes):
         whole = [None] * len(ws)
         for group, sizes, arrived, work in sent:
             work.wait()
-            if len(group) > 1:  # from the ranks behind each other to the tensors behind each other
-                arrived = joined([part.flatten() for part in arrived.split(sizes, 1)])
-            for i, part in zip(group, arrived.view(-1).split([ranks * size for size in sizes])):
-                whole[i] = part.view(-1, *ws[i].shape[1:])[:len(ws[i])]
+            for i, part in zip(group, arrived.split(sizes, 1)):
+                whole[i] = part.reshape(-1, *ws[i].shape[1:])[:len(ws[i])]
         return tuple(whole)
 
     return gathered_tensors
 
 def gather_together(ws, dtypes):
-    """`all_gather` of several tensors, in their `dtypes`. Those of one message stand in one storage."""
+    """`all_gather` of several tensors, in their `dtypes`."""
     return begin_gather(ws, dtypes)()
 
 def scatter_together(wholes, likes):
