@@ -1221,8 +1221,8 @@ def tiles(q, k):
     is_half = q.is_cpu and q.dtype == torch.float32 and S > TILE_QUERIES and N * S >= 1 << 13
     block = min(T, TILE_QUERIES // 2 if is_half else TILE_QUERIES)
     rows = max(1, TILE_SCORES[q.device.type] // (group * block * S))
-    return [(slice(i, i + rows), slice(a, min(T, a + block)), slice(S - T + min(T, a + block)))
-            for a in range(0, T, block) for i in range(0, N, rows)]
+    return [(slice(i, i + rows), slice(a, a + block), slice(S - T + a + block))
+            for a in range(0, T, block) for i in range(0, N, rows)]  # slices end where their axis does
 
 @lru_cache(maxsize=2)  # a text's last tile has fewer queries
 def future_mask(t, group, dtype, device):
