@@ -2186,7 +2186,7 @@ class GradientAverager:
     def add(self, path, gradient):
         """Take a gradient; all ranks must give the same ones in the same order."""
         self.waiting.append((path, gradient))
-        self.size += gradient.numel() * gradient.element_size()
+        self.size += gradient.nbytes
         if self.size >= self.BUCKET_BYTES:
             self.send()
 
