@@ -1812,9 +1812,7 @@ def embedding_gradient(d_out: torch.Tensor, tokens: torch.Tensor, vocab_size: in
     adds in no order unless all has to be deterministic.
     """
     rows, tokens = d_out.reshape(-1, d_out.shape[-1]), tokens.flatten()  # (N, d_model), (N)
-    if len(tokens) <= 3072:
-        more = 3073 - len(tokens)  # zeros, for token 0
-        rows, tokens = torch.constant_pad_nd(rows, (0, 0, 0, more)), torch.constant_pad_nd(tokens, (0, more))
+    rows, tokens = (padded(x, max(3073, len(x))) for x in (rows, tokens))  # by rows of zeros for token 0
     mode = torch.get_deterministic_debug_mode()
     torch.set_deterministic_debug_mode("warn")
     try:
