@@ -1881,13 +1881,8 @@ def attention_backward(d_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v:
     """`TiledAttention`'s backward pass → d q, d k, d v."""
     return attention_parts(q)[1](d_out, q, k, v, out, log_sum)
 
-@attention_forward.register_fake
-def _(q, k, v):
-    return q.new_empty(q.shape), at_least_float32(q.new_empty(*q.shape[:-1], 1))
-
-@attention_backward.register_fake
-def _(d_out, q, k, v, out, log_sum):
-    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+attention_forward.register_fake(lambda q, k, v: (q.new_empty(q.shape), at_least_float32(q.new_empty(*q.shape[:-1], 1))))
+attention_backward.register_fake(lambda d_out, q, k, v, *_: tuple(x.new_empty(x.shape) for x in (q, k, v)))
 
 def layer_by_layer(function, compiled):
     """A function of a model whose blocks and loss are compiled by themselves, not together: so what belongs to one of
