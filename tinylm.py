@@ -601,6 +601,16 @@ def only_first(backward):
         return backward(ctx, *d_out)
     return call
 
+def opaque(like):
+    """Let torch.compile take the function below for one operation, with results shaped as those of `like`. Eager code
+    calls it as it is: by the first call of such an operation it would import the compiler.
+    """
+    def wrap(function):
+        whole = torch.library.custom_op(f"tinylm::{function.__name__}", function, mutates_args=())
+        whole.register_fake(like)
+        return wraps(function)(lambda *args: whole(*args) if is_compiled() else function(*args))
+    return wrap
+
 def normalized(x, gain, eps):
     """`rmsnorm` of x, and 1 / √(mean(x²) + eps)."""
     x32 = at_least_float32(x)
@@ -748,20 +758,17 @@ def bias_corrections(step, lr, beta1, beta2, eps):
     correction1, correction2 = 1 - beta1 ** step.double(), (1 - beta2 ** step.double()).sqrt()
     return torch.stack((eps * correction2, correction1 / (lr * correction2))).float()
 
-@torch.library.custom_op("tinylm::computed", mutates_args=())
+@opaque(lambda x, after: torch.empty_like(x))
 def computed(x: torch.Tensor, after: list[torch.Tensor]) -> torch.Tensor:
     """A copy of x, so that compiled code computes x once, not again for each number made of it, and when all of `after`
     is there."""
     return x.clone()
 
-computed.register_fake(lambda x, after: torch.empty_like(x))
-
 @faster(adamw_update, lambda params, grads, *_, **__: are_float32(params, grads))
 def adamw_update_in_few_passes(params, grads, state, lr, beta1=0.8, beta2=0.98, eps=1e-8, weight_decay=0.1):
     """lr · m̂ / (√v̂ + eps) with the corrections and lr moved to where they cost one pass over memory."""
     step = state["step"] + 1
-    corrections = bias_corrections(step, lr, beta1, beta2, eps)
-    floor, scale = corrections if is_eager() else computed(corrections, [])  # eager code would import the compiler
+    floor, scale = computed(bias_corrections(step, lr, beta1, beta2, eps), [])
     keep = 1 - lr * weight_decay
 
     def update(p, g, m, v):
@@ -912,10 +919,14 @@ def is_large_product(rows, x, w):
     least = 1 << 22 if HAS_AVX512 else 1 << 29
     return rows > 32 and rows * w.numel() >= least and x.dtype == torch.float32 and HAS_ONEDNN and not IS_INTEL
 
+# The compiler knows these operations of oneDNN not, or for constant b alone.
+
+@opaque(lambda a, b: a.new_empty(*a.shape[:-1], len(b)))
 def onednn_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a @ b.T by oneDNN, through the operation that PyTorch's compiler has for it. b (n, k) may come from `pack`."""
     return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
 
+@opaque(lambda d_out, x: x.new_empty(d_out.shape[1], x.shape[1]))
 def onednn_weight_gradient(d_out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """d_outᵀ x, the gradient of a `linear`'s matrix, by oneDNN. d_out (rows, m), x (rows, n) → (m, n).
 
@@ -933,29 +944,19 @@ def onednn_weight_gradient(d_out: torch.Tensor, x: torch.Tensor) -> torch.Tensor
         return onednn_product(x.T, d_out.T).T.contiguous()
     return onednn_product(d_out.T, x.T)
 
-# The compiler knows those operations not, or for constant b alone; operations of our own it leaves as they are.
-opaque_product = torch.library.custom_op("tinylm::onednn_product", onednn_product, mutates_args=())
-opaque_product.register_fake(lambda a, b: a.new_empty(*a.shape[:-1], len(b)))
-opaque_weight_gradient = torch.library.custom_op("tinylm::onednn_weight_gradient", onednn_weight_gradient,
-                                                 mutates_args=())
-opaque_weight_gradient.register_fake(lambda d_out, x: x.new_empty(d_out.shape[1], x.shape[1]))
-
 class LargeLinear(torch.autograd.Function):
     """x @ w.T in float32 by oneDNN, which multiplies large matrices faster than MKL. dx = d_out w,  dw = d_outᵀ x."""
 
     @staticmethod
     def forward(ctx, x, w):
         ctx.save_for_backward(x, w)
-        return opaque_product(x, w) if is_compiled() else onednn_product(x, w)
+        return onednn_product(x, w)
 
     @staticmethod
     @only_first
     def backward(ctx, d_out):
         x, w = ctx.saved_tensors
-        product, weight_gradient = onednn_product, onednn_weight_gradient
-        if is_compiled():
-            product, weight_gradient = opaque_product, opaque_weight_gradient
-        return product(d_out, w.T), weight_gradient(d_out.flatten(0, -2), x.flatten(0, -2))
+        return onednn_product(d_out, w.T), onednn_weight_gradient(d_out.flatten(0, -2), x.flatten(0, -2))
 
 ONEDNN_OFF = threading.Lock()
 
@@ -1805,6 +1806,8 @@ def next_token_in_graph(params, tokens, config, dtype, cache, chance, stopped, t
 
 # ---- CUDA: one operation in a fixed order, one in less precision ----
 
+# The compiler would take it apart, and add rows in whatever order its threads come.
+@opaque(lambda d_out, tokens, vocab_size: d_out.new_empty(vocab_size, d_out.shape[-1]))
 def embedding_gradient(d_out: torch.Tensor, tokens: torch.Tensor, vocab_size: int) -> torch.Tensor:
     """The rows d_out (..., d_model) of each token, added up in a fixed order → (vocab_size, d_model).
 
@@ -1820,13 +1823,6 @@ def embedding_gradient(d_out: torch.Tensor, tokens: torch.Tensor, vocab_size: in
     finally:
         torch.set_deterministic_debug_mode(mode)
 
-# The compiler would take it apart, and add rows in whatever order its threads come.
-opaque_embedding_gradient = torch.library.custom_op("tinylm::embedding_gradient", embedding_gradient, mutates_args=())
-
-@opaque_embedding_gradient.register_fake
-def _(d_out, tokens, vocab_size):
-    return d_out.new_empty(vocab_size, d_out.shape[-1])
-
 class EmbeddingInOrder(torch.autograd.Function):
     """`embedding` whose gradient has the same bits each time, so that a run that goes on is the run it would have been.
     """
@@ -1840,8 +1836,7 @@ class EmbeddingInOrder(torch.autograd.Function):
     @staticmethod
     @only_first
     def backward(ctx, d_out):
-        gradient = embedding_gradient if is_eager() else opaque_embedding_gradient
-        return None, gradient(d_out, *ctx.saved_tensors, ctx.vocab_size)
+        return None, embedding_gradient(d_out, *ctx.saved_tensors, ctx.vocab_size)
 
 @faster(embedding, lambda tokens, w: w.is_cuda and torch.is_grad_enabled())
 def embedding_in_order(tokens, w):
