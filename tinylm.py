@@ -891,9 +891,8 @@ def linear_on_cpu(x, w):
     MKL gets less out of other CPUs than Intel's. On an AMD EPYC a product of one vector by a w that is not packed is
     faster in pieces, one of 2 to 32 transposed. On an Intel Xeon pieces take 2.0 to 2.5 times as long as x @ w.T, 2 to
     8 vectors transposed 1.0 to 2.1 times, 16 and more are mostly faster (w from 128 × 128 to 32,000 × 288; both CPUs
-    with AVX-512, two cores). On the EPYC `linear_of_one` takes in bfloat16 6 µs, where x @ w.T takes 4, at 64 × 64, 7
-    for 15 at 128 × 128 and 10 for 20 at 256 × 256, in float32 11 for 7 there; larger matrices are rarely in the cache,
-    where it is faster.
+    with AVX-512, two cores). Small matrices are in the cache, where x @ w.T may be faster: on the EPYC at 64 × 64 in
+    bfloat16, 4 µs for 6, but not at 128 × 128, 15 for 7; in float32 still at 256 × 256, 7 for 11.
     """
     w = w.to(x.dtype)
     rows = x.numel() // x.shape[-1]
