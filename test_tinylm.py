@@ -6066,6 +6066,15 @@ FORK = {
     ],
 }
 
+def compare_forms(vocab_size=300, shard=False, **flags):
+    settings = train.Settings.complete(dict(device="cpu") | flags)
+    settings.shard = shard  # which only ranks may ask for
+    forms.check_forms(run.model_config(settings, vocab_size), settings)
+
+def told_of(name):
+    said = rf"^{name}: by faster forms not what it is by .* by {name}\.forms\.clear\(\)$"
+    return pytest.raises(cli.InputError, match=said)
+
 @pytest.mark.parametrize("name, form", [
     ("gated_silu", lambda gate, up: torch.relu(gate).square() * up),
     ("rmsnorm", lambda x, gain, eps: F.rms_norm(x, gain.shape, gain, 1.0)),
@@ -6079,7 +6088,7 @@ def test_a_form_that_does_not_follow_its_definition(tmp_path, monkeypatch, name,
     monkeypatch.setattr(tinylm.OPERATIONS[name], "forms", [(tinylm.always, form)])
     swiglu = tinylm.swiglu
     monkeypatch.setattr(tinylm, "swiglu", lambda x, **weights: F.dropout(swiglu(x, **weights), 0.5))
-    with pytest.raises(cli.InputError, match=f"^{name}: by faster forms not what it is by the def"):
+    with told_of(name):
         train.train(**flags)
     assert not (tmp_path / "run").exists()
     if name in ("rope", "adamw_update"):  # which is the same each time
@@ -6098,23 +6107,24 @@ def test_a_form_that_does_not_follow_its_definition(tmp_path, monkeypatch, name,
     ("gated_silu", lambda gate, up: tinylm.gated_silu.definition(gate[:1].expand_as(gate), up)),
     ("adamw_update", lambda params, grads, state, lr, **own: tinylm.adamw_update.definition(
         params, tinylm.tree_map(lambda g, m: g * (m * g >= 0), grads, state["m"]), state, lr, **own)),
+    ("adamw_update", lambda params, grads, state, lr, **own: tinylm.adamw_update.definition(
+        params, grads, state, lr, **own | {"weight_decay": own["weight_decay"] * (state["step"] < 6)})),
+    ("nucleus_floor", lambda probabilities, top_p: (1 - top_p) * probabilities.amax(-1, keepdim=True)),
     ("clip_gradients", lambda grads, norm, most: tinylm.tree_map(lambda g: g / 2, grads))], ids=lambda x: str(x)[:15])
 def test_forms_that_fail_or_differ_only_somewhere(monkeypatch, name, form):
-    """Far back, for one token, for several heads of keys, in half precision, in a second sequence or a second step."""
-    settings = train.Settings.complete(dict(device="cpu", num_heads=4, num_kv_heads=2, context_length=100,
-                                            dtype="bfloat16"))
+    """Far back, for one token, for several heads of keys, in half precision, in a second sequence, in a second step or
+    late, or in what no step asks for."""
     monkeypatch.setattr(tinylm.OPERATIONS[name], "forms", [(tinylm.always, form)])
-    with pytest.raises(cli.InputError, match=f"^{name}: by faster forms not what it is by the def"):
-        train.check_forms(run.model_config(settings, 300), settings)
+    with told_of(name):
+        compare_forms(num_heads=4, num_kv_heads=2, context_length=100, dtype="bfloat16")
 
 def test_forms_that_differ_beyond_the_small_model(monkeypatch):
     """In a window of attention that is longer than what is learned from, by whichever operations it takes."""
-    settings = train.Settings.complete(dict(device="cpu", context_length=700))
     plain = tinylm.attention.definition
     monkeypatch.setattr(tinylm.attention, "forms", [(tinylm.always, lambda q, k, v: plain(
         q, k[..., -400:, :], v[..., -400:, :]))])
-    with pytest.raises(cli.InputError, match=r"^attention: .* by attention.forms.clear\(\)$"):
-        train.check_forms(run.model_config(settings, 300), settings)
+    with told_of("attention"):
+        compare_forms(context_length=700)
     both = tinylm.attention, tinylm.linear
     compute = lambda: {"x": {"y": torch.ones(()) * bool(both[0].forms or both[1].forms)}}
     assert tinylm.forms_that_differ(compute) == ["linear", "attention"]
@@ -6123,25 +6133,24 @@ def test_forms_that_differ_beyond_the_small_model(monkeypatch):
                                            (50303, 50304)])
 def test_a_loss_that_names_an_id_is_told(monkeypatch, i, vocab_size):
     """As of a token that ends a document, also where a context is short; to train and to evaluate."""
-    settings, plain = train.Settings.complete(dict(device="cpu", context_length=16)), tinylm.token_losses.definition
-    config = run.model_config(settings, vocab_size)
+    plain, config = tinylm.token_losses.definition, tinylm.Config(vocab_size, 16, 128, 4, 4)
     monkeypatch.setattr(tinylm.token_losses, "forms", [(tinylm.always, lambda logits, targets: plain(
         logits, targets) * (targets != i))])
-    reading = functools.partial(forms.compare_reading.__wrapped__, config, "cpu")
-    for check in (functools.partial(train.check_forms, config, settings), reading):
-        with pytest.raises(cli.InputError, match="^token_losses: by faster forms not what it is by the def"):
-            check()
+    with told_of("token_losses"):
+        compare_forms(vocab_size, context_length=16)
+    with told_of("token_losses"):
+        forms.compare_reading.__wrapped__(config, "cpu")
 
 def test_a_loss_of_longer_texts_is_not_compared_by_ids(monkeypatch, capsys):
     """Which is said; nor are states of an optimiser that never occur."""
-    settings, loss_fn = train.Settings.complete(dict(device="cpu")), tinylm.loss_fn
+    loss_fn = tinylm.loss_fn
 
     def ring(params, grads, state, lr):
         torch.zeros(10)[state["at"]]
         return tinylm.tree_map(lambda p, g: p - lr * g, params, grads), {"at": (state["at"] + 1) % 10}
 
     monkeypatch.setitem(tinylm.OPTIMIZERS, "ring", (lambda params: {"at": torch.zeros((), dtype=torch.int64)}, ring))
-    train.check_forms(run.model_config(settings, 300), train.Settings.complete(dict(device="cpu", optimizer="ring")))
+    compare_forms(optimizer="ring")
     assert not capsys.readouterr().out
 
     def of_long_texts(params, inputs, *args, **options):
@@ -6149,15 +6158,8 @@ def test_a_loss_of_longer_texts_is_not_compared_by_ids(monkeypatch, capsys):
         return loss_fn(params, inputs, *args, **options)
 
     monkeypatch.setattr(tinylm, "loss_fn", of_long_texts)
-    train.check_forms(run.model_config(settings, 300), settings)
+    compare_forms()
     assert "is not known, as a small model fails: AssertionError: too short" in capsys.readouterr().out
-
-def test_an_update_that_changes_late_is_told(monkeypatch):
-    settings, plain = train.Settings.complete(dict(device="cpu")), tinylm.adamw_update.definition
-    monkeypatch.setattr(tinylm.adamw_update, "forms", [(tinylm.always, lambda params, grads, state, lr, **own: plain(
-        params, grads, state, lr, **own | {"weight_decay": own["weight_decay"] * (state["step"] < 6)}))])
-    with pytest.raises(cli.InputError, match="^adamw_update: by faster forms not what it is by the def"):
-        train.check_forms(run.model_config(settings, 300), settings)
 
 def test_a_model_that_cannot_write_is_trained(tmp_path, monkeypatch, capsys):
     """What a sample fails by is said, and its checkpoints are saved."""
@@ -6167,24 +6169,16 @@ def test_a_model_that_cannot_write_is_trained(tmp_path, monkeypatch, capsys):
     assert done.step == 6 and run.newest(tmp_path / "run").name == "step-0000006"
     assert "the model could not write a sample (KeyError: 'raw'); the run goes on" in capsys.readouterr().err
 
-def test_a_changed_nucleus_is_told(monkeypatch):
-    """Which no step asks for, nor the likeliest tokens."""
-    settings = train.Settings.complete(dict(device="cpu"))
-    min_p = lambda probabilities, top_p: (1 - top_p) * probabilities.amax(-1, keepdim=True)
-    monkeypatch.setattr(tinylm.nucleus_floor, "forms", [(tinylm.always, min_p)])
-    with pytest.raises(cli.InputError, match="^nucleus_floor: by faster forms not what it is by the def"):
-        train.check_forms(run.model_config(settings, 300), settings)
-
 def test_an_output_that_asks_whether_it_is_tied(monkeypatch):
     """Weights laid out for several texts have an lm_head too; not for one, nor without their form."""
-    settings, plain = train.Settings.complete(dict(device="cpu", tie_embeddings=True)), tinylm.to_logits
+    plain = tinylm.to_logits
     monkeypatch.setattr(tinylm, "to_logits", lambda params, x: plain(params, x) * (1 + ("lm_head" in params)))
     params = random_params(small_config(tie_embeddings=True))
     assert "lm_head" not in tinylm.weights_for_generation(params, torch.float32, 1)
-    with pytest.raises(cli.InputError, match="weights_for_generation.forms.clear"):
-        train.check_forms(run.model_config(settings, 300), settings)
+    with told_of("weights_for_generation"):
+        compare_forms(tie_embeddings=True)
     monkeypatch.setattr(tinylm.weights_for_generation, "forms", [])
-    train.check_forms(run.model_config(settings, 300), settings)
+    compare_forms(tie_embeddings=True)
 
 @pytest.mark.parametrize("dtype, texts", [(torch.float32, 1), (torch.float32, 9), (torch.bfloat16, 2)])
 def test_a_linear_of_another_formula_without_forms(dtype, texts, monkeypatch):
@@ -6206,9 +6200,8 @@ def test_a_linear_of_another_formula_without_forms(dtype, texts, monkeypatch):
 @pytest.mark.parametrize("name", ["linear", "embedding", "rmsnorm"])
 def test_forms_that_are_dropped_but_over_ranks(name, monkeypatch, mesh_of_one):
     """The advice, followed, has split parameters read by the definition."""
-    settings, operation, config = train.Settings.complete(dict(device="cpu")), tinylm.OPERATIONS[name], small_config()
-    settings.shard, kept = True, operation.forms[:]
-    check = lambda: train.check_forms(run.model_config(settings, 300), settings)
+    operation, config, check = tinylm.OPERATIONS[name], small_config(), functools.partial(compare_forms, shard=True)
+    kept = operation.forms[:]
     monkeypatch.setattr(operation, "forms", [(tinylm.always, lambda *args: 2 * operation.definition(*args)), *kept])
     with pytest.raises(cli.InputError, match=f"^{name}: by faster forms not what") as differs:
         check()
@@ -6342,10 +6335,8 @@ def test_a_sampler_with_a_memory_is_not_recorded(remembers, monkeypatch):
     monkeypatch.setitem(tinylm.OPERATIONS, "next_token", genuine)  # so that it is put back
     monkeypatch.setattr(tinylm, "next_token", tinylm.operation(next_token))
     tinylm.next_token.forms.append((lambda params, tokens, *_: tokens.shape[1] == 1, tinylm.next_token_in_graph))
-    settings = train.Settings.complete(dict(device="cpu"))
-    told = pytest.raises(cli.InputError, match=r"^next_token: by faster forms not.*next_token\.forms\.clear\(\)$")
-    with told if remembers else contextlib.nullcontext():
-        train.check_forms(run.model_config(settings, 300), settings)
+    with told_of("next_token") if remembers else contextlib.nullcontext():
+        compare_forms()
     tokens = tinylm.generate(random_params(small_config()), torch.ones(1, 1, dtype=torch.int64), small_config(), 5, 0)
     refused = pytest.raises(NotImplementedError, match="of k, v, filled, seen in a cache")
     with refused if remembers else contextlib.nullcontext():
@@ -6353,10 +6344,9 @@ def test_a_sampler_with_a_memory_is_not_recorded(remembers, monkeypatch):
 
 def test_small_models_that_forms_are_compared_by(monkeypatch, capsys):
     """Of one or two positions too; ranks, which compute block by block; and models that can't be small."""
-    complete = lambda **flags: train.Settings.complete(dict(device="cpu") | flags)
     for length in (1, 2):
-        settings = complete(context_length=length, num_layers=3)
-        train.check_forms(run.model_config(settings, 300), settings)
+        compare_forms(context_length=length, num_layers=3)
+    check = functools.partial(compare_forms, context_length=2, num_layers=3)
     plain, genuine = tinylm.transformer_blocks.definition, tinylm.transformer_blocks
 
     def fork(transformer_blocks):
@@ -6366,28 +6356,27 @@ def test_small_models_that_forms_are_compared_by(monkeypatch, capsys):
         tinylm.transformer_blocks.forms.append((lambda *args, **options: False, None))
 
     fork(lambda blocks, x, *rest, **options: x + plain(blocks, x, *rest, **options))
-    train.check_forms(run.model_config(settings, 300), settings)
-    settings.shard = True
+    check()
     with pytest.raises(cli.InputError, match="^--shard gathers one block at a time, which gives other"):
-        train.check_forms(run.model_config(settings, 300), settings)
+        check(shard=True)
+
     def shared(blocks, *rest, **options):  # the third block is the first again
         return plain(blocks | {"2": blocks["0"]} if "2" in blocks and "0" in blocks else blocks, *rest, **options)
 
     fork(shared)
     with pytest.raises(cli.InputError, match="^--shard gathers one block at a time, which gives other"):
-        train.check_forms(run.model_config(settings, 300), settings)
-    settings.shard = False
-    train.check_forms(run.model_config(settings, 300), settings)
+        check(shard=True)
+    check()
     assert not capsys.readouterr().out
 
     def of_three(blocks, *rest, **options):
         first, second, third = blocks
     fork(of_three)
-    train.check_forms(run.model_config(settings, 300), settings)
+    check()
     assert "is not known, as a small model fails: ValueError: not enough values to unpack" in capsys.readouterr().out
     fork(plain)
     monkeypatch.setattr(tinylm, "sample_token", lambda logits, *_: logits.nonesuch)  # which would end a run, only later
-    train.check_forms(run.model_config(settings, 300), settings)
+    check()
     assert "is not known, as a small model fails: AttributeError: 'Tensor' object has no" in capsys.readouterr().out
 
 def test_updates_that_look_beyond_a_block(monkeypatch):
@@ -6405,16 +6394,13 @@ def test_updates_that_look_beyond_a_block(monkeypatch):
     monkeypatch.setitem(tinylm.OPTIMIZERS, "adamw", (tinylm.adamw_init, tinylm.adamw_update))
     tinylm.adamw_update.forms.append((tinylm.always, update))
     for compiled in (False, True):
-        settings = train.Settings.complete(dict(device="cpu", compile=compiled))
-        told = pytest.raises(cli.InputError, match="^adamw_update: by faster forms.*adamw_update.forms.clear()")
-        with told if compiled else contextlib.nullcontext():
-            train.check_forms(run.model_config(settings, 300), settings)
+        with told_of("adamw_update") if compiled else contextlib.nullcontext():
+            compare_forms(compile=compiled)
 
 @pytest.mark.parametrize("flags", [{}, dict(compile=True), dict(optimizer="muon", compile=True)])
 def test_each_form_of_adamw_is_compared(flags, monkeypatch):
     """What a CPU computes in place, where it serves, and what compiled code and a GPU do; their new state too."""
-    settings, genuine = train.Settings.complete(dict(device="cpu") | flags), tinylm.adamw_update
-    in_place, few_passes = tinylm.adamw_in_place, tinylm.adamw_update_in_few_passes
+    genuine, in_place, few_passes = tinylm.adamw_update, tinylm.adamw_in_place, tinylm.adamw_update_in_few_passes
 
     def with_old_moments(params, grads, state, *own, **named):
         new, now = few_passes(params, grads, state, *own, **named)
@@ -6428,8 +6414,8 @@ def test_each_form_of_adamw_is_compared(flags, monkeypatch):
     for change in changes[1:] if "optimizer" in flags else changes:
         with monkeypatch.context() as patch:
             patch.setattr(*change)
-            with pytest.raises(cli.InputError, match="^adamw_update: by faster forms"):
-                train.check_forms(run.model_config(settings, 300), settings)
+            with told_of("adamw_update"):
+                compare_forms(**flags)
 
 def test_adamw_finds_gradients_by_name():
     """Of more tensors than there are parameters, in another order; and not of another shape, beyond which it'd read."""
@@ -6462,9 +6448,8 @@ def test_adamw_that_is_another(way, tmp_path, monkeypatch):
         monkeypatch.setattr(tinylm, "adamw_update", changed)
         monkeypatch.setitem(tinylm.OPTIMIZERS, "adamw", (tinylm.adamw_init, changed))
     if way == "definition":
-        settings = train.Settings.complete(dict(device="cpu"))
-        with pytest.raises(cli.InputError, match="^adamw_update: by faster forms.*adamw_update.forms.clear()"):
-            train.check_forms(run.model_config(settings, 300), settings)
+        with told_of("adamw_update"):
+            compare_forms()
     else:
         monkeypatch.setattr(train, "check_forms", lambda *_: calls.clear())  # as where the first steps are the same
         train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", **TINY)
@@ -6483,8 +6468,7 @@ def test_hidden_states_that_become_float32(monkeypatch, capsys):
     scale, swiglu = torch.ones(1), tinylm.swiglu
     monkeypatch.setattr(tinylm, "swiglu", lambda x, **weights: swiglu(x, **weights) * scale.to(weights["w_up"].dtype))
     for dtype in ("bfloat16", "float32"):
-        settings = train.Settings.complete(dict(device="cpu", dtype=dtype))
-        train.check_forms(run.model_config(settings, 300), settings)
+        compare_forms(dtype=dtype)
         said = capsys.readouterr().out
         assert ("--dtype=bfloat16: hidden states become float" in said) == (dtype == "bfloat16"), said
 
@@ -6496,10 +6480,9 @@ def test_what_is_evaluated_or_written_by_other_forms(trained, name, form, monkey
     data.forms.compare_reading.cache_clear()
     monkeypatch.setattr(data.forms.threading, "active_count", lambda: 1)  # other tests may have left some
     monkeypatch.setattr(tinylm.OPERATIONS[name], "forms", [(tinylm.always, form)])
-    told = pytest.raises(cli.InputError, match=f"^{name}: by faster forms not what it is by the definitions")
-    with told:
+    with told_of(name):
         train.train(eval_only=True, resume=trained / "runs/tiny", eval_tokens=100)
-    with told:
+    with told_of(name):
         sample.sample(checkpoint=trained / "runs/tiny", max_new_tokens=2)
 
 def test_texts_written_beside_other_threads(trained, monkeypatch):
@@ -6518,8 +6501,7 @@ def test_a_cache_that_does_not_follow(trained, monkeypatch, capsys):
     """Is told, before training and by what writes: training has no cache."""
     plain = tinylm.cached_attention.definition
     monkeypatch.setattr(tinylm, "cached_attention", lambda q, k, v, cache: plain(1.5 * q, k, v, cache))
-    settings = train.Settings.complete(dict(device="cpu"))
-    train.check_forms(run.model_config(settings, 300), settings)
+    compare_forms()
     assert "what the model writes is not what it learns" in capsys.readouterr().out
     data.forms.compare_reading.cache_clear()
     monkeypatch.setattr(data.forms.threading, "active_count", lambda: 1)  # other tests may have left some
@@ -6536,33 +6518,33 @@ def test_a_cache_that_keeps_what_was_before(is_stale, monkeypatch, capsys):
         last = cache["last"] if is_kept else torch.zeros_like(x[:, 0])
         return x + torch.cat((last[:, None], x[:, :-1]), 1), new and new | {"last": x[:, -1]}
 
-    plain, settings = tinylm.hidden_states, train.Settings.complete(dict(device="cpu"))
+    plain = tinylm.hidden_states
     monkeypatch.setattr(tinylm, "hidden_states", hidden_states)
-    train.check_forms(run.model_config(settings, 300), settings)
+    compare_forms()
     assert ("not what it learns" in capsys.readouterr().out) == is_stale
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_forks_that_round(dtype, monkeypatch, capsys):
     """Are no other model: parts in float32, and choices that fall otherwise in bfloat16."""
-    settings, cross_entropy = train.Settings.complete(dict(device="cpu", dtype=dtype)), tinylm.cross_entropy
-    swiglu, part = tinylm.swiglu, {"float32": lambda x, **weights: swiglu(x.float(), **weights).to(x.dtype),
-                                   "bfloat16": lambda x, **weights: swiglu(x, **weights) + (12 * x).sin()}[dtype]
+    cross_entropy, swiglu = tinylm.cross_entropy, tinylm.swiglu
+    part = {"float32": lambda x, **weights: swiglu(x.float(), **weights).to(x.dtype),
+            "bfloat16": lambda x, **weights: swiglu(x, **weights) + (12 * x).sin()}[dtype]
     monkeypatch.setattr(tinylm, "cross_entropy", lambda logits, targets: cross_entropy(logits.float(), targets))
     monkeypatch.setattr(tinylm, "swiglu", part)
-    train.check_forms(run.model_config(settings, 300), settings)
+    compare_forms(dtype=dtype)
     assert not capsys.readouterr().out
 
 def test_a_model_without_numbers(monkeypatch, capsys):
-    settings, swiglu = train.Settings.complete(dict(device="cpu")), tinylm.swiglu
+    swiglu = tinylm.swiglu
     monkeypatch.setattr(tinylm, "swiglu", lambda x, **weights: swiglu(x, **weights) * math.nan)
-    train.check_forms(run.model_config(settings, 300), settings)
+    compare_forms()
     assert capsys.readouterr().out.count("as a small model fails: FloatingPointError: its loss is not finite") == 1
 
 def test_dropout_in_evaluations_is_told(monkeypatch, capsys):
-    settings, swiglu = train.Settings.complete(dict(device="cpu")), tinylm.swiglu
+    swiglu = tinylm.swiglu
     for training, count in ((lambda: True, 1), (torch.is_grad_enabled, 0)):
         monkeypatch.setattr(tinylm, "swiglu", lambda x, **weights: F.dropout(swiglu(x, **weights), 0.5, training()))
-        train.check_forms(run.model_config(settings, 300), settings)
+        compare_forms()
         assert capsys.readouterr().out.count("draws numbers in evaluations and in sampling too") == count
 
 def test_evaluations_that_fail_do_so_before_a_run(monkeypatch):
@@ -6574,19 +6556,19 @@ def test_evaluations_that_fail_do_so_before_a_run(monkeypatch):
         x, cache = tinylm.hidden_states(params, tokens, config, dtype, cache)
         return tinylm.to_logits(params, x[:, -1], config).argmax(-1), cache, stopped
 
-    settings, plain = train.Settings.complete(dict(device="cpu")), tinylm.to_logits
+    plain = tinylm.to_logits
     monkeypatch.setattr(tinylm, "to_logits", lambda params, x, config: plain(params, x))
     monkeypatch.setattr(tinylm, "forward", forward)
     monkeypatch.setattr(tinylm, "next_token", next_token)
     with pytest.raises(TypeError, match="missing 1 required positional argument: 'config'"):
-        train.check_forms(run.model_config(settings, 300), settings)
+        compare_forms()
 
 def test_parameters_of_another_dtype(monkeypatch):
     """Are refused before a run that could not be resumed; an update of them has the definition's numbers."""
-    settings, init_params = train.Settings.complete(dict(device="cpu")), tinylm.init_params
+    init_params = tinylm.init_params
     monkeypatch.setattr(tinylm, "init_params", lambda *args: tinylm.tree_map(torch.Tensor.double, init_params(*args)))
     with pytest.raises(cli.InputError, match="init_params makes embedding of float64, expected float32"):
-        train.check_forms(run.model_config(settings, 300), settings)
+        compare_forms()
     for kinds in itertools.product((torch.float64, torch.bfloat16, torch.float32), repeat=2):
         params, grads = (tree_of((3, 4), (5,), seed=i, dtype=kind) for i, kind in enumerate(kinds))
         expected = tinylm.adamw_update.definition(params, grads, tinylm.adamw_init(params), 0.1)
@@ -6597,20 +6579,17 @@ def test_parameters_of_another_dtype(monkeypatch):
 def test_scalars_cannot_be_split(monkeypatch):
     shapes = tinylm.param_shapes
     monkeypatch.setattr(tinylm, "param_shapes", lambda config: shapes(config) | {"scale": ()})
-    settings = train.Settings.complete(dict(device="cpu"))
-    settings.shard = True
     with pytest.raises(cli.InputError, match="--shard splits along the first axis, and scale has none; give it the sh"):
-        train.check_forms(run.model_config(settings, 300), settings)
+        compare_forms(shard=True)
 
 def test_a_loss_that_is_not_evaluated(monkeypatch, capsys):
     """Is told of: scores that are capped where only training reads them."""
-    settings = train.Settings.complete(dict(device="cpu"))
-    train.check_forms(run.model_config(settings, 300), settings)
+    compare_forms()
     assert not capsys.readouterr().out
     forward = tinylm.forward
     for cap in (1, 30):
         monkeypatch.setattr(tinylm, "forward", lambda *args, **options: cap * (forward(*args, **options) / cap).tanh())
-        train.check_forms(run.model_config(settings, 300), settings)
+        compare_forms()
         assert "training lowers another loss" in capsys.readouterr().out
 
 def test_states_that_share_memory(tmp_path, monkeypatch, capsys):
