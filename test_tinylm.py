@@ -123,6 +123,23 @@ def same_with_gradients(ours, theirs, *inputs, tolerance=1e-9):
 
 leading = st.lists(st.integers(1, 3), max_size=3).map(tuple)
 
+def variables_of_rank(rank=0, num_ranks=2, address="x", port=1):
+    """What torchrun tells a process."""
+    return dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks), MASTER_ADDR=address,
+                MASTER_PORT=str(port))
+
+def variables_of_ranks(num_ranks):
+    """Of each rank, where they can meet."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [variables_of_rank(rank, num_ranks, "127.0.0.1", port) for rank in range(num_ranks)]
+
+@pytest.fixture
+def as_rank(monkeypatch):
+    """A function that makes this process one of ranks."""
+    return lambda *args, **given: [monkeypatch.setenv(*one) for one in variables_of_rank(*args, **given).items()]
+
 # ---- Operations ----
 
 @given(leading, st.integers(1, 9), st.integers(1, 9))
@@ -3611,7 +3628,7 @@ def test_signals_that_end_what_is_no_training(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(os, "getppid", lambda: -1)
         assert interrupt.asked
 
-def test_what_machines_lack_in_one_line(tmp_path, monkeypatch, capsys):
+def test_what_machines_lack_in_one_line(tmp_path, monkeypatch, capsys, as_rank):
     """A disk that is not there, a project that is read only, numbers that are none, streams, docstrings."""
     monkeypatch.chdir(tmp_path)
     data = prepared(tmp_path)
@@ -3628,8 +3645,8 @@ def test_what_machines_lack_in_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(log, "import_wandb", lambda: types.SimpleNamespace(setup=fail))
     with pytest.raises(cli.InputError, match=r"W&B can't be used \(m\)"):
         log.check_wandb()
-    for name in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR"):
-        monkeypatch.setenv(name, "1")
+    as_rank(1)
+    monkeypatch.delenv("RANK")  # without which there are no ranks
     assert call(monkeypatch, capsys, sample.sample, "--checkpoint=none")[1].count("is not there") == 1
     monkeypatch.setenv("RANK", "x")
     with pytest.raises(cli.InputError, match="RANK, WORLD_SIZE or MASTER_PORT is no number .*; leave them to torchrun"):
@@ -3653,14 +3670,13 @@ def test_locks_by_name_of_a_process_before(tmp_path):
                 pass
     assert not path.exists()
 
-def test_a_signal_is_answered_at_once(capfd, monkeypatch):
+def test_a_signal_is_answered_at_once(capfd, monkeypatch, as_rank):
     """By the first rank. What this process was started with, as by nohup, must not count."""
     given = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
     signal.signal(signal.SIGINT, signal.default_int_handler), signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "2")
-    for rank, lines in (("0", 2), ("1", 0)):
-        monkeypatch.setenv("LOCAL_RANK", rank)
+    for rank, lines in ((0, 2), (1, 0)):
+        as_rank(rank)
+        monkeypatch.setenv("RANK", "2")  # on this machine it is the first one that counts
         with machine.Interrupt() as interrupt:
             os.kill(os.getpid(), signal.SIGHUP)
             os.kill(os.getpid(), signal.SIGTERM)  # as torchrun sends it on
@@ -4074,18 +4090,13 @@ def start_ranks(count, program="train.train(**flags)", **flags):
     """Training on `count` ranks, as torchrun would start them, in processes forked from one that has imported all."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(FORKED_WITH)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     code = ("import os, sys; sys.stdout = open(os.devnull, 'w'); os.environ.update(env); import torch, train; "
             "torch.set_num_threads(1); from data import checkpoint; "
             "checkpoint.load_checkpoint = checkpoint.load_checkpoint if env['RANK'] == '0' else None\n"  # it reads all
             + program)
     flags = TINY | dict(batch_size=8, vocab_size=401, sample_tokens=2) | flags
     processes = []
-    for rank in range(count):
-        env = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1",
-                   MASTER_PORT=str(port))
+    for env in variables_of_ranks(count):
         processes.append(context.Process(target=exec, args=(code, {"env": env, "flags": flags}), daemon=True))
         processes[-1].start()
     return processes
@@ -4241,10 +4252,9 @@ def test_a_rank_that_is_gone_is_one_line_to_others(monkeypatch):
     with pytest.raises(RuntimeError, match="^a mistake in the code"), machine.ranks("cpu"):
         raise RuntimeError("a mistake in the code")
 
-def test_each_run_of_ranks_has_addresses_of_its_own(monkeypatch):
+def test_each_run_of_ranks_has_addresses_of_its_own(monkeypatch, as_rank):
     """In the store that torchrun keeps; a connection that breaks while they meet is one line."""
-    for name, value in dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="x", MASTER_PORT="1").items():
-        monkeypatch.setenv(name, value)
+    as_rank()
     names, meet = [], unittest.mock.Mock()
     monkeypatch.setattr(machine.dist, "rendezvous", lambda *_, **__: iter([(unittest.mock.Mock(), 0, 2)]))
     monkeypatch.setattr(machine.dist, "PrefixStore", lambda name, store: names.append(name))
@@ -4262,12 +4272,11 @@ def test_one_rank_says_how_to_go_on(tmp_path, capsys):
         run.conclude(run.Run(settings, tmp_path, tmp_path, rank=rank, num_ranks=2), 3, None)
     assert capsys.readouterr().out.count("done; write with") == 1
 
-def test_ranks_that_do_not_speak_let_the_one_that_does_end_first(monkeypatch, capsys):
+def test_ranks_that_do_not_speak_let_the_one_that_does_end_first(monkeypatch, capsys, as_rank):
     """Of a mistake that all make torchrun would else hide what is said; help is printed once."""
     waited = []
     monkeypatch.setattr(time, "sleep", waited.append)
-    for name, value in dict(RANK="1", LOCAL_RANK="1", WORLD_SIZE="2", MASTER_ADDR="x", MASTER_PORT="1").items():
-        monkeypatch.setenv(name, value)
+    as_rank(1)
     for rank, flag in (("1", "--foo=1"), ("0", "--foo=1"), ("1", "--help")):
         monkeypatch.setenv("LOCAL_RANK", rank)
         with contextlib.suppress(SystemExit):
@@ -4877,10 +4886,9 @@ def test_ctrl_c_while_torch_is_imported(trained, program):
         _, error = process.communicate(timeout=60)
         assert process.returncode and "Traceback" not in error, error
 
-def test_a_run_on_a_cpu_is_not_moved_by_torchrun(trained, tmp_path, monkeypatch):
+def test_a_run_on_a_cpu_is_not_moved_by_torchrun(trained, tmp_path, monkeypatch, as_rank):
     shutil.copytree(trained / "runs/tiny", tmp_path / "run", symlinks=True)
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "0")
+    as_rank()
     monkeypatch.setattr(machine, "choose_device", lambda device: device or "cuda")
     monkeypatch.setattr(machine, "ranks", lambda device: contextlib.nullcontext((device, 0, 1)))
     with pytest.raises(cli.InputError, match="is one on cpu, and its ranks would be on cuda; give --device=cpu or"):
@@ -5035,9 +5043,7 @@ def test_ranks_end_at_once(is_rank, written):
             print("now")
             sys.exit(5)
         """
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    environment = {name: value for name, value in os.environ.items() if name not in names}
-    environment |= dict.fromkeys(names, "0") if is_rank else {}
+    environment = os.environ | (variables_of_rank() if is_rank else {})
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, env=environment)
     assert (done.stdout, done.returncode) == (written, 5), done.stderr
 
@@ -5476,7 +5482,7 @@ def test_older_versions_of_glibc_keep_freed_memory(monkeypatch):
     data.keep_freed_memory()
     assert taken == {-3: 1 << 25, -1: 2**31 - 1}
 
-def test_gpus_that_cannot_be_used_are_named(monkeypatch):
+def test_gpus_that_cannot_be_used_are_named(monkeypatch, as_rank):
     """An old driver, of which torch only warns; a GPU that this build of torch has no code for."""
     def old_driver():
         warnings.warn("CUDA initialization: The NVIDIA driver on your system is too old\n(found version 11040).")
@@ -5501,11 +5507,9 @@ def test_gpus_that_cannot_be_used_are_named(monkeypatch):
         else:
             with pytest.raises(cli.InputError, match="Tesla V100 has compute capability .* no code .*--device=cpu"):
                 machine.choose_device("cuda:0")
-    ranks = dict(RANK="0", WORLD_SIZE="3", LOCAL_WORLD_SIZE="3", MASTER_ADDR="::1", MASTER_PORT="1")
-    for name, value in ranks.items():
-        monkeypatch.setenv(name, value)
-    for number, speaks in (("1", True), ("2", False)):
-        monkeypatch.setenv("LOCAL_RANK", number)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    for number, speaks in ((1, True), (2, False)):
+        as_rank(number, 3, "::1")
         message = "3 ranks on this machine, .* of which it has 1; .*--nproc_per_node=1$"
         with pytest.raises(cli.InputError, match=message) as mistake:
             machine.join_ranks("cuda")
@@ -5543,14 +5547,13 @@ def test_a_gpu_that_nothing_compiles_for(monkeypatch):
     with pytest.raises(cli.InputError, match="needs the package triton.* give --compile=False$"):
         machine.check_compiler("cuda:0", torch.float32, True)
 
-def test_devices_that_are_not_there(monkeypatch):
+def test_devices_that_are_not_there(monkeypatch, as_rank):
     """The advice works for a flag, and for what a resumed run was begun on."""
     for count, device, instead in ((0, "cuda", "cpu"), (1, "cuda:1", "cuda")):
         monkeypatch.setattr(machine, "count_devices", lambda: (count, None))
         with pytest.raises(cli.InputError, match=rf"has {count} CUDA device\(s\); give --device={instead}$"):
             machine.choose_device(device)
-    for name, value in dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="x", MASTER_PORT="1").items():
-        monkeypatch.setenv(name, value)
+    as_rank(num_ranks=1)
     monkeypatch.setattr(machine, "check_architecture", lambda number: None)
     monkeypatch.setattr(machine.dist, "is_nccl_available", lambda: False)
     with pytest.raises(cli.InputError, match="need NCCL, which this torch has not; give --device=cpu"):
@@ -5685,7 +5688,7 @@ def test_names_of_devices(device):
     with pytest.raises(cli.InputError, match=f"^--device={device}: expected cpu, cuda or cuda:NUMBER$"):
         machine.choose_device(device)
 
-def test_ranks_that_find_no_first_one(monkeypatch):
+def test_ranks_that_find_no_first_one(monkeypatch, as_rank):
     """As orphans of a torchrun that was killed: they don't wait for hours, and say where they looked."""
     asked = []
 
@@ -5693,13 +5696,11 @@ def test_ranks_that_find_no_first_one(monkeypatch):
         asked.append(timeout)
         raise torch.distributed.DistNetworkError("connect() timed out")
 
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR"):
-        monkeypatch.setenv(name, "1" if name != "MASTER_ADDR" else "nowhere")
+    as_rank(1, address="nowhere")
     monkeypatch.setattr(torch.distributed, "rendezvous", rendezvous)
     with pytest.raises(cli.InputError, match="^no connection to nowhere:1, where ranks meet; see that torchrun runs"):
         machine.join_ranks("cpu")
     assert asked[0].total_seconds() <= 600
-    monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(cli.InputError, match="--eval_only is the work of one process; give it without torchrun"):
         train.train(eval_only=True, init_from="runs/none")
 
@@ -5926,20 +5927,17 @@ def test_interrupting_prepare_is_one_line(tmp_path):
     assert process.returncode == 130 and error.split() == ["prepare.py:", "interrupted"]
     assert not (tmp_path / "data").exists()
 
-def test_times_and_what_is_left(monkeypatch, capsys):
+def test_times_and_what_is_left(capsys, as_rank):
     assert [cli.duration(seconds) for seconds in (42.9, 185, 7620, 90_000)] == ["42s", "3m05s", "2h07m", "25h00m"]
     progress = cli.Progress("learning", 40, "merges", 1)
     progress.show(20, 10, progress.begin + 10)
     assert "20 of 40 merges, 1 merges/s, 20s left" in capsys.readouterr().err
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "1")
+    whole = cli.Progress("learning", 31743, "merges", 1)
+    whole.show(15244, 0, whole.begin + 10)
+    assert "15,244 of 31,743 merges, 1,524 merges/s" in capsys.readouterr().err, "no decimals"
+    as_rank(1)
     progress.show(20, 10, progress.begin + 10)
     assert not capsys.readouterr().err, "one of the ranks tells"
-
-def test_counts_have_no_decimals(capsys):
-    progress = cli.Progress("learning", 31743, "merges", 1)
-    progress.show(15244, 0, progress.begin + 10)
-    assert "15,244 of 31,743 merges, 1,524 merges/s" in capsys.readouterr().err
 
 @pytest.mark.parametrize("special", ["<|a b|>", "a a", "a " * 200 + "b"], ids=len)
 def test_special_tokens_with_blanks_are_whole_wherever_text_is_cut(tmp_path, monkeypatch, special):
@@ -7455,11 +7453,10 @@ def measure_tokenizer(*, file: str = "", vocab_size: int = 10000):
     return {f"learn {len(ours.tokens):,} tokens, times as fast as tokenizers": their_seconds / our_seconds,
             "encode, times as fast as tiktoken, median and range": np.quantile(ratios, (0.5, 0, 1))}
 
-def state_of_rank(config, shard, num_ranks, port, rank):
+def state_of_rank(config, shard, num_ranks, env):
     """Compute a step's gradients as one of the ranks → MB that this rank holds, and that each sends."""
-    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks), MASTER_ADDR="127.0.0.1",
-                       MASTER_PORT=str(port))
-    machine.join_ranks("cpu")
+    os.environ |= env
+    _, rank, _ = machine.join_ranks("cpu")
     settings = train.Settings.complete(dict(device="cpu", dtype="float32", batch_size=num_ranks, context_length=64,
                                             shard=shard))
     gradients, _, _ = train.step_functions(config, settings)
@@ -7544,10 +7541,8 @@ def measure_ranks(*, num_ranks: int = 2, shard: bool = False):
     shard: split the model and the optimiser over the ranks
     """
     config = tinylm.Config(vocab_size=8192, context_length=64, d_model=512, num_layers=4, num_heads=8)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return in_new_processes(state_of_rank, *((config, shard, num_ranks, port, rank) for rank in range(num_ranks)))[0]
+    calls = ((config, shard, num_ranks, env) for env in variables_of_ranks(num_ranks))
+    return in_new_processes(state_of_rank, *calls)[0]
 
 def measure_kills(*, kills: int = 100):
     """SIGKILL runs of four kinds at random moments, and resume them: whether the end is that of a run left alone.
