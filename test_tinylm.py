@@ -4101,14 +4101,16 @@ def start_ranks(count, program="train.train(**flags)", **flags):
         processes[-1].start()
     return processes
 
+def run_on_ranks(count, program, **flags):
+    for process in start_ranks(count, program, **flags):
+        process.join(300)
+        assert process.exitcode == 0
+
 def train_on_ranks(count, **flags):
     """A whole run; what is to be compiled is traced, but not built, which would take long."""
     program = ("compiler = torch.compile\n"
                "torch.compile = lambda f, **_: compiler(f, fullgraph=True, backend='aot_eager'); train.train(**flags)")
-    processes = start_ranks(count, program, **flags)
-    for process in processes:
-        process.join(300)
-        assert process.exitcode == 0
+    run_on_ranks(count, program, **flags)
 
 def same_run(a, b, tolerance=1e-5):
     """Two runs logged the same losses and norms, and ended with the same parameters and moments."""
@@ -4224,9 +4226,7 @@ def test_a_mistake_of_a_later_rank_ends_all(tmp_path):
             with open(flags["data"] + "/../" + env["RANK"], "w") as file:
                 file.write(str(error))
     """
-    for process in start_ranks(2, program, data=str(prepared(tmp_path)), output_dir=str(tmp_path / "run")):
-        process.join(180)
-        assert process.exitcode == 0
+    run_on_ranks(2, program, data=str(prepared(tmp_path)), output_dir=str(tmp_path / "run"))
     for rank in "01":
         assert re.fullmatch("rank 1, on .*: no such data here; or copy it from .*", (tmp_path / rank).read_text())
 
@@ -4238,9 +4238,7 @@ def test_runs_of_ranks_one_after_the_other(tmp_path):
             done = train.train(**flags, shard=shard, output_dir=f"{flags['data']}/../{shard}")
             assert done.step == 6 and sys.stdout is out
     """
-    for process in start_ranks(2, program, data=str(prepared(tmp_path))):
-        process.join(180)
-        assert process.exitcode == 0
+    run_on_ranks(2, program, data=str(prepared(tmp_path)))
     same_run(tmp_path / "False", tmp_path / "True")
 
 def test_a_rank_that_is_gone_is_one_line_to_others(monkeypatch):
@@ -4369,36 +4367,24 @@ def test_gradients_of_several_buckets(monkeypatch, mesh_of_one):
     assert len(averager.sent) == 1 and averager.waiting
     same(averager.averages(grads), grads, 0)
 
-def test_rows_of_ranks_with_less_than_one_each():
-    program = """if True:
-        import tinylm
-        from data import machine
-        with machine.ranks("cpu"):
-            w = torch.ones(1, 3) + machine.dist.get_rank()
-            split = tinylm.shard(torch.ones(1, 3), machine.mesh_of_ranks("cpu"))
-            assert tinylm.all_gather(split).equal(torch.ones(1, 3))
-            assert tinylm.all_gather(tinylm.scatter_together([w], [split])[0]).equal(torch.full((1, 3), 1.5))
-            whole, = tinylm.gather_together([split], [torch.float32])
-            assert whole.equal(torch.ones(1, 3))
-    """
-    for process in start_ranks(2, program):
-        process.join(180)
-        assert process.exitcode == 0
-
-def test_the_norm_over_ranks_counts_each_number_once():
-    """Also of what every rank has whole, as a fork's gradients may be."""
+def test_rows_and_norms_of_ranks():
+    """Also of a rank with less than one row; and of what every rank has whole, as a fork's gradients may be."""
     program = """if True:
         import tinylm
         from data import machine
         from torch.distributed.tensor import DTensor, Replicate
         with machine.ranks("cpu"):
-            w, mesh = torch.arange(10.0).view(5, 2), machine.mesh_of_ranks("cpu")
+            w, mesh = torch.ones(1, 3) + machine.dist.get_rank(), machine.mesh_of_ranks("cpu")
+            split = tinylm.shard(torch.ones(1, 3), mesh)
+            assert tinylm.all_gather(split).equal(torch.ones(1, 3))
+            assert tinylm.all_gather(tinylm.scatter_together([w], [split])[0]).equal(torch.full((1, 3), 1.5))
+            whole, = tinylm.gather_together([split], [torch.float32])
+            assert whole.equal(torch.ones(1, 3))
+            w = torch.arange(10.0).view(5, 2)
             tree = {"split": tinylm.shard(w, mesh), "whole": DTensor.from_local(w, mesh, [Replicate()])}
             assert abs(tinylm.global_norm(tree) - (2 * w.square().sum()).sqrt()) < 1e-4, tinylm.global_norm(tree)
     """
-    for process in start_ranks(2, program):
-        process.join(180)
-        assert process.exitcode == 0
+    run_on_ranks(2, program)
 
 def test_data_of_another_machine_is_compared(tmp_path, monkeypatch):
     here, there = tmp_path / "here", tmp_path / "there"
