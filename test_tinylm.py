@@ -856,12 +856,22 @@ def tokenizer_file(tmp_path_factory):
     bpe.save(bpe.train([folder / "text.txt"], 300), folder / "tokenizer.json")
     return folder / "tokenizer.json"
 
+@pytest.fixture
+def saved(tmp_path, tokenizer_file):
+    """A function that saves a model with a tokenizer → its folder."""
+    def save(params=None, config=small_config(), name="m", **options):
+        checkpoint.save_checkpoint(tmp_path / name, params or tinylm.init_params(config, generator()), config,
+                                   files.read_json(tokenizer_file), (END, 256), **options)
+        return tmp_path / name
+
+    return save
+
 @pytest.mark.parametrize("sizes", SIZES)
-def test_model_is_transformers_llama(sizes, tmp_path, tokenizer_file, caplog):
+def test_model_is_transformers_llama(sizes, tokenizer_file, saved):
     config = small_config(**sizes)
     params = random_params(config)
-    checkpoint.save_checkpoint(tmp_path / "model", params, config, files.read_json(tokenizer_file), (END, 256))
-    model, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
+    folder = saved(params, config)
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(report.values()), report
     tokens = random_tokens(config, 3, 20)
     with torch.no_grad():
@@ -871,7 +881,7 @@ def test_model_is_transformers_llama(sizes, tmp_path, tokenizer_file, caplog):
                             do_sample=False, eos_token_id=None, pad_token_id=0)
     same(greedy, theirs[:, 5:])
     text = "Once upon a time, there was a naïve 🦊.<|endoftext|>"
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
     ids = bpe.encode(bpe.load(tokenizer_file), text).tolist()
     assert theirs(text, add_special_tokens=False).input_ids == ids and theirs(text).input_ids == [256] + ids
     assert theirs.eos_token == END
@@ -1728,10 +1738,9 @@ def test_llama_folders_of_transformers_open(tmp_path, dtype, tied, shard):
                 checkpoint.load_checkpoint(tmp_path)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_dtypes_of_folders(tmp_path, dtype, tokenizer_file):
+def test_dtypes_of_folders(tmp_path, dtype, saved):
     """A folder says what it has. Old ones have the rotary frequencies too; what a model has beyond ours is refused."""
-    checkpoint.save_checkpoint(tmp_path / "m", random_params(small_config()), small_config(),
-                               files.read_json(tokenizer_file), (END, 256), dtype=dtype)
+    saved(dtype=dtype)
     assert checkpoint.weights_dtype(tmp_path / "m") == str(dtype)[6:]
     (tmp_path / "some").mkdir()  # of which most numbers have this dtype, and most tensors another one
     mixed = {"large": torch.zeros(99, dtype=dtype)} | {name: torch.zeros(2, dtype=torch.float64) for name in "abc"}
@@ -1771,18 +1780,16 @@ def test_an_optimizer_of_another_model(tmp_path):
     with pytest.raises(cli.InputError, match="does not belong to this model"):
         checkpoint.load_optimizer(tmp_path, other)
 
-def test_old_and_new_ways_to_say_rope_theta(tmp_path, tokenizer_file):
-    config = small_config()
-    params = tinylm.init_params(config, generator())
-    checkpoint.save_checkpoint(tmp_path / "m", params, config, files.read_json(tokenizer_file), (END, 256))
-    description = json.loads((tmp_path / "m/config.json").read_text())
+def test_old_and_new_ways_to_say_rope_theta(saved):
+    folder = saved()
+    description = files.read_json(folder / "config.json")
     del description["rope_theta"]
     for change, theta in (({"rope_theta": 500.0}, 500.0),
                           ({"rope_parameters": {"rope_theta": 600.0, "rope_type": "default"}}, 600.0),
                           ({}, 10000.0), ({"rope_theta": 500.0, "rope_scaling": None}, 500.0),
                           ({"rope_parameters": {"rope_theta": 700.0}, "rope_scaling": {"type": "default"}}, 700.0)):
-        (tmp_path / "m/config.json").write_text(json.dumps(description | change))
-        assert checkpoint.load_checkpoint(tmp_path / "m")[1].rope_theta == theta
+        (folder / "config.json").write_text(json.dumps(description | change))
+        assert checkpoint.load_checkpoint(folder)[1].rope_theta == theta
 
 @pytest.mark.parametrize("change", [
     {"attention_bias": True}, {"hidden_act": "gelu"}, {"model_type": "gpt2"},
@@ -1792,39 +1799,33 @@ def test_old_and_new_ways_to_say_rope_theta(tmp_path, tokenizer_file):
     {"rope_scaling": {"rope_type": "linear"}}, {"rope_scaling": {"rope_type": "linear", "factor": 0.25}},
     {"sliding_window": 4096}, {"quantization_config": {"bits": 4}}, {"mlp_bias": True}, {"intermediate_size": None},
     {"rms_norm_eps": None}])
-def test_other_models_are_refused_by_name(tmp_path, tokenizer_file, change):
-    config = small_config()
-    params = tinylm.init_params(config, generator())
-    checkpoint.save_checkpoint(tmp_path / "m", params, config, files.read_json(tokenizer_file), (END, 256))
-    description = json.loads((tmp_path / "m/config.json").read_text()) | change
-    (tmp_path / "m/config.json").write_text(json.dumps(description))
+def test_other_models_are_refused_by_name(saved, change):
+    path = saved() / "config.json"
+    path.write_text(json.dumps(files.read_json(path) | change))
     named = {"rope_parameters": "rope_type", "hidden_size": "d_model", "rope_scaling": "rope_type|factor|differ; say",
              "model_type": "model_type is 'gpt2', expected 'llama'", "head_dim": "q_proj.weight is|head_dim"}
     with pytest.raises(cli.InputError, match=f"({named.get(*[next(iter(change))] * 2)}).*; take |expected float"):
-        checkpoint.load_checkpoint(tmp_path / "m")
+        checkpoint.load_checkpoint(path.parent)
 
 @pytest.mark.parametrize("dtype", ["f16", "q8_0"])
-def test_numbers_that_float16_cannot_hold_are_not_exported(tmp_path, tokenizer_file, dtype):
+def test_numbers_that_float16_cannot_hold_are_not_exported(tmp_path, saved, dtype):
     """By q8_0 too: rows that are no whole blocks become float16, and blocks have a scale of that."""
     config = small_config(d_model=32, d_ff=40)
     for name, number, is_refused in (("w_down", 1e5, True), ("w_up", 1e5, dtype == "f16"), ("w_up", 1e7, True)):
         params = tinylm.init_params(config, generator())
         params["blocks"]["0"]["mlp"][name][3, 5] = number
-        folder = tmp_path / f"{name}{number}"
-        checkpoint.save_checkpoint(folder, params, config, files.read_json(tokenizer_file), (END, 256))
+        folder = saved(params, config, f"{name}{number}")
         with pytest.raises(cli.InputError, match="float16, which --dtype") if is_refused else contextlib.nullcontext():
             gguf.export(str(folder), output=str(tmp_path / "m.gguf"), dtype=dtype)
 
 @pytest.mark.parametrize("number", [math.nan, math.inf])
-def test_numbers_that_are_none_are_refused(tmp_path, tokenizer_file, number):
-    config = small_config()
-    params = tinylm.init_params(config, generator())
-    checkpoint.save_checkpoint(tmp_path / "m", params, config, files.read_json(tokenizer_file), (END, 256))
-    tensors = load_file(tmp_path / "m/model.safetensors")
+def test_numbers_that_are_none_are_refused(saved, number):
+    folder = saved()
+    tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.self_attn.q_proj.weight"][3, 5] = number
-    save_file(tensors, tmp_path / "m/model.safetensors")
+    save_file(tensors, folder / "model.safetensors")
     with pytest.raises(cli.InputError, match="layers.1.self_attn.q_proj.weight has numbers that are not finite"):
-        checkpoint.load_checkpoint(tmp_path / "m")
+        checkpoint.load_checkpoint(folder)
 
 def test_numbers_of_large_tensors_are_looked_at():
     """All of them; and those whose sum alone is too much for float32 are finite."""
@@ -1833,15 +1834,19 @@ def test_numbers_of_large_tensors_are_looked_at():
     numbers[-1] = math.nan
     assert not checkpoint.is_finite(numbers)
 
+def said_in(path):
+    """{name: value} of a GGUF file, by the package gguf."""
+    from gguf import GGUFReader
+    return {name: field.contents() for name, field in GGUFReader(path).fields.items()}
+
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "q8_0"])
 @pytest.mark.parametrize("sizes", [dict(d_model=64, d_ff=96), dict(tie_embeddings=True, num_kv_heads=2, d_ff=80)])
-def test_gguf_files_are_those_of_the_package(tmp_path, tokenizer_file, dtype, sizes):
+def test_gguf_files_are_those_of_the_package(tmp_path, tokenizer_file, saved, dtype, sizes):
     """Names, shapes and values by the reader of the package gguf, and its own quantisation, bit for bit."""
     from gguf import GGUFReader, dequantize, quants
     config = small_config(vocab_size=600, **sizes)
     params = random_params(config)
-    checkpoint.save_checkpoint(tmp_path / "m", params, config, files.read_json(tokenizer_file), (END, 256))
-    gguf.export(str(tmp_path / "m"), output=str(tmp_path / "m.gguf"), dtype=dtype)
+    gguf.export(str(saved(params, config)), output=str(tmp_path / "m.gguf"), dtype=dtype)
     reader = GGUFReader(tmp_path / "m.gguf")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     leaves = dict(tinylm.tree_leaves(params))
@@ -1856,7 +1861,7 @@ def test_gguf_files_are_those_of_the_package(tmp_path, tokenizer_file, dtype, si
         values = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
         step = {"f32": 0, "f16": 2**-11, "bf16": 2**-8, "q8_0": 1 / 240}[kind] * w.abs().max()
         assert (values.view(w.shape) - w).abs().max() <= step
-    said = {name: field.contents() for name, field in reader.fields.items()}
+    said = said_in(tmp_path / "m.gguf")
     tokenizer = bpe.load(tokenizer_file)
     assert said["general.architecture"] == "llama" and said["llama.attention.head_count_kv"] == config.num_kv_heads
     assert said["llama.rope.freq_base"] == config.rope_theta and said["llama.context_length"] == 32
@@ -1868,15 +1873,15 @@ def test_gguf_files_are_those_of_the_package(tmp_path, tokenizer_file, dtype, si
     assert kinds == [3 if token == END else 1 for token in tokens[:tokenizer.vocab_size]] + [5] * unused
     assert [merge.split(" ") for merge in said["tokenizer.ggml.merges"]] == description["model"]["merges"]
 
-def test_gguf_files_say_all_sizes(tmp_path, tokenizer_file, other_families):
+def test_gguf_files_say_all_sizes(tmp_path, saved, other_families):
     """Those that llama.cpp reads, and the divisors of frequencies, by which `transformers` has the same angles."""
     from gguf import GGUFReader
-    config, folder = small_config(num_kv_heads=2, head_dim=16, d_ff=96, norm_eps=1e-3, num_layers=3,
-                                  rope_scaling=(8.0, 1.0, 4.0, 16)), tmp_path / "name/step-0000001"
-    checkpoint.save_checkpoint(folder, random_params(config), config, files.read_json(tokenizer_file), (END, 256))
+    config = small_config(num_kv_heads=2, head_dim=16, d_ff=96, norm_eps=1e-3, num_layers=3,
+                          rope_scaling=(8.0, 1.0, 4.0, 16))
+    folder = saved(random_params(config), config, "name/step-0000001")
     gguf.export(str(folder), output=str(tmp_path / "m.gguf"))
     reader = GGUFReader(tmp_path / "m.gguf")
-    said = {name: field.contents() for name, field in reader.fields.items()}
+    said = said_in(tmp_path / "m.gguf")
     expected = {"general.name": "name", "llama.vocab_size": 300, "llama.context_length": 32,
                 "llama.embedding_length": 32, "llama.block_count": 3, "llama.feed_forward_length": 96,
                 "llama.attention.head_count": 4, "llama.attention.head_count_kv": 2, "llama.attention.key_length": 16,
@@ -1893,12 +1898,11 @@ def test_gguf_files_say_all_sizes(tmp_path, tokenizer_file, other_families):
 
 def test_gguf_files_of_bytes(tmp_path):
     """They have a merge, as llama.cpp wants one."""
-    from gguf import GGUFReader
     bpe.save(bpe.train([], 257), tmp_path / "tokenizer.json")
     config, tokenizer = small_config(vocab_size=257), files.read_json(tmp_path / "tokenizer.json")
     checkpoint.save_checkpoint(tmp_path / "m", random_params(config), config, tokenizer, (END, 256))
     gguf.export(str(tmp_path / "m"), output=str(tmp_path / "m.gguf"))
-    assert GGUFReader(tmp_path / "m.gguf").fields["tokenizer.ggml.merges"].contents() == ["ÿ ÿ"]
+    assert said_in(tmp_path / "m.gguf")["tokenizer.ggml.merges"] == ["ÿ ÿ"]
 
 def test_names_that_are_no_text_in_gguf_files():
     """As of a folder whose name is not UTF-8."""
@@ -1906,11 +1910,9 @@ def test_names_that_are_no_text_in_gguf_files():
 
 def test_gguf_files_say_how_a_model_is_spoken_to(trained, tmp_path, capsys):
     """Up to three tokens that end a text, and the template of a chat, from either file that may have it."""
-    from gguf import GGUFReader
-
     def said():
         gguf.export(str(tmp_path / "m"), output=str(tmp_path / "m.gguf"))
-        return {name: field.contents() for name, field in GGUFReader(tmp_path / "m.gguf").fields.items()}
+        return said_in(tmp_path / "m.gguf")
 
     shutil.copytree(trained / "runs/tiny/latest", tmp_path / "m")
     assert not said().keys() & {"tokenizer.chat_template", "tokenizer.ggml.eot_token_id"}
@@ -2960,22 +2962,21 @@ def test_one_rise_is_no_rule():
     measured = [{"train_loss": 5.0 - i, "val_loss": 5.0 + i} for i in range(5)]
     assert [overfitting.begins(line) for line in measured] == [False] * 3 + [True, False]
 
-def test_what_sample_asks_of_generate(tmp_path, monkeypatch, capsys, tokenizer_file):
+def test_what_sample_asks_of_generate(monkeypatch, capsys, tokenizer_file, saved):
     """All flags, and the dtype of the weights. The end of a text and ids beyond the tokenizer's print nothing."""
     asked, config = [], small_config(d_model=24, d_ff=40)
     written = [torch.tensor([token]) for token in (65, 450, 256)]
     monkeypatch.setattr(tinylm, "generate", lambda params, prompts, config, *args: [
         asked.append(args), iter(written)][1])
     for dtype in (torch.float32, torch.bfloat16):
-        checkpoint.save_checkpoint(tmp_path / str(dtype), random_params(config), config,
-                                   files.read_json(tokenizer_file), (END, 256), dtype=dtype)
-        texts = sample.sample(checkpoint=tmp_path / str(dtype), prompt="It", max_new_tokens=7, temperature=0.5,
+        folder = saved(None, config, str(dtype), dtype=dtype)
+        texts = sample.sample(checkpoint=folder, prompt="It", max_new_tokens=7, temperature=0.5,
                               top_k=9, top_p=0.6, device="cpu")
         assert texts == ["ItA"] and capsys.readouterr().out == "ItA\n"
         *flags, ends, _, computed_in = asked.pop()
         assert (flags, ends, computed_in) == ([7, 0.5, 9, 0.6], (256,), dtype)
     with pytest.raises(cli.InputError, match="int8 needs sizes that are multiples of 32.* d_model 24 and d_ff 40"):
-        sample.sample(checkpoint=tmp_path / str(dtype), dtype="int8", device="cpu")
+        sample.sample(checkpoint=folder, dtype="int8", device="cpu")
     monkeypatch.setattr(tinylm, "generate", lambda *_, **__: iter(written))
     settings = types.SimpleNamespace(sample_tokens=3, device="cpu", dtype="float32", shard=False)
     meta = {"begin_ids": [256], "end_of_text_id": 256}
@@ -5215,7 +5216,6 @@ def test_tokenizers_are_compared_by_what_they_mean(tmp_path):
 
 def test_added_tokens_that_are_text(tokenizer_file, tmp_path):
     """Runs of blanks, as other tokenizers have them: their bytes count, and what is decoded keeps them."""
-    from gguf import GGUFReader
     theirs = tokenizers.Tokenizer.from_file(str(tokenizer_file))
     theirs.add_tokens([tokenizers.AddedToken("    ", special=False, normalized=False), "<think>"])
     theirs.save(str(tmp_path / "tokenizer.json"))
@@ -5229,7 +5229,7 @@ def test_added_tokens_that_are_text(tokenizer_file, tmp_path):
         again = tokenizers.Tokenizer.from_file(str(file))
         assert again.decode(again.encode(text).ids, skip_special_tokens=True) == text.removesuffix(END)
     gguf.export(str(tmp_path / "run"), output=str(tmp_path / "m.gguf"))
-    said = {name: field.contents() for name, field in GGUFReader(tmp_path / "m.gguf").fields.items()}
+    said = said_in(tmp_path / "m.gguf")
     kind = dict(zip(said["tokenizer.ggml.tokens"], said["tokenizer.ggml.token_type"]))
     assert (kind["    "], kind["<think>"], kind[END], kind["a"]) == (4, 4, 3, 1)
 
@@ -5318,12 +5318,11 @@ def test_a_learning_rate_far_below_goes_on_too(tmp_path):
     train.train(resume=tmp_path / "run", lr_max=1e-5, num_steps=8)
     assert metrics(tmp_path / "run")[-2]["lr"] <= 1e-5
 
-def test_float16_that_cannot_hold_a_model(tmp_path, tokenizer_file):
+def test_float16_that_cannot_hold_a_model(saved):
     params = tinylm.init_params(small_config(), generator())
     params["final_norm"] *= 1e5
     with pytest.raises(cli.InputError, match="not finite in float16; .*--save_dtype=bfloat16"):
-        checkpoint.save_checkpoint(tmp_path / "m", params, small_config(), files.read_json(tokenizer_file), (END, 256),
-                                   dtype=torch.float16)
+        saved(params, dtype=torch.float16)
 
 def test_after_diverging_a_smaller_learning_rate_goes_on(tmp_path, monkeypatch, capsys):
     data = prepared(tmp_path)
@@ -6977,11 +6976,9 @@ def test_two_processes_want_one_text(tmp_path):
     both = [start(), start()]
     assert [(process.communicate(timeout=120)[1], process.returncode) for process in both] == [("", 0), ("", 0)]
 
-def test_what_is_refused_is_named(tmp_path, tokenizer_file):
+def test_what_is_refused_is_named(tmp_path, tokenizer_file, saved):
     """Before weights are read."""
-    folder = tmp_path / "m"
-    checkpoint.save_checkpoint(folder, tinylm.init_params(small_config(), generator()), small_config(),
-                               files.read_json(tokenizer_file), (END, 256))
+    folder = saved()
     os.rename(folder / "tokenizer.json", folder / "tokenizer.model")
     os.rename(folder / "model.safetensors", folder / "pytorch_model.bin")
     for function, flag in ((sample.sample, "checkpoint"), (train.train, "init_from")):
