@@ -2613,6 +2613,24 @@ def test_gradient_accumulation_is_one_large_batch(tmp_path):
     for a, b in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "parts")):
         assert a.get("train_loss", 0) == pytest.approx(b.get("train_loss", 0), abs=1e-4)
 
+FALLING_THEN_RISING = 5.0, 3.0, 4.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0
+
+def evaluations_give(losses, monkeypatch):
+    losses = iter(losses)
+    monkeypatch.setattr(train, "evaluate", lambda *_: next(losses))
+
+def meanwhile(step, monkeypatch, action):
+    """Do something to a run as it begins to compute a step."""
+    genuine = train.accumulate_gradients
+
+    def gradients(*args):
+        if args[4] == step - 1:
+            monkeypatch.setattr(train, "accumulate_gradients", genuine)  # of runs that the action begins too
+            action()
+        return genuine(*args)
+
+    monkeypatch.setattr(train, "accumulate_gradients", gradients)
+
 def stop_after(step, monkeypatch):
     """Make a run end with KeyboardInterrupt right after the checkpoint of a step."""
     saving = run.save
@@ -2746,8 +2764,7 @@ def test_wandb_gets_checkpoints_by_their_aliases(tmp_path, monkeypatch):
     import wandb
     monkeypatch.setattr(wandb.Run, "log_artifact",
                         lambda self, artifact, aliases=(): logged.append((artifact, aliases)))
-    losses = iter([5.0, 6.0])
-    monkeypatch.setattr(train, "evaluate", lambda *args: next(losses))
+    evaluations_give([5.0, 6.0], monkeypatch)
     train.train(data=str(prepared(tmp_path)), output_dir=str(tmp_path / "run"), use_wandb=True, wandb_artifacts=True,
                 **TINY)
     # W&B keeps tables as other artifacts.
@@ -2838,8 +2855,7 @@ def test_eval_only_of_a_text(trained, tmp_path, monkeypatch, capsys):
     assert losses[0] == losses[1] and 2 < len(pieces) < 20
 
 def test_eval_only_takes_the_latest_checkpoint(tmp_path, monkeypatch):
-    losses = iter([3.0, 4.0, 5.0, 5.0])
-    monkeypatch.setattr(train, "evaluate", lambda *_: next(losses))
+    evaluations_give([3.0, 4.0, 5.0, 5.0], monkeypatch)
     train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", **TINY)
     loaded, load = [], checkpoint.load_checkpoint
     monkeypatch.setattr(checkpoint, "load_checkpoint", lambda folder: [loaded.append(folder.name), load(folder)][1])
@@ -2922,18 +2938,16 @@ def trained(tmp_path_factory):
     train.train(data=str(data), output_dir=str(folder / "runs/tiny"), **TINY | dict(num_steps=40, eval_interval=40))
     return folder
 
-def falling_then_rising(monkeypatch):
-    losses = iter([5.0, 3.0, 4.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0])
-    monkeypatch.setattr(train, "evaluate", lambda *_: next(losses))
-
 @pytest.mark.parametrize("links", [True, False])
 def test_the_best_model_writes(tmp_path, monkeypatch, capsys, links):
-    """That of the lowest validation loss, with or without links; RUN/latest is the last one."""
+    """That of the lowest validation loss, which is kept beside the newest ones, with or without links; RUN/latest is the
+    last one."""
     if not links:
         monkeypatch.setattr(Path, "symlink_to", lambda *_: (_ for _ in ()).throw(OSError("no links")))
-    falling_then_rising(monkeypatch)
+    evaluations_give(FALLING_THEN_RISING, monkeypatch)
     train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", **TINY | dict(eval_interval=1))
     assert "that takes step 2, whose validation loss, 3.0000, is the lowest" in capsys.readouterr().out
+    assert sorted(path.name[-1] for path in (tmp_path / "run").glob("step-*")) == ["2", "5", "6"]
     for name, step in (("run", 2), ("run/latest", 6), ("run/best", 2), ("run/step-0000005", 5)):
         sample.sample(checkpoint=tmp_path / name, max_new_tokens=2)
         assert run.find_checkpoint(tmp_path / name).resolve().name == f"step-000000{step}"
@@ -2941,7 +2955,7 @@ def test_the_best_model_writes(tmp_path, monkeypatch, capsys, links):
         assert told.endswith(f"{tmp_path / name}\n" if links and "/" in name else f"step-000000{step}\n")
 
 def test_a_run_that_learns_by_heart_says_so_once(tmp_path, monkeypatch, capsys):
-    falling_then_rising(monkeypatch)
+    evaluations_give(FALLING_THEN_RISING, monkeypatch)
     training = iter([5.0, 4.0, 3.0, 2.0, 1.0, 0.9, 0.8, 0.7, 0.6])
     genuine = machine.agree
     agree = lambda loss, asked: (loss.new_tensor(next(training), dtype=torch.float64), genuine(loss, asked)[1])
@@ -3332,14 +3346,7 @@ def test_a_step_that_is_not_finite_is_not_applied(tmp_path, monkeypatch, capsys,
 
 @pytest.mark.parametrize("is_behind", [False, True], ids=["noticed at once", "a step later"])
 def test_a_stop_loses_no_step(tmp_path, monkeypatch, is_behind):
-    genuine = train.accumulate_gradients
-
-    def interrupted(gradients, params, ids, settings, step, *ranks):
-        if step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-        return genuine(gradients, params, ids, settings, step, *ranks)
-
-    monkeypatch.setattr(train, "accumulate_gradients", interrupted)
+    meanwhile(3, monkeypatch, lambda: os.kill(os.getpid(), signal.SIGINT))
     monkeypatch.setattr(log.Log, "is_behind", is_behind)
     rare = dict.fromkeys(("num_steps", "eval_interval", "checkpoint_interval"), 50)
     train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", **TINY | rare)
@@ -3392,24 +3399,19 @@ def test_the_pace_leaves_out_evaluations_and_checkpoints(tmp_path, monkeypatch):
     assert rates == pytest.approx([1280] * 6, abs=0.1), rates
 
 def test_a_run_that_diverges_gives_up_and_keeps_its_checkpoint(tmp_path, monkeypatch, capsys):
+    """From which it goes on by what it advises."""
     data = prepared(tmp_path)
-    poisoned(monkeypatch, range(4, 20))
-    flags = [f"--{name}={value}" for name, value in (TINY | dict(num_steps=20)).items()]
-    code, error = call(monkeypatch, capsys, train.train, f"--data={data}", f"--output_dir={tmp_path}/run", *flags)
+    with monkeypatch.context() as patch:
+        poisoned(patch, range(4, 20))
+        code, error = call(monkeypatch, capsys, train.train, f"--data={data}", f"--output_dir={tmp_path}/run",
+                           *tiny_flags(num_steps=20))
     assert code == 3 and error.count("\n") == 1
     for word in ("step 9", "loss", "gradient norm", "learning rate", "smaller --lr_max", "step-0000003"):
         assert word in error
     assert (tmp_path / "run/latest").resolve().name == "step-0000003"
-
-def test_checkpoints_kept_are_the_newest_and_the_best(tmp_path, monkeypatch):
-    data = prepared(tmp_path)
-    losses = iter([5.0, 3.0, 4.0, 6.0, 7.0, 8.0])
-    monkeypatch.setattr(train, "evaluate", lambda *args: next(losses))
-    train.train(data=str(data), output_dir=str(tmp_path / "run"), **TINY | dict(eval_interval=1))
-    kept = sorted(path.name for path in (tmp_path / "run").glob("step-*"))
-    assert kept == ["step-0000002", "step-0000005", "step-0000006"]
-    assert (tmp_path / "run/best").resolve().name == "step-0000002"
-    assert (tmp_path / "run/latest").resolve().name == "step-0000006"
+    folder, lr_max = re.search(r"--resume=(\S+) --lr_max=(\S+),", error).groups()
+    train.train(resume=folder, lr_max=float(lr_max), num_steps=6)
+    assert metrics(tmp_path / "run")[-2]["lr"] < train.Settings.complete(TINY).lr_max / 2
 
 def test_room_for_the_checkpoints_of_a_run(tmp_path, monkeypatch):
     """For no more than it writes, however many it may keep."""
@@ -3444,14 +3446,14 @@ def test_a_checkpoint_that_cannot_be_saved(tmp_path, monkeypatch, capsys):
     assert metrics(tmp_path / "run")[-1]["step"] == 6 and (tmp_path / "run/latest").resolve().name == "step-0000006"
 
 def test_a_best_checkpoint_that_could_not_be_saved_is_none(tmp_path, monkeypatch):
-    losses, save = iter([5.0, 3.0, 4.0]), checkpoint.save_checkpoint
+    save = checkpoint.save_checkpoint
 
     def full_at_step_4(folder, *args):
         if folder.name == "step-0000004":
             raise OSError(errno.ENOSPC, "No space left on device")
         save(folder, *args)
 
-    monkeypatch.setattr(train, "evaluate", lambda *_: next(losses))
+    evaluations_give([5.0, 3.0, 4.0], monkeypatch)
     monkeypatch.setattr(checkpoint, "save_checkpoint", full_at_step_4)
     one = train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", **TINY | dict(eval_interval=2))
     assert (one.lowest, one.best_step) == (4.0, 6) and run.best(tmp_path / "run").name == "step-0000006"
@@ -3503,8 +3505,7 @@ def test_a_run_that_was_killed_before_its_links(tmp_path):
 
 def test_a_best_checkpoint_that_was_removed(tmp_path, monkeypatch):
     """Is none to beat any more, be the run at work or not."""
-    losses = iter([3.0, 5.0, 4.0, 6.0, 4.5, 7.0])
-    monkeypatch.setattr(train, "evaluate", lambda *_: next(losses))
+    evaluations_give([3.0, 5.0, 4.0, 6.0, 4.5, 7.0], monkeypatch)
     folder, flags = tmp_path / "run", TINY | dict(eval_interval=1, checkpoint_interval=1)
     meanwhile(3, monkeypatch, lambda: shutil.rmtree(folder / "step-0000001"))
     done = train.train(data=prepared(tmp_path), output_dir=folder, **flags | dict(num_steps=4))
@@ -4513,8 +4514,7 @@ def test_a_run_without_links(tmp_path, monkeypatch, capsys):
         raise OSError("links are not supported here")
 
     monkeypatch.setattr(Path, "symlink_to", refuse)
-    losses = iter([5.0, 3.0, 4.0, 6.0, 7.0, 8.0, 9.0])
-    monkeypatch.setattr(train, "evaluate", lambda *args: next(losses))
+    evaluations_give(FALLING_THEN_RISING, monkeypatch)
     train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", **TINY | dict(eval_interval=1))
     assert capsys.readouterr().err == ""
     assert sorted(run.checkpoints(tmp_path / "run")) == [2, 5, 6] and not (tmp_path / "run/latest").exists()
@@ -4527,18 +4527,6 @@ def test_a_run_without_links(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Path, "symlink_to", refuse)
     train.train(resume=tmp_path / "run", num_steps=8)
     assert not (tmp_path / "run/latest").exists()
-
-def meanwhile(step, monkeypatch, action):
-    """Do something to a run as it begins to compute a step."""
-    genuine = train.accumulate_gradients
-
-    def gradients(*args):
-        if args[4] == step - 1:
-            monkeypatch.setattr(train, "accumulate_gradients", genuine)  # of runs that the action begins too
-            action()
-        return genuine(*args)
-
-    monkeypatch.setattr(train, "accumulate_gradients", gradients)
 
 def test_what_was_prepared_meanwhile_by_other_flags(tmp_path, monkeypatch):
     """It serves only who asked for the same."""
@@ -4686,8 +4674,7 @@ def test_a_folder_that_is_renamed_or_removed_under_its_run(tmp_path, monkeypatch
     assert list(run.checkpoints(tmp_path / "run")) == [4, 6]
 
     shutil.rmtree(tmp_path / "run")
-    losses = itertools.cycle([5.0, 7.0, 9.0])
-    monkeypatch.setattr(train, "evaluate", lambda *args: next(losses))
+    evaluations_give(itertools.cycle([5.0, 7.0, 9.0]), monkeypatch)
     meanwhile(4, monkeypatch, copy_it)
     train.train(**flags | dict(eval_interval=2))
     assert list(run.checkpoints(tmp_path / "disk")) == [2, 4, 6] and run.best(tmp_path / "disk").name == "step-0000002"
@@ -5324,16 +5311,6 @@ def test_float16_that_cannot_hold_a_model(saved):
     with pytest.raises(cli.InputError, match="not finite in float16; .*--save_dtype=bfloat16"):
         saved(params, dtype=torch.float16)
 
-def test_after_diverging_a_smaller_learning_rate_goes_on(tmp_path, monkeypatch, capsys):
-    data = prepared(tmp_path)
-    with monkeypatch.context() as patch:
-        poisoned(patch, range(4, 20))
-        with pytest.raises(log.Diverged) as error:
-            train.train(data=data, output_dir=tmp_path / "run", **TINY | dict(num_steps=20))
-    flags = re.search(r"; go on from step-0000003 with --resume=(\S+) --lr_max=(\S+),", str(error.value))
-    train.train(resume=flags[1], lr_max=float(flags[2]), num_steps=6)
-    assert metrics(tmp_path / "run")[-2]["lr"] < train.Settings.complete(TINY).lr_max / 2
-
 @pytest.mark.parametrize("interval, older", [(3, "step-0000003"), (6, None)])
 def test_a_checkpoint_after_which_no_step_is_finite_is_not_advised(tmp_path, monkeypatch, interval, older):
     poisoned(monkeypatch, range(6, 20))
@@ -5571,23 +5548,17 @@ def test_cpus_with_instructions_for_bfloat16_train_in_it(capabilities, dtype, mo
 
 def test_a_device_without_enough_memory(tmp_path, monkeypatch, capsys):
     """One line, and a run that goes on from what it had saved."""
-    data, accumulate = prepared(tmp_path), train.accumulate_gradients
-    flags = [f"--{name}={value}" for name, value in TINY.items()]
+    data = prepared(tmp_path)
     for error, said in (
             (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might …"), "CUDA error: out of memory; give"),
             (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), "CUBLAS_STATUS_ALLOC_FAILED"),
             (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has a capacity of 8 GiB."),
              "allocate 9 GiB; give --remat, or begin anew with a smaller --batch_size")):
-        def allocate(gradients, params, ids, settings, step, *ranks):
-            if step == 4:
-                raise error
-            return accumulate(gradients, params, ids, settings, step, *ranks)
-
-        monkeypatch.setattr(train, "accumulate_gradients", allocate)
+        meanwhile(5, monkeypatch, unittest.mock.Mock(side_effect=error))
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
-        code, line = call(monkeypatch, capsys, train.train, f"--data={data}", f"--output_dir={tmp_path}/run", *flags)
+        code, line = call(monkeypatch, capsys, train.train, f"--data={data}", f"--output_dir={tmp_path}/run",
+                          *tiny_flags())
         assert code == 2 and line.count("\n") == 1 and said in line, line
-    monkeypatch.setattr(train, "accumulate_gradients", accumulate)
     train.train(resume=tmp_path / "run", remat=True)
     assert [line["step"] for line in metrics(tmp_path / "run") if "val_loss" in line] == [3, 6]
     no_memory = unittest.mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory."))
@@ -6813,7 +6784,7 @@ def test_init_from_goes_on_with_the_model(tmp_path, monkeypatch):
     text = tmp_path / "corpus.txt"
     with pytest.raises(cli.InputError, match="llama has no tokenizer.json to read .*corpus.txt by; put the model's th"):
         train.train(init_from=tmp_path / "llama", **flags | dict(data=text))
-    falling_then_rising(monkeypatch)
+    evaluations_give(FALLING_THEN_RISING, monkeypatch)
     train.train(data=str(data), output_dir=str(tmp_path / "own"), **TINY | dict(eval_interval=1, keep_checkpoints=9))
     train.train(init_from=str(tmp_path / "own"), output_dir=str(tmp_path / "next"), **flags)
     best, newest = run.best(tmp_path / "own"), run.newest(tmp_path / "own")
