@@ -3567,19 +3567,23 @@ def test_one_folder_one_run(tmp_path):
 
 FORKED_WITH = ["train", "torch._dynamo", "torch._inductor.compile_fx", "torch.distributed.tensor"]
 
-def start(data, folder, **flags):
-    """Training in a process of its own, forked from one that has imported all it needs but computed nothing."""
+def fork(code, env={}, threads=1, **names):
+    """Run code in a process of its own, forked from one that has imported all it needs but computed nothing."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(FORKED_WITH)
-    flags = TINY | dict(checkpoint_interval=3, eval_interval=50, resume="auto", data=str(data),
-                        output_dir=str(folder)) | flags
-    code = ("import os, sys; sys.stdout = open(os.devnull, 'w'); import torch, train; torch.set_num_threads(1); "
-            "train.train(**flags)")
-    if flags.get("compile"):  # code that other tests have compiled, for as many threads
-        code = code.replace("set_num_threads(1)", "set_num_threads(2)")
-    process = context.Process(target=exec, args=(code, {"flags": flags}), daemon=True)  # a test that fails leaves none
+    code = ("import os, sys; sys.stdout = open(os.devnull, 'w'); os.environ.update(env); import torch, train; "
+            "torch.set_num_threads(threads)\n" + code)
+    names |= dict(env=env, threads=threads)
+    process = context.Process(target=exec, args=(code, names), daemon=True)  # a test that fails leaves none
     process.start()
     return process
+
+def start(data, folder, **flags):
+    """Training in a process of its own."""
+    flags = TINY | dict(checkpoint_interval=3, eval_interval=50, resume="auto", data=str(data),
+                        output_dir=str(folder)) | flags
+    # Compiled, it takes code that other tests have compiled, for as many threads.
+    return fork("train.train(**flags)", threads=2 if flags.get("compile") else 1, flags=flags)
 
 def wait_for_step(folder, step, process):
     """Wait until the metrics of a run reach a step, or its process ends."""
@@ -4086,19 +4090,11 @@ def test_launches_of_compiled_steps(on_pretended_device):
 # ---- Many ranks ----
 
 def start_ranks(count, program="train.train(**flags)", **flags):
-    """Training on `count` ranks, as torchrun would start them, in processes forked from one that has imported all."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(FORKED_WITH)
-    code = ("import os, sys; sys.stdout = open(os.devnull, 'w'); os.environ.update(env); import torch, train; "
-            "torch.set_num_threads(1); from data import checkpoint; "
-            "checkpoint.load_checkpoint = checkpoint.load_checkpoint if env['RANK'] == '0' else None\n"  # it reads all
-            + program)
+    """Training on `count` ranks, as torchrun would start them."""
+    of_first = ("from data import checkpoint\n"  # which reads for all
+                "checkpoint.load_checkpoint = checkpoint.load_checkpoint if env['RANK'] == '0' else None\n")
     flags = TINY | dict(batch_size=8, vocab_size=401, sample_tokens=2) | flags
-    processes = []
-    for env in variables_of_ranks(count):
-        processes.append(context.Process(target=exec, args=(code, {"env": env, "flags": flags}), daemon=True))
-        processes[-1].start()
-    return processes
+    return [fork(of_first + program, env, flags=flags) for env in variables_of_ranks(count)]
 
 def run_on_ranks(count, program, **flags):
     for process in start_ranks(count, program, **flags):
