@@ -6421,12 +6421,10 @@ def test_texts_written_beside_other_threads(trained, monkeypatch):
     """Leave the forms of these on, which compute by them; and a process compares once."""
     forms, seen = {name: target.forms[:] for name, target in tinylm.OPERATIONS.items()}, []
     monkeypatch.setattr(data.forms, "writing", lambda model: seen.append(1))
-    write = lambda: sample.sample(checkpoint=trained / "runs/tiny", max_new_tokens=2, device="cpu")
-    threads = [threading.Thread(target=write) for _ in range(4)]
+    write = lambda _: sample.sample(checkpoint=trained / "runs/tiny", max_new_tokens=2, device="cpu")
     data.forms.compare_reading.cache_clear()
-    for step in (threading.Thread.start, threading.Thread.join):
-        for thread in threads:
-            step(thread)
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        assert len(list(threads.map(write, range(4)))) == 4
     assert not seen and forms == {name: target.forms for name, target in tinylm.OPERATIONS.items()}
 
 def test_a_cache_that_does_not_follow(trained, monkeypatch, capsys):
