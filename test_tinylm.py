@@ -4833,14 +4833,13 @@ def test_a_folder_of_texts_for_a_model(trained, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("program", ["train.py", "sample.py"])
 def test_ctrl_c_while_torch_is_imported(trained, program):
     """Ends a command without a traceback, whenever it comes."""
-    processes = [command(trained, program, "--max_new_tokens=1" if program == "sample.py" else "--num_steps=0")
-                 for _ in range(2)]
+    processes = [command(trained, program, "--help") for _ in range(2)]
     for process, delay in zip(processes, (0.5, 0.3)):
         time.sleep(delay)
         process.send_signal(signal.SIGINT)
     for process in processes:
         _, error = process.communicate(timeout=60)
-        assert process.returncode and "Traceback" not in error, error
+        assert process.returncode in (-signal.SIGINT, 130) and "Traceback" not in error, error
 
 def test_a_run_on_a_cpu_is_not_moved_by_torchrun(trained, tmp_path, monkeypatch, as_rank):
     shutil.copytree(trained / "runs/tiny", tmp_path / "run", symlinks=True)
