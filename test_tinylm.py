@@ -476,10 +476,6 @@ def test_attention_to_keys_of_another_dtype(T, dtypes):
     assert actual.dtype == dtypes[0]
     same(actual, expected, TOLERANCES[dtypes[0]])
 
-def test_attention_gradcheck():
-    inputs = leaf(2, 4, 3, 2), leaf(2, 2, 5, 2, seed=1), leaf(2, 2, 5, 2, seed=2)
-    assert torch.autograd.gradcheck(tinylm.attention, inputs)
-
 @given(leading, st.integers(1, 6), st.integers(1, 4), st.integers(0, 1000))
 def test_rope_is_a_rotation_by_the_position(lead, T, half, start):
     """As complex numbers, each pair is multiplied by exp(i · position · theta^(-2i/D))."""
