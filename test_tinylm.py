@@ -106,6 +106,9 @@ def generator(seed=0):
 def randn(*shape, seed=0, dtype=torch.float64):
     return torch.randn(shape, generator=generator(seed + sum(shape)), dtype=dtype)
 
+def many_stories(count, seed=0, end=""):
+    return "".join(stories.story(seed, i) + end for i in range(count))
+
 def leaf(*shape, seed=0):
     return randn(*shape, seed=seed).requires_grad_()
 
@@ -713,7 +716,7 @@ def test_defaults_follow_from_the_text_and_the_width(tmp_path, capsys):
     assert (pretrained.num_steps, pretrained.weight_decay, pretrained.lr_max) == (234, 0.1, complete().lr_max / 20)
     layers = [complete(d_model=d).num_layers for d in (64, 128, 256, 512, 768, 1024)]
     assert layers == [4, 4, 4, 8, 12, 16]
-    data, flags = prepared(tmp_path, "".join(stories.story(0, i) for i in range(10))), TINY | dict(num_steps=50)
+    data, flags = prepared(tmp_path, many_stories(10)), TINY | dict(num_steps=50)
     train.train(data=data, output_dir=tmp_path / "run", **flags)
     chosen = complete(len(prepare.open_data(data)[1]["train"]), **flags)
     assert chosen.weight_decay > 0.1
@@ -848,7 +851,7 @@ def hf_model(folder, **options):
 @pytest.fixture(scope="module")
 def tokenizer_file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
-    (folder / "text.txt").write_text("".join(stories.story(0, i) + END for i in range(100)))
+    (folder / "text.txt").write_text(many_stories(100, end=END))
     bpe.save(bpe.train([folder / "text.txt"], 300), folder / "tokenizer.json")
     return folder / "tokenizer.json"
 
@@ -1635,7 +1638,7 @@ def test_part_one_is_a_whole_program():
     alone = types.ModuleType("alone")
     exec(part_one, vars(alone))
     assert not any(operation.forms for operation in alone.OPERATIONS.values())
-    ids = np.frombuffer("".join(stories.story(0, i) for i in range(20)).encode(), np.uint8)
+    ids = np.frombuffer(many_stories(20).encode(), np.uint8)
 
     def train_and_write(module):
         config = module.Config(vocab_size=256, context_length=48, d_model=32, num_layers=2, num_heads=4, num_kv_heads=2)
@@ -2011,7 +2014,7 @@ def tokenizer_like(kind, folder):
     theirs.pre_tokenizer, theirs.decoder = pre_tokenizers.Sequence(steps), decoders.ByteLevel()
     special = {"smollm": [END, "<|im_start|>", "<|im_end|>"], "llama3": ["<|begin_of_text|>", "<|eot_id|>", END]}[kind]
     characters = [c for b, c in enumerate(bpe.byte_alphabet()) if kind == "llama3" or b not in MISSING]
-    text = "".join(stories.story(3, i) for i in range(100)) + "12345 I'LL We'RE 你好 naïve!\n\n" * 20
+    text = many_stories(100, 3) + "12345 I'LL We'RE 你好 naïve!\n\n" * 20
     theirs.train_from_iterator([text], trainers.BpeTrainer(
         vocab_size=900, special_tokens=special, initial_alphabet=characters, show_progress=False))
     if kind == "llama3":
@@ -2062,7 +2065,7 @@ def test_threads_encode_by_one_tokenizer(tokenizer_file, monkeypatch, request):
     monkeypatch.setattr(bpe, "OF_THREAD", threading.local())
     request.addfinalizer(functools.partial(sys.setswitchinterval, sys.getswitchinterval()))
     sys.setswitchinterval(1e-5)
-    texts = ["".join(stories.story(i, j) for j in range(300)) for i in range(4)]
+    texts = [many_stories(300, i) for i in range(4)]
     expected = [bpe.Encoder(tokenizer).encode(text.encode()).tolist() for text in texts]
     with concurrent.futures.ThreadPoolExecutor(4) as threads:
         for _ in range(3):
@@ -2086,7 +2089,7 @@ def test_training_is_the_definition(tmp_path_factory, many, text):
 @pytest.mark.parametrize("many", [1, 64])
 def test_training_is_the_definition_on_stories(tmp_path, monkeypatch, many):
     monkeypatch.setattr(bpe.LinkedWords, "MANY", many)
-    text = "".join(stories.story(3, i) + END for i in range(20))
+    text = many_stories(20, 3, END)
     assert spelled_merges(train_on(text, tmp_path, 400)) == bpe.plain_train(text, 400 - 257, [END])
 
 @pytest.fixture(scope="module")
@@ -2094,7 +2097,7 @@ def three_tokenizers(tmp_path_factory):
     """Ours, and tokenizers' and tiktoken's made from ours, with two special tokens of which one begins the other."""
     folder = tmp_path_factory.mktemp("bpe")
     mixed = "aaa aaaa abab ababab 你好，你好 Привет, мир! naïve café ½ 123 1234 'll don't they're\r\n\r\n\t👩‍👩‍👧 " * 30
-    text = "".join(stories.story(3, i) for i in range(200)) + mixed
+    text = many_stories(200, 3) + mixed
     tokenizer = train_on(text, folder, 900, [END, END + "x"])
     bpe.save(tokenizer, folder / "tokenizer.json")
     return bpe.load(folder / "tokenizer.json"), tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), \
@@ -2245,7 +2248,7 @@ def each_split(three_tokenizers, other_families, tmp_path_factory):
     return {"gpt2": (ours, theirs), "digits": (bpe.load(path), tokenizers.Tokenizer.from_file(str(path))),
             "llama3": other_families["llama3"][::-1]}
 
-ALPHABETS = {"English": "".join(stories.story(7, i) for i in range(20)), "Hindi": "नमस्ते दुनिया। आज मौसम अच्छा है। ",
+ALPHABETS = {"English": many_stories(20, 7), "Hindi": "नमस्ते दुनिया। आज मौसम अच्छा है। ",
              "Russian": "Привет, мир! Как дела — хорошо?\n", "Chinese": "你好，世界。今天天气很好、我们去公园。",
              "Thai": "สวัสดีชาวโลก วันนี้อากาศดี", "Arabic": "مرحبا بالعالم، كيف حالك؟ ",
              "numbers": "3.1415 -2718\n161803 1,234\n", "hex": "3fa9c0de71b5e8",
@@ -2392,7 +2395,7 @@ def test_stories():
 def prepared(tmp_path, text="", **flags):
     """A data folder of some stories, or of `text`."""
     tmp_path.mkdir(exist_ok=True)
-    (tmp_path / "corpus.txt").write_text(text or "".join(stories.story(0, i) + END for i in range(150)), newline="")
+    (tmp_path / "corpus.txt").write_text(text or many_stories(150, end=END), newline="")
     prepare.prepare(input=str(tmp_path / "corpus.txt"), output=str(tmp_path / "data"), **dict(vocab_size=400) | flags)
     return tmp_path / "data"
 
@@ -2518,7 +2521,7 @@ def test_download_says_how_far_it_came(server, tmp_path):
 @pytest.mark.parametrize("name", ["tinystories", "shakespeare"])
 def test_known_corpora_download_and_prepare(server, tmp_path, monkeypatch, name):
     handler, url = server
-    handler.content = "".join(stories.story(0, i) + f"\n{END}\n" for i in range(100)).encode()
+    handler.content = many_stories(100, end=f"\n{END}\n").encode()
     monkeypatch.setattr(prepare, "DATA", tmp_path)
     files = [(f"{url}/{file.split('/')[-1]}", len(handler.content)) for file, _ in prepare.DOWNLOADS[name]]
     monkeypatch.setitem(prepare.DOWNLOADS, name, files)
@@ -4373,7 +4376,7 @@ def test_rows_and_norms_of_ranks():
 
 def test_data_of_another_machine_is_compared(tmp_path):
     here, there = tmp_path / "here", tmp_path / "there"
-    texts = ["".join(stories.story(seed, i) + END for i in range(50)) for seed in (0, 1)]
+    texts = [many_stories(50, seed, END) for seed in (0, 1)]
     for data, text in zip((here, there), texts):
         prepared(data, text, vocab_size=257)
     meta, _ = prepare.open_data(there / "data")
@@ -4814,7 +4817,7 @@ def test_a_folder_of_texts_for_a_model(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(prepare, "DATA", tmp_path / "prepared")
     (tmp_path / "two texts").mkdir()
     for name in "ab":
-        (tmp_path / "two texts" / name).write_text("".join(stories.story(1, i) + END for i in range(20)))
+        (tmp_path / "two texts" / name).write_text(many_stories(20, 1, END))
     (tmp_path / "two texts/c").symlink_to("nothing")
     flags = dict(init_from=trained / "runs/tiny", output_dir=tmp_path / "run", num_steps=1, device="cpu")
     with pytest.raises(cli.InputError, match="make one with data/prepare.py") as refused:
@@ -5122,7 +5125,7 @@ def test_files_that_are_locked_are_no_data(tmp_path):
 def test_a_run_goes_on_with_its_own_data_wherever_that_is(tmp_path, monkeypatch, capsys):
     """Not with other data of the same vocabulary; and the folder of the right data may be another than it was."""
     monkeypatch.chdir(tmp_path)
-    text = "".join(stories.story(0, i) + END for i in range(40))
+    text = many_stories(40, end=END)
     prepared(tmp_path / "a", text, vocab_size=257)
     train.train(data="a/data", output_dir="run", **TINY)
     for other, change in ((text.replace("the", "eht"), "as many tokens, but others"),
@@ -5660,7 +5663,7 @@ def test_work_spread_over_processes(monkeypatch):
 def test_two_texts_encoded_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(bpe, "CHUNK_BYTES", 1000)
     path = tmp_path / "text.txt"
-    path.write_text("".join(stories.story(0, i) for i in range(20)))
+    path.write_text(many_stories(20))
     tokenizers_ = train_on(path.read_text(), tmp_path, 300), train_on(path.read_text(), tmp_path, 400)
     pieces = zip(*(bpe.encode_pieces(tokenizer, [path], workers=1) for tokenizer in tokenizers_))
     for tokenizer, own in zip(tokenizers_, zip(*pieces)):
@@ -5736,7 +5739,7 @@ def test_a_model_that_takes_long_windows(tmp_path, monkeypatch, capsys):
     data = prepared(tmp_path)
     train.train(data=data, output_dir=tmp_path / "run", **TINY | dict(context_length=2048, batch_size=1, num_steps=1))
     text, seen, config = tmp_path / "short.txt", [], checkpoint.load_config(tmp_path / "run/latest")
-    text.write_text("".join(stories.story(9, i) for i in range(2)))
+    text.write_text(many_stories(2, 9))
     losses = tinylm.token_losses_in_pieces
     monkeypatch.setattr(train, "check_reading", lambda *_: None)  # which evaluates a small model
     monkeypatch.setattr(tinylm, "token_losses_in_pieces", lambda params, inputs, *rest: [
@@ -5844,7 +5847,7 @@ def test_processes_of_prepare_end_with_it(tmp_path):
     wait_for(lambda: not any(Path(f"/proc/{number}/task").exists() for number in numbers), 10)
 
 def test_interrupting_prepare_is_one_line(tmp_path):
-    (tmp_path / "long.txt").write_text("".join(stories.story(0, i) for i in range(3000)) * 60)
+    (tmp_path / "long.txt").write_text(many_stories(3000) * 60)
     process = subprocess.Popen([sys.executable, ROOT / "data/prepare.py", f"--input={tmp_path}/long.txt",
                                 f"--output={tmp_path}/data", "--workers=2"], stderr=subprocess.PIPE, text=True,
                                stdout=subprocess.PIPE, start_new_session=True,
@@ -5919,7 +5922,7 @@ def test_lines_of_json_are_documents(tmp_path, trained, capsys):
 def test_a_text_that_changed_is_not_resumed_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(prepare, "DATA", tmp_path / "data")
     text = tmp_path / "my.txt"
-    text.write_text("".join(stories.story(0, i) for i in range(60)))
+    text.write_text(many_stories(60))
     train.train(data=text, output_dir=tmp_path / "run", **TINY)
     monkeypatch.chdir(tmp_path)
     Path("stories").write_text("a file of that name")
@@ -6812,7 +6815,7 @@ def test_models_of_other_families(tmp_path, monkeypatch, capsys, kind):
 
     monkeypatch.setattr(prepare, "DATA", tmp_path / "data")
     text = tmp_path / "book.txt"
-    text.write_text("".join(stories.story(0, i) + END for i in range(40)))
+    text.write_text(many_stories(40, end=END))
     train.train(init_from=folder, data=text, output_dir=tmp_path / "run", num_steps=5, eval_interval=5, device="cpu",
                 context_length=32)
     new = tmp_path / "run/latest"
@@ -6906,7 +6909,7 @@ def test_a_fine_tuning_restarts(tmp_path, monkeypatch):
         assert run.newest(output).name == "step-0000006"
 
 def test_two_processes_want_one_text(tmp_path):
-    (tmp_path / "book.txt").write_text("".join(stories.story(0, i) for i in range(2000)))
+    (tmp_path / "book.txt").write_text(many_stories(2000))
     program = f"""if True:
         from data import prepare
         from pathlib import Path
