@@ -4397,11 +4397,15 @@ def test_what_ranks_hear_of_the_first(monkeypatch):
 
 # ---- Nothing is lost, whatever the place ----
 
+def hear_ctrl_c():
+    """In a new process, as the tests may have been started by a script that goes on meanwhile, which no Ctrl-C ends."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 def command(folder, *arguments, **environment):
     """A command of the project in a process of its own, as a user starts it in some folder."""
     return subprocess.Popen([sys.executable, ROOT / arguments[0], *map(str, arguments[1:])], cwd=folder, text=True,
                             env=os.environ | environment, errors="replace", stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE)
+                            stderr=subprocess.PIPE, preexec_fn=hear_ctrl_c)
 
 def tiny_flags(**changes):
     return [f"--{name}={value}" for name, value in (TINY | changes).items()]
@@ -5591,7 +5595,7 @@ def test_ctrl_c_does_not_reach_processes_that_begin(tmp_path):
         print(*bpe.spread(lambda: len, (), [("a", 0, 1)] * 9, 3, "reading"))
         """)
     done = subprocess.run([sys.executable, tmp_path / "work.py"], capture_output=True, text=True, timeout=180,
-                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+                          preexec_fn=hear_ctrl_c)
     assert done.stdout.split() == ["3"] * 9 and not done.stderr
 
 def test_a_script_without_a_guard(tmp_path):
@@ -5851,7 +5855,7 @@ def test_interrupting_prepare_is_one_line(tmp_path):
     process = subprocess.Popen([sys.executable, ROOT / "data/prepare.py", f"--input={tmp_path}/long.txt",
                                 f"--output={tmp_path}/data", "--workers=2"], stderr=subprocess.PIPE, text=True,
                                stdout=subprocess.PIPE, start_new_session=True,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+                               preexec_fn=hear_ctrl_c)
     wait_for(lambda: len(children_of(process)) == 2)
     time.sleep(0.3)
     os.killpg(process.pid, signal.SIGINT)
