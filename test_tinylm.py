@@ -277,6 +277,14 @@ def test_linear_of_large_matrices(d_in, d_out, compiled, intel, monkeypatch):
         assert a.shape == e.shape and a.is_contiguous() and (a - e).norm() <= 1e-5 * e.norm()
     assert all(map(torch.equal, actual[1:], again))
 
+def test_compiled_linear_of_two_dtypes(monkeypatch):
+    """A matrix is cast to x's dtype, as the definition does, also where the product is oneDNN's."""
+    monkeypatch.setattr(tinylm, "IS_INTEL", False)
+    torch._dynamo.reset()
+    x, w = randn(64, 768).float(), randn(1024, 768, seed=1).bfloat16()
+    actual, expected = torch.compile(tinylm.linear, fullgraph=True)(x, w), F.linear(x.double(), w.double())
+    assert actual.dtype == torch.float32 and (actual - expected).norm() < 1e-5 * expected.norm()
+
 @pytest.fixture(scope="module")
 def interpreted_kernels():
     """A process that is at work while kernels are built for GPUs, which takes as long and one core."""
@@ -1757,7 +1765,8 @@ def test_dtypes_of_folders(tmp_path, dtype, saved):
 
 @pytest.mark.parametrize("change, said", [
     (dict(b=dict(dtype="F32", shape=[1], data_offsets=[0, 4])), "overlap"),
-    (dict(b=dict(dtype="F32", shape=[1], data_offsets=[8, 12])), "gap"), ({}, "its header speaks of 4")])
+    (dict(b=dict(dtype="F32", shape=[1], data_offsets=[8, 12])), "gap"), ({}, "its header speaks of 4"),
+    (dict(b=dict(dtype="F32", shape=[99] * 99 + [0], data_offsets=[4, 4])), "sizes that can't be")])
 def test_headers_of_safetensors(tmp_path, change, said):
     header = json.dumps({"a": dict(dtype="F32", shape=[1], data_offsets=[0, 4])} | change).encode()
     (tmp_path / "x").write_bytes(len(header).to_bytes(8, "little") + header + bytes(12 if change else 8))
@@ -1796,15 +1805,19 @@ def test_old_and_new_ways_to_say_rope_theta(saved):
     {"head_dim": 64}, {"head_dim": "x"},
     {"rope_parameters": {"rope_type": "yarn"}}, {"rope_scaling": {"type": "dynamic"}}, {"hidden_size": "x"},
     {"rope_scaling": {"rope_type": "linear"}}, {"rope_scaling": {"rope_type": "linear", "factor": 0.25}},
-    {"sliding_window": 4096}, {"quantization_config": {"bits": 4}}, {"mlp_bias": True}, {"intermediate_size": None},
-    {"rms_norm_eps": None}])
+    {"sliding_window": 4096}, {"quantization_config": {"bits": list(range(999))}}, {"mlp_bias": True},
+    {"intermediate_size": None}, {"rms_norm_eps": None}, {"rope_scaling": {"rope_type": "linear", "factor": 10**30}},
+    {"rope_scaling": {"rope_type": "linear", "factor": True}}, {"tie_word_embeddings": []},
+    {"tie_word_embeddings": "false"}])
 def test_other_models_are_refused_by_name(saved, change):
     path = saved() / "config.json"
     path.write_text(json.dumps(files.read_json(path) | change))
     named = {"rope_parameters": "rope_type", "hidden_size": "d_model", "rope_scaling": "rope_type|factor|differ; say",
              "model_type": "model_type is 'gpt2', expected 'llama'", "head_dim": "q_proj.weight is|head_dim"}
-    with pytest.raises(cli.InputError, match=f"({named.get(*[next(iter(change))] * 2)}).*(; take |expected float)"):
+    match = f"({named.get(*[next(iter(change))] * 2)}).*(; take |expected float)"
+    with pytest.raises(cli.InputError, match=match) as error:
         checkpoint.load_checkpoint(path.parent)
+    assert len(str(error.value)) < len(str(path)) + 300
 
 @pytest.mark.parametrize("dtype", ["f16", "q8_0"])
 def test_numbers_that_float16_cannot_hold_are_not_exported(tmp_path, saved, dtype):
@@ -2000,6 +2013,24 @@ def test_splits_are_those_of_regex(special_tokens, split, text):
     spans = bpe.find_spans(bpe.compile_special_pattern(special_tokens), data)
     starts = bpe.WORD_STARTS[split](data, spans).tolist()
     assert [data[begin:end].decode() for begin, end in zip(starts, starts[1:] + [len(data)])] == expected
+
+@given(st.lists(st.text("abé", min_size=1, max_size=7), min_size=1, max_size=60, unique=True), st.text("abé"))
+def test_many_special_tokens_are_found_as_few_are(tokens, text):
+    """Of those that begin at a place the longest."""
+    longest_first = sorted((token.encode() for token in tokens), key=len, reverse=True)
+    expected = [match.span() for match in re.finditer(b"|".join(longest_first), text.encode())]
+    assert bpe.find_spans(bpe.compile_special_pattern(tokens), text.encode()) == expected
+
+@given(st.lists(st.text("☃★", min_size=1, max_size=5), min_size=2, max_size=4, unique=True))
+def test_added_tokens_that_overlap(tokenizer_file, tokens):
+    """Refused is one that the first, not normalized, stands in, or that may end as the first begins."""
+    description, (first, *later) = files.read_json(tokenizer_file), tokens
+    size = len(description["model"]["vocab"] | {token["content"]: 0 for token in description["added_tokens"]})
+    description["added_tokens"] += [{"id": size + i, "content": token, "special": False, "normalized": token != first}
+                                    for i, token in enumerate(tokens)]
+    overlap = any(first in text or any(first.startswith(text[i:]) for i in range(1, len(text))) for text in later)
+    with pytest.raises(ValueError, match="overlaps with") if overlap else contextlib.nullcontext():
+        bpe.from_description(description)
 
 MISSING = [0xC0, 0xC1, *range(0xF1, 0x100), 0x00, 0x01, 0x02, 0x03]  # 21 bytes, as many as SmolLM lacks
 
@@ -3522,6 +3553,54 @@ def test_metrics_that_are_cut_meanwhile(tmp_path, monkeypatch):
     meanwhile(4, monkeypatch, lambda: os.truncate(path, path.stat().st_size - 9))
     train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", **TINY)
     assert [line["step"] for line in files.json_lines(path) if "train_loss" in line] == [1, 2, 3, 4, 5, 6]
+
+def test_a_folder_that_cannot_be_looked_at_for_a_while(tmp_path, monkeypatch, capsys):
+    """As on a network's drive. It costs the checkpoints of that time, and the best one is known afterwards."""
+    data, scandir, listdir = prepared(tmp_path), os.scandir, os.listdir
+    evaluations_give([1.0, 2.0, 3.0], monkeypatch)
+
+    def hidden(function):
+        def look(path="."):
+            if str(path).startswith(str(tmp_path / "run")):
+                raise OSError(errno.ESTALE, "Stale file handle", str(path))
+            return function(path)
+        return look
+
+    def go_away():
+        monkeypatch.setattr(os, "scandir", hidden(scandir)), monkeypatch.setattr(os, "listdir", hidden(listdir))
+        meanwhile(5, monkeypatch, come_back)
+
+    def come_back():
+        monkeypatch.setattr(os, "scandir", scandir), monkeypatch.setattr(os, "listdir", listdir)
+
+    meanwhile(3, monkeypatch, go_away)
+    done = train.train(data=data, output_dir=tmp_path / "run", **TINY | dict(eval_interval=2))
+    error = capsys.readouterr().err
+    assert "checkpoint of step 4 could not be saved" in error and "last good one is step-0000002" in error
+    assert (done.lowest, done.best_step) == (1.0, 2)
+    assert [*run.checkpoints(tmp_path / "run")] == [2, 6] and (tmp_path / "run/best").resolve().name == "step-0000002"
+
+def test_a_checkpoint_is_there_whatever_happens_to_links(tmp_path, monkeypatch, capsys):
+    def fails(folder):
+        raise OSError(errno.ESTALE, "Stale file handle", str(folder))
+
+    monkeypatch.setattr(run, "update_links", fails)
+    train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", **TINY)
+    out, error = capsys.readouterr()
+    assert out.count("can't be tidied up (Stale file handle)") == 2 and "could not be saved" not in error
+
+def test_places_that_cannot_be_made(tmp_path, monkeypatch):
+    mkdir = Path.mkdir
+
+    def refuses(path, *args, **options):
+        if path == tmp_path / "run":
+            raise OSError(errno.EROFS, "Read-only file system")
+        mkdir(path, *args, **options)
+
+    data = prepared(tmp_path)
+    monkeypatch.setattr(Path, "mkdir", refuses)
+    with pytest.raises(cli.InputError, match="run can't be made .Read-only .*; give another --output_dir"):
+        train.train(data=data, output_dir=tmp_path / "run", **TINY)
 
 def test_metrics_in_whose_place_is_a_folder(tmp_path, monkeypatch, capsys):
     """Cost lines, and no checkpoint."""
@@ -5199,6 +5278,36 @@ def test_added_tokens_that_are_text(tokenizer_file, tmp_path):
     said = said_in(tmp_path / "m.gguf")
     kind = dict(zip(said["tokenizer.ggml.tokens"], said["tokenizer.ggml.token_type"]))
     assert (kind["    "], kind["<think>"], kind[END], kind["a"]) == (4, 4, 3, 1)
+
+def test_what_is_no_plain_file_is_not_read(saved):
+    """As a device, which may never end."""
+    folder = saved()
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.json").symlink_to("/dev/zero")
+    for read in (bpe.load, lambda folder: files.read_json(folder / "tokenizer.json")):
+        with pytest.raises(cli.InputError, match="no plain file"):
+            read(folder)
+
+def test_no_link_is_written_through(tmp_path, trained):
+    """Of those that a folder from elsewhere may have where a lock or a file half written will be."""
+    (tmp_path / "precious").write_text("precious")
+    run_folder, data = tmp_path / "run", prepared(tmp_path)
+    shutil.copytree(trained / "runs/tiny", run_folder, symlinks=True)
+    for link in (run_folder / ".loss.svg.partial", run_folder / "lock", data / ".lock"):
+        link.unlink(missing_ok=True)
+        link.symlink_to(tmp_path / "precious")
+    plot.plot(run_folder)
+    assert (run_folder / "loss.svg").read_text().startswith("<svg") and not (run_folder / "loss.svg").is_symlink()
+    for command in (lambda: train.train(resume=run_folder, num_steps=99), lambda: prepared(tmp_path)):
+        with pytest.raises(cli.InputError, match="lock is a link"):
+            command()
+    assert (tmp_path / "precious").read_text() == "precious"
+
+def test_adapters_alone_are_named(saved):
+    folder = saved()
+    os.rename(folder / "model.safetensors", folder / "adapter_model.safetensors")
+    with pytest.raises(cli.InputError, match="holds an adapter alone; merge"):
+        checkpoint.load_checkpoint(folder)
 
 def test_added_tokens_that_others_look_for_first(tokenizer_file, tmp_path):
     """Those that are not normalized, before others that overlap with them; where none do, ids are the same."""

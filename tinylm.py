@@ -326,7 +326,7 @@ def adamw_update(params, grads, state, lr, beta1=0.8, beta2=0.98, eps=1e-8, weig
 
     def update(p, m, v):
         direction = (m / correction1) / ((v / correction2).sqrt() + eps)
-        return p - lr * (direction + (weight_decay * p if p.ndim >= 2 else 0))
+        return (p - lr * (direction + (weight_decay * p if p.ndim >= 2 else 0))).to(p.dtype)  # if a scalar, not float64
 
     return tree_map(update, params, m, v), {"step": step, "m": m, "v": v}
 
@@ -1219,7 +1219,7 @@ def tiles(q, k):
     """
     (N, T, group, _), S = q.shape, k.shape[1]
     is_half = q.is_cpu and q.dtype == torch.float32 and S > TILE_QUERIES and N * S >= 1 << 13
-    block = min(T, TILE_QUERIES // 2 if is_half else TILE_QUERIES)
+    block = max(1, min(T, TILE_QUERIES // 2 if is_half else TILE_QUERIES))
     rows = max(1, TILE_SCORES[q.device.type] // (group * block * S))
     return [(slice(i, i + rows), slice(a, a + block), slice(S - T + a + block))
             for a in range(0, T, block) for i in range(0, N, rows)]  # slices end where their axis does
