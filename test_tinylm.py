@@ -76,30 +76,6 @@ settings.load_profile("tinylm")
 if __name__ != "__main__":  # what a test computes is so little that a second thread makes it slower
     torch.set_num_threads(1)
 
-@pytest.fixture(scope="session", autouse=True)
-def forms_are_compared_once():
-    """By runs whose models and optimisers are alike, unless a test has changed something: a short run takes most of its
-    time for that."""
-    def parts():
-        pairs = (pair for operation in tinylm.OPERATIONS.values() for pair in operation.forms)
-        return [*vars(tinylm).values(), *tinylm.OPTIMIZERS.values(), *itertools.chain(*pairs),
-                *(operation.definition for operation in tinylm.OPERATIONS.values())]
-
-    def check_once(config, settings):
-        asked = (config, settings.device, settings.dtype, settings.compile, settings.shard, settings.optimizer,
-                 *settings.of_optimizer.items())
-        now = parts()
-        is_as_ever = len(now) == len(as_ever) and all(map(operator.is_, now, as_ever))
-        if not is_as_ever or asked not in compared:
-            forms.check_forms(config, settings)
-        if is_as_ever:
-            compared.add(asked)
-
-    compared, as_ever = set(), parts()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "check_forms", check_once)
-        yield
-
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
@@ -5827,10 +5803,9 @@ def test_a_text_that_changes_while_it_is_read(tmp_path, monkeypatch):
     with pytest.raises(cli.InputError, match="too little memory to prepare corpus; give data/prepare.py fewer"):
         prepared(tmp_path)
 
-def test_what_the_caller_has_switched_on(tmp_path, monkeypatch):
+def test_what_the_caller_has_switched_on(tmp_path):
     """Changes nothing of a run or an evaluation, or is refused; and the run that comes back says how far it is."""
     flags, losses, evaluated = TINY | dict(data=prepared(tmp_path)), [], []
-    monkeypatch.setattr(train, "check_forms", forms.check_forms)  # each time
     for number, switch in enumerate((contextlib.nullcontext, torch.no_grad, torch.inference_mode,
                                      lambda: torch.autocast("cpu", torch.bfloat16))):
         with switch():
@@ -6811,12 +6786,11 @@ def test_values_from_python(tmp_path, flags):
             train.train(data=data, output_dir=tmp_path / "other", **TINY | wrong)
     assert not (tmp_path / "other").exists()
 
-def test_settings_are_given_back(tmp_path, monkeypatch):
+def test_settings_are_given_back(tmp_path):
     """After a run, and after one that failed, torch and signals are as the caller had them, and the folder is free."""
     names = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
     now = lambda: (*map(signal.getsignal, names), torch.are_deterministic_algorithms_enabled(),
                    torch.get_float32_matmul_precision(), torch.utils.deterministic.fill_uninitialized_memory)
-    monkeypatch.setattr(train, "check_forms", forms.check_forms)  # each time
     torch.set_float32_matmul_precision("high")
     try:
         data, before = prepared(tmp_path), now()
