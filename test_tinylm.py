@@ -12,6 +12,7 @@ import functools
 import gc
 import glob
 import hashlib
+import http.client
 import http.server
 import importlib
 import inspect
@@ -39,6 +40,7 @@ import time
 import traceback
 import types
 import unittest.mock
+import urllib.error
 import warnings
 import weakref
 from dataclasses import dataclass, fields, replace
@@ -665,8 +667,10 @@ def test_muon_serves_devices_that_no_form_knows():
 def test_defaults_by_size(monkeypatch):
     complete = lambda tokens=math.inf, **given: train.Settings.complete({"device": "cpu"} | given, train_tokens=tokens)
     assert [complete(d_model=d).num_heads for d in (32, 64, 66, 128, 704, 768, 1024)] == [1, 2, 1, 4, 22, 12, 16]
+    assert [complete(d_model=d).num_layers for d in (128, 320, 480, 768)] == [4, 5, 8, 12]
     assert [complete(tokens).context_length for tokens in (10, 1000, 2047, 2048)] == [2, 64, 128, 256]
     assert [complete(num_steps=n).warmup_steps for n in (5, 100, 5000)] == [0, 10, 100]
+    assert complete(num_steps=5, warmup_steps=5).warmup_steps == 5
     assert [complete(num_steps=n).eval_interval for n in (1, 100, 5000)] == [1, 20, 500]
     assert [prepare.default_vocab_size(n) for n in (16_383, 16_384, 40_000, 10**6)] == [257, 512, 1250, 2048]
     with pytest.raises(cli.InputError, match="--lr_min=1.*: expected a number from 0 up to lr_max, 0.1"):
@@ -796,6 +800,11 @@ def test_get_batch(num_tokens, context_length, batch_size, seed):
     whole = tinylm.get_batch(tokens, 2 * batch_size, context_length, seed, 3)
     parts = [tinylm.get_batch(tokens, batch_size, context_length, seed, 3, rank, 2) for rank in range(2)]
     same(torch.cat([part[0] for part in parts]), whole[0])
+
+def test_tokens_without_one_behind_them_are_no_window():
+    assert tinylm.get_batch(np.arange(9), 1, 8, 0, 0)[1].tolist() == [[*range(1, 9)]]
+    with pytest.raises(ValueError, match="8 tokens can't fill one window of context_length 8 and the token after it"):
+        tinylm.get_batch(np.arange(8), 1, 8, 0, 0)
 
 @given(st.integers(2, 200), st.integers(1, 9), st.integers(1, 5))
 def test_eval_batches_cover_each_token_once(num_tokens, context_length, batch_size):
@@ -1983,6 +1992,7 @@ nasty = st.lists(st.one_of(
 @pytest.mark.parametrize("special_tokens", [[], [END], [END, END + "x"]], ids=len)
 @given(text=nasty)
 @example(text=f"it's {END}xx{END}  {END}'s ' {END}x\u00a0{END}é\n{END}\n!{END}\n\na")
+@example(text="we'l")
 def test_splits_are_those_of_regex(special_tokens, split, text):
     expected, data = words_by_regex(text, special_tokens, split), text.encode()
     assert list(bpe.plain_split(text, special_tokens, split)) == expected
@@ -2129,6 +2139,13 @@ def test_long_words_get_longer_keys(three_tokenizers):
         assert encoder.key_size == key_size
         text = END.join(" ".join(draw.choices(words, k=2000)) for _ in range(3))
         assert encoder.encode(text.encode()).tolist() == theirs.encode(text, allowed_special="all")
+
+def test_long_words_that_are_new_beside_others_that_are_known(three_tokenizers):
+    tokenizer, known, new = three_tokenizers[0], ["a" * 40, "b" * 50], ["c" * 40, "d" * 50]
+    encoder, text = bpe.Encoder(tokenizer), "Once upon a time there was a cat. " * 100
+    for words in (known, known + new):
+        ids = encoder.encode((text + " ".join(words)).encode())
+        assert bpe.decode(tokenizer, ids) == text + " ".join(words)
 
 def tokenizer_of_merges(pairs, **options):
     """A tokenizer of all bytes and what some merges make, each given by the bytes of what it joins."""
@@ -2406,6 +2423,11 @@ def prepared(tmp_path, text="", **flags):
     prepare.prepare(input=str(tmp_path / "corpus.txt"), output=str(tmp_path / "data"), **dict(vocab_size=400) | flags)
     return tmp_path / "data"
 
+def test_stories_to_validate_on_are_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "NUM_STORIES", {"train.txt": 3, "val.txt": 2})
+    texts = [path.read_text() for path in prepare.write_stories(tmp_path)]
+    assert texts == ["".join(stories.story(0, i) + END for i in numbers) for numbers in (range(3), range(3, 5))]
+
 @pytest.mark.parametrize("before", range(14))
 def test_no_mark_is_cut(tmp_path, before):
     """Where the tenth for validation begins within one."""
@@ -2524,6 +2546,32 @@ def test_download_says_how_far_it_came(server, tmp_path):
     assert prepare.download(f"{url}/busy", tmp_path / "busy", 5, pause=0).read_bytes() == b"short"
     assert len(handler.requests) == 3
     assert not (tmp_path / "file").exists()
+
+def test_a_server_that_does_not_answer_is_asked_less_and_less(tmp_path, monkeypatch):
+    problems = [ConnectionError, TimeoutError, ssl.SSLError, urllib.error.URLError, http.client.IncompleteRead]
+    waits, refuse = [], unittest.mock.Mock(side_effect=[kind(b"refused") for kind in [*problems, *problems[:3]]])
+    monkeypatch.setattr(prepare.urllib.request, "urlopen", refuse)
+    monkeypatch.setattr(prepare.time, "sleep", waits.append)
+    with pytest.raises(cli.InputError, match="stopped at 0 of 5 bytes .*refused"):
+        prepare.download("http://127.0.0.1/file", tmp_path / "file", 5)
+    assert waits == [1, 2, 4, 8, 16, 30, 30] and refuse.call_count == 8
+
+def test_a_known_corpus_whose_download_was_interrupted(server, tmp_path, monkeypatch):
+    def interrupted(*args):
+        try:
+            genuine(*args)
+        finally:
+            raise KeyboardInterrupt
+
+    (handler, url), genuine = server, prepare.receive
+    handler.content, handler.limit = "".join(stories.story(0, i) + END for i in range(50)).encode(), 9000
+    monkeypatch.setattr(prepare, "DATA", tmp_path)
+    monkeypatch.setitem(prepare.DOWNLOADS, "shakespeare", [(f"{url}/input.txt", len(handler.content))])
+    with monkeypatch.context() as once, pytest.raises(KeyboardInterrupt):
+        once.setattr(prepare, "receive", interrupted)
+        prepare.find_data("shakespeare")
+    prepare.find_data("shakespeare")
+    assert handler.requests[:2] == [None, "bytes=9000-"]
 
 @pytest.mark.parametrize("name", ["tinystories", "shakespeare"])
 def test_known_corpora_download_and_prepare(server, tmp_path, monkeypatch, name):
@@ -2795,11 +2843,19 @@ def test_what_is_measured(tmp_path, monkeypatch):
     assert lines[-1]["val_perplexity"] == pytest.approx(math.exp(lines[-1]["val_loss"]))
     size = TINY["batch_size"] * TINY["context_length"]
     assert all(line["tokens"] == line["step"] * size for line in lines)
+    rates = {line["step"]: line["lr"] for line in lines if "lr" in line}
+    top = train.Settings.complete(TINY).lr_max
+    assert rates == {step + 1: pytest.approx(tinylm.cosine_lr(step, top, top / 100, 0, 6)) for step in range(6)}
     share = lines[4]["tokens_per_second"] * log.flops_per_token(config) / 1e9
     assert lines[4]["flops_share"] == pytest.approx(share, abs=1e-4)
     monkeypatch.setattr(log, "introduce", lambda run: None)
     settings = types.SimpleNamespace(device="cuda", use_wandb=False)
     assert log.Log(run.Run(settings, tmp_path, tmp_path, rank=1, num_ranks=2, config=config)).peak_flops == 2e9
+
+def test_a_loss_whose_perplexity_no_float_holds(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "evaluate", lambda *_: 1000.0)
+    train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", **TINY)
+    assert metrics(tmp_path / "run")[-1]["val_perplexity"] == math.exp(700)
 
 def test_samples_show_the_model_learning(tmp_path, capsys):
     """The sample at an evaluation is what generate writes with the checkpoint of that step."""
@@ -3276,6 +3332,7 @@ def test_values_are_read_by_type():
     flags = cli.read_arguments(parameters, ["--compile", "--nouse_wandb", "--seed", "-3"])
     assert flags == {"compile": "True", "use_wandb": "False", "seed": "-3"}
     assert cli.convert("num_steps", int, "1e3") == 1000
+    assert cli.read(sample.Settings, {"prompt": ""}) == {"prompt": ""}
 
 @pytest.mark.parametrize("function", [train.train, sample.sample, prepare.prepare])
 def test_help_names_every_flag(function):
@@ -3370,6 +3427,21 @@ def test_the_pace_is_that_of_steps_that_compile_nothing(tmp_path, monkeypatch, i
     left = re.findall(r"(\d)s left", capsys.readouterr().out)
     assert all(int(seconds) <= 1 for seconds in left[interval == 1:]), left
 
+def test_the_time_left_of_a_run_that_was_resumed(tmp_path, monkeypatch, capsys):
+    genuine, clock = train.accumulate_gradients, [0.0]
+    monkeypatch.setattr(log, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    def slow(gradients, params, ids, settings, step, *ranks):
+        clock[0] += 600 if step == 6 else 60
+        return genuine(gradients, params, ids, settings, step, *ranks)
+
+    monkeypatch.setattr(train, "accumulate_gradients", slow)
+    train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", **TINY)
+    capsys.readouterr()
+    train.train(resume=tmp_path / "run", num_steps=12)
+    left = re.findall(r"(\w+) left", capsys.readouterr().out)
+    assert left == ["50m00s", "4m00s", "3m00s", "2m00s", "1m00s", "0s"]
+
 def test_how_to_go_on_says_how_it_was_started(tmp_path, capsys):
     """One rank says it, and what to do once all is done."""
     settings = types.SimpleNamespace(num_steps=9)
@@ -3383,6 +3455,17 @@ def test_how_to_go_on_says_how_it_was_started(tmp_path, capsys):
 def test_bad_steps_that_do_not_follow_each_other_end_no_run(tmp_path, monkeypatch):
     poisoned(monkeypatch, range(0, 12, 2))
     assert train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", **TINY | dict(num_steps=12)).step == 12
+
+def test_a_last_step_that_is_not_finite_is_saved(tmp_path, monkeypatch):
+    poisoned(monkeypatch, {5})
+    train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", **TINY)
+    assert run.newest(tmp_path / "run").name == "step-0000006"
+
+def test_a_signal_in_the_last_step_stops_nothing(tmp_path, monkeypatch):
+    genuine = train.accumulate_gradients
+    monkeypatch.setattr(train, "accumulate_gradients", lambda *args: [
+        genuine(*args), args[4] == 5 and os.kill(os.getpid(), signal.SIGINT)][0])
+    assert train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", **TINY).exit_code == 0
 
 def test_the_pace_leaves_out_evaluations_and_checkpoints(tmp_path, monkeypatch):
     clock = [0.0]
@@ -3522,6 +3605,12 @@ def test_a_state_in_the_folder_of_another_step(tmp_path):
     (tmp_path / "run/step-0000006").rename(tmp_path / "run/step-0000009")
     with pytest.raises(cli.InputError, match="step-0000009/training/train_state.json is damaged .TypeError: step 6"):
         train.train(resume=tmp_path / "run", num_steps=12)
+
+def test_what_is_left_of_a_checkpoint_is_replaced(tmp_path):
+    train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", **TINY)
+    (tmp_path / "run/step-0000006/training/train_state.json").unlink()
+    train.train(resume=tmp_path / "run")
+    assert run.newest(tmp_path / "run").name == "step-0000006"
 
 def test_metrics_that_are_cut_meanwhile(tmp_path, monkeypatch):
     """By others, in the midst of a line: the next one is whole."""
@@ -4863,6 +4952,34 @@ def test_a_prompt_that_has_its_beginning(trained, monkeypatch):
     for prompt in ("It was", f"{END}It was", END):
         sample.sample(checkpoint=trained / "runs/tiny", prompt=prompt, max_new_tokens=1, device="cpu")
     assert prompts[0].equal(prompts[1]) and prompts[0][0, 0] == 256 and prompts[2].tolist() == [[256]]
+    monkeypatch.setattr(bpe, "special_ids", lambda *_: ([256, 65], (256,), [256]))
+    for prompt in (END, f"{END}A"):
+        sample.sample(checkpoint=trained / "runs/tiny", prompt=prompt, max_new_tokens=1, device="cpu")
+    assert [prompt.tolist() for prompt in prompts[3:]] == [[[256, 65, 256]], [[256, 65]]]
+    sample.sample(checkpoint=trained / "runs/tiny", prompt=" It \n", max_new_tokens=1, device="cpu")
+    assert bpe.decode(bpe.load(trained / "data"), prompts[-1][0].tolist()) == f"{END}A It \n"
+
+def test_tokens_that_end_a_text_are_not_printed(trained, monkeypatch, capsys):
+    monkeypatch.setattr(bpe, "special_ids", lambda *_: ([], (256, 65), [256]))
+    monkeypatch.setattr(tinylm, "generate", lambda *args: stops.append(args[7]) or map(
+        torch.tensor, ([66], [beyond], [65])))
+    stops = []
+    beyond = bpe.load(trained / "data").vocab_size
+    assert sample.sample(checkpoint=trained / "runs/tiny", prompt="It", device="cpu") == ["ItB"]
+    assert capsys.readouterr().out == "ItB\n" and stops == [(256, 65)]
+
+def test_a_tokenizer_with_more_tokens_than_its_model(trained, monkeypatch):
+    tokenizer = bpe.load(trained / "data")
+    monkeypatch.setattr(bpe, "load", lambda path: replace(tokenizer, tokens=[*tokenizer.tokens, b"new"]))
+    with pytest.raises(cli.InputError, match="its tokenizer has .* tokens, its model"):
+        sample.sample(checkpoint=trained / "runs/tiny", device="cpu")
+
+def test_an_id_of_0_is_kept(tmp_path):
+    config = small_config()
+    checkpoint.save_checkpoint(tmp_path / "model", random_params(config), config, {}, (END, 1),
+                               others={"config.json": b'{"pad_token_id": 0, "eos_token_id": 0}'})
+    said = json.loads((tmp_path / "model/config.json").read_text())
+    assert (said["bos_token_id"], said["eos_token_id"], said["pad_token_id"]) == (1, 0, 0)
 
 def test_a_run_names_a_tokenizer(trained):
     """Without links too."""
@@ -5427,6 +5544,16 @@ def test_wandb_hears_how_a_run_ended():
     one.wandb_run = types.SimpleNamespace(finish=lambda exit_code: codes.append(exit_code))
     one.__exit__(None), one.__exit__(KeyError)
     assert codes == [0, 1]
+
+def test_wandb_goes_on_with_the_run_that_it_has(tmp_path, monkeypatch):
+    """Which it would begin anew by its id alone."""
+    asked, one = [], train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", **TINY)
+    one.settings.use_wandb, one.wandb_id = True, "abc"
+    monkeypatch.setattr(log, "introduce", lambda run: None)
+    monkeypatch.setattr(log, "import_wandb", lambda: types.SimpleNamespace(
+        init=lambda **flags: asked.append(flags) or types.SimpleNamespace(id="abc")))
+    log.Log(one)
+    assert asked[0]["id"] == "abc" and asked[0]["resume"] == "allow"
 
 def test_wandb_histograms_of_a_step_that_is_not_applied():
     """Have no numbers that W&B could count; it is not given up for that."""
@@ -6128,6 +6255,7 @@ def test_a_form_that_does_not_follow_its_definition(tmp_path, monkeypatch, name,
     ("adamw_update", lambda params, grads, state, lr, **own: tinylm.adamw_update.definition(
         params, grads, state, lr, **own | {"weight_decay": own["weight_decay"] * (state["step"] < 6)})),
     ("nucleus_floor", lambda probabilities, top_p: (1 - top_p) * probabilities.amax(-1, keepdim=True)),
+    ("clip_gradients", lambda grads, norm, most: tinylm.tree_map(lambda g: g * (most / norm), grads)),
     ("clip_gradients", lambda grads, norm, most: tinylm.tree_map(lambda g: g / 2, grads))], ids=lambda x: str(x)[:15])
 def test_forms_that_fail_or_differ_only_somewhere(monkeypatch, name, form):
     """Far back, for one token, for several heads of keys, in half precision, in a second sequence, in a second step or
@@ -6135,6 +6263,12 @@ def test_forms_that_fail_or_differ_only_somewhere(monkeypatch, name, form):
     monkeypatch.setattr(tinylm.OPERATIONS[name], "forms", [(tinylm.always, form)])
     with told_of(name):
         compare_forms(num_heads=4, num_kv_heads=2, context_length=100, dtype="bfloat16")
+
+def test_a_form_without_gains_is_told_where_a_model_is_read(monkeypatch):
+    form = lambda x, gain, eps: tinylm.rmsnorm.definition(x, torch.ones_like(gain), eps)
+    monkeypatch.setattr(tinylm.rmsnorm, "forms", [(tinylm.always, form)])
+    with pytest.raises(cli.InputError, match="^rmsnorm: by faster forms not what it is by the def"):
+        forms.compare_reading.__wrapped__(small_config(), "cpu")
 
 def test_forms_that_differ_beyond_the_small_model(monkeypatch):
     """In a window of attention that is longer than what is learned from, by whichever operations it takes."""
@@ -6592,11 +6726,24 @@ def test_parameters_of_another_dtype(monkeypatch):
             with torch.set_grad_enabled(with_grad):
                 same(tinylm.adamw_update(params, grads, tinylm.adamw_init(params), 0.1), expected, 1e-5)
 
+def test_adamw_keeps_the_dtype_of_scalars():
+    """Whose moments, over corrections in float64, would be float64."""
+    params = {"scale": torch.ones(()), "w": torch.ones(2, 2)}
+    with tinylm.definitions_alone():
+        updated = tinylm.adamw_update(params, params, tinylm.adamw_init(params), torch.tensor(1e-2))
+    leaves = [leaf for tree in updated for leaf in tinylm.tree_leaves(tree)]
+    assert {path for path, p in leaves if p.dtype != torch.float32} == {"step"}
+
 def test_scalars_cannot_be_split(monkeypatch):
     shapes = tinylm.param_shapes
     monkeypatch.setattr(tinylm, "param_shapes", lambda config: shapes(config) | {"scale": ()})
     with pytest.raises(cli.InputError, match="--shard splits along the first axis, and scale has none; give it the sh"):
         compare_forms(shard=True)
+
+def test_comparing_forms_leaves_them_as_they_are():
+    settings, before = train.Settings.complete(dict(device="cpu")), [*tinylm.transformer_blocks.forms]
+    train.check_forms(run.model_config(settings, 300), settings)
+    assert tinylm.transformer_blocks.forms == before
 
 def test_a_loss_that_is_not_evaluated(monkeypatch, capsys):
     """Is told of: scores that are capped where only training reads them."""
@@ -6962,6 +7109,9 @@ def test_sixteen_bits_resume_exactly(tmp_path):
         assert whole == (tmp_path / "stopped/step-0000006" / name).read_bytes()
     master, model = (load_file(tmp_path / "whole/latest" / name) for name in (checkpoint.MASTER, "model.safetensors"))
     assert all(model[name].equal(master[name].bfloat16()) for name in master)
+    size = sum(path.stat().st_size for path in (tmp_path / "whole/step-0000006").rglob("*.safetensors"))
+    assert json.loads((tmp_path / "whole/latest/config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert 1 <= size / run.checkpoint_bytes(checkpoint.load_config(tmp_path / "whole/latest")) < 1.1  # with headers
 
 def test_each_version_of_a_text_has_its_own_data(tmp_path, monkeypatch):
     """So a run whose text has changed, or whose text has the name of a corpus or of another text, loses nothing."""
