@@ -1,5 +1,6 @@
 """A run on disk: its folder, who holds it, its checkpoints, what is newest and best."""
 
+import errno
 import json
 import math
 import os
@@ -64,8 +65,11 @@ class Finished(InputError):
 def checkpoints(folder):
     """{step: path} of a run's checkpoints, the newest last."""
     names, steps = [], {}
-    with suppress(FileNotFoundError, NotADirectoryError):  # but not where it can't be looked at, as for a moment
+    try:
         names = os.listdir(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):  # it may be there, only not to be seen now
+            raise
     for name in sorted(names):
         path, is_copy = Path(folder) / name, name in ("best", "latest")  # of links, made folders
         is_named = name.startswith("step-") or is_copy and not path.is_symlink()
