@@ -6847,7 +6847,7 @@ def test_a_fork_loses_nothing(tmp_path):
     flags = TINY | dict(data=str(tmp_path / "prepared/text"), output_dir="run", optimizer="lion", schedule="wsd",
                         window=8, beta2=0.98, sharpness=2.0)
     program = f"""if True:
-        import json, os, tinylm, train
+        import json, os, shutil, tinylm, train
         from data import checkpoint, gguf
         from data.cli import InputError
         flags = {flags!r}
@@ -6886,6 +6886,9 @@ def test_a_fork_loses_nothing(tmp_path):
         import sample
         sample.sample(checkpoint="run", max_new_tokens=3)
         refused("window 8 would be lost in a GGUF file", command=lambda **_: gguf.export("run"))
+        changed = json.load(open(shutil.copytree("run/latest", "changed") + "/config.json"))
+        json.dump(changed | {{"tinylm_window": 0, "model_type": "llama"}}, open("changed/config.json", "w"))  # as advised
+        refused("query_gain has no name in a GGUF", command=lambda **_: gguf.export("changed"))
         del params["blocks"]["0"]["mlp"]["w_gate"]
         plain = tinylm.Config(50, 8, 8, 2, 2)
         refused("has no blocks.{{}}.mlp.w_gate", command=lambda **_: gguf.check_is_llama(params, plain))

@@ -1,5 +1,6 @@
 """A model → one GGUF file, for llama.cpp and what is built on it: python sample.py export RUN [--dtype=q8_0]."""
 
+import json
 import math
 import struct
 from contextlib import closing
@@ -85,8 +86,10 @@ def check_is_llama(params, config):
     for field in fields(config):
         value = getattr(config, field.name)
         if field.name not in GGUF_SIZES and value != field.default:
-            raise InputError(f"{field.name} {value!r} would be lost in a GGUF file of a Llama model; export one with "
-                             f"{field.default!r}, or use the checkpoint's folder")
+            name, none = checkpoint.hf_sizes()[field.name], json.dumps(field.default)
+            raise InputError(f"{field.name} {value!r} would be lost in a GGUF file of a Llama model; use the "
+                             "checkpoint's folder, or, where it is for training alone, as dropout, write there in "
+                             f'config.json "{name}": {none} and "model_type": "llama"')
     for name in GGUF_NAMES.keys() - {"lm_head"} - {checkpoint.layer_of(path)[1] for path, _ in tree_leaves(params)}:
         raise InputError(f"the model has no {name}, which a GGUF file of a Llama model needs; use the "
                          "checkpoint's folder")
