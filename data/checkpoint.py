@@ -442,6 +442,8 @@ def load_config(folder):
     if not (folder / "config.json").is_file():
         steps = sorted(folder.glob("step-*"))
         advice = f"give {steps[-1]}" if steps else "expected a Llama folder"
+        if (folder / "adapter_config.json").is_file():
+            advice = "an adapter is merged into its model by merge_and_unload() of peft; save that, and give it"
         raise InputError(f"{folder} is not a checkpoint (no config.json in it); {advice}")
     return config_from_hf(files.read_json(folder / "config.json", ANOTHER), folder / "config.json")
 
@@ -470,9 +472,6 @@ def weights_files(folder):
     if not index.is_file() and not (folder / names[0]).is_file() and any(folder.glob("pytorch_model*.bin")):
         raise InputError(f"{folder} has its weights as pickles, pytorch_model.bin, which can run code; convert it by "
                          f"AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(…) of transformers")
-    if (folder / "adapter_model.safetensors").is_file() and not (folder / names[0]).is_file():
-        raise InputError(f"{folder} holds an adapter alone; merge it into its model by merge_and_unload() of peft, and "
-                         "save that")
     if index.is_file() and not (folder / names[0]).is_file():
         with files.reading_json(index) as said:
             names = sorted(map(Path, set(said["weight_map"].values())))

@@ -345,7 +345,7 @@ def put(text, stream=None):
 
 def visible(text):
     """A text whose control characters, as of a file's names, are spelled: none of them moves a terminal's cursor."""
-    return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: f"\\x{ord(match[0]):02x}", text)
+    return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: f"\\u{ord(match[0]):04x}", text)
 
 def say(line):
     """Print a line on stdout, as `put` does."""
@@ -356,8 +356,11 @@ def one_line(text):
     return " ".join(str(text).split())
 
 def quoted(path):
-    """A path as a shell takes it, for a command to be pasted."""
-    return shlex.quote(str(path))
+    """A path as a shell takes it, for a command to be pasted: one that `say` spells, as a shell spells it."""
+    text = str(path)
+    if visible(text) != text:
+        return "$'" + visible(text.replace("\\", r"\\").replace("'", r"\'")) + "'"
+    return shlex.quote(text)
 
 def script(name):
     """A script of this project, as a shell in the folder of this process finds it."""

@@ -25,7 +25,7 @@ def series(lines, key):
 
 def has_losses(lines):
     """Whether there is something of a run to draw."""
-    return bool(series(lines, "train_loss") or series(lines, "val_loss"))
+    return any("train_loss" in line or "val_loss" in line for line in lines)
 
 def ticks(low, high, count=5):
     """Round numbers between two bounds, about `count` of them."""
@@ -95,9 +95,10 @@ def plot(*runs, output: str = None):
     lines = {run: read_metrics(run) for run in runs}
     if not any(map(has_losses, lines.values())):
         is_ruined = all(any("skipped" in line for line in of_run) for of_run in lines.values())
-        advice = ("as no step could be applied; start anew with a smaller --lr_max" if is_ruined else
-                  "yet; wait for the first steps")
-        raise InputError(f"{', '.join(map(str, runs))}: there are no losses to draw, {advice}")
+        advice = "wait for the first steps"
+        if is_ruined:
+            advice = "no step could be applied so far; if none can, start anew with a smaller --lr_max"
+        raise InputError(f"{', '.join(map(str, runs))}: there are no losses to draw; {advice}")
     path = Path(runs[0]) / "loss.svg" if output is None else Path(output)
     files.check_output(path, b"<svg")
     with files.beside(path) as partial:

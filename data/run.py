@@ -79,8 +79,9 @@ def checkpoints(folder):
     return dict(sorted(steps.items()))
 
 def newest(folder):
-    """The newest checkpoint of a run, or None."""
-    return next(reversed(checkpoints(folder).values()), None)
+    """The newest checkpoint of a run, or None, as where nobody may see what a folder has."""
+    with suppress(PermissionError):
+        return next(reversed(checkpoints(folder).values()), None)
 
 def step_and_best(path):
     """The step of a checkpoint, and that with the lowest validation loss until then, or None."""
@@ -499,6 +500,7 @@ def own_folder(run):
         else:  # gone; or a copy, on another disk and behind a link
             cli.say(f"{run.folder} was removed or replaced while the run was at work; it goes on there")
             run.folder.mkdir(parents=True, exist_ok=True)
+            run.saved = "none"
             run.lock = run.claims.enter_context(hold(run.folder))
     return run.folder
 
@@ -531,8 +533,8 @@ def save(run, step, seconds, val_loss):
     run.lowest, run.best_step, run.saved = lowest, best_step, target.name
     try:
         tidy(run, folder)
-    except OSError as error:  # the checkpoint is there
-        cli.say(f"{folder} can't be tidied up ({error.strerror}); it is tried again at the next checkpoint")
+    except (OSError, InputError) as error:  # the checkpoint is there
+        cli.say(f"{folder} can't be tidied up ({error}); it is tried again at the next checkpoint")
 
 def tidy(run, folder):
     """Say in a run's folder which checkpoint is the latest and which the best; drop those not needed."""
