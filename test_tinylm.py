@@ -3008,6 +3008,18 @@ def test_the_best_model_writes(tmp_path, monkeypatch, capsys, links):
         told = capsys.readouterr().err
         assert told.endswith(f"{tmp_path / name}\n" if links and "/" in name else f"step-000000{step}\n")
 
+def test_checkpoints_that_their_owner_keeps(tmp_path, monkeypatch):
+    """A copy under another name is none of the run's; one that nobody may write to is not dropped."""
+    names, access = ("step-0000001_9", "step--7", "step-0000001 (1)"), os.access
+    keep = lambda: [shutil.copytree(tmp_path / "run/step-0000002", tmp_path / "run" / name) for name in names]
+    meanwhile(3, monkeypatch, keep)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "step-0000003" and access(path, mode))
+    flags = TINY | dict(eval_interval=6, checkpoint_interval=1, keep_checkpoints=1)
+    train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", **flags)
+    train.train(resume=tmp_path / "run", num_steps=7)
+    there = {path.name for path in (tmp_path / "run").glob("*step-*")}
+    assert there == {"step-0000003", "step-0000007", *names}, "theirs, and the newest, which is the best"
+
 def test_a_run_that_learns_by_heart_says_so_once(tmp_path, monkeypatch, capsys):
     evaluations_give(FALLING_THEN_RISING, monkeypatch)
     training = iter([5.0, 4.0, 3.0, 2.0, 1.0, 0.9, 0.8, 0.7, 0.6])

@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import re
 import socket
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, fields, replace
@@ -72,9 +73,9 @@ def checkpoints(folder):
             raise
     for name in sorted(names):
         path, is_copy = Path(folder) / name, name in ("best", "latest")  # of links, made folders
-        is_named = name.startswith("step-") or is_copy and not path.is_symlink()
+        is_named = re.fullmatch("step-[0-9]+", name) or is_copy and not path.is_symlink()
         if is_named and (path / "training/train_state.json").is_file():
-            with suppress(ValueError):  # a copy that is damaged, a name of the user's
+            with suppress(ValueError):  # a copy that is damaged
                 steps[step_and_best(path)[0] if is_copy else int(name[5:])] = path
     return dict(sorted(steps.items()))
 
@@ -514,7 +515,8 @@ def save(run, step, seconds, val_loss):
     """Write the checkpoint of a step, and tidy up the run's folder."""
     try:
         folder = own_folder(run)
-        files.check_room(folder, checkpoint_bytes(run.config), "a checkpoint needs", "choose another --output_dir")
+        files.check_room(folder, checkpoint_bytes(run.config), "a checkpoint needs",
+                         "move the folder of the run to another disk")
         with suppress(OSError), open(folder / "metrics.jsonl", "ab") as file:  # what is in its way costs no checkpoint
             files.flush(file)  # so that what led to the checkpoint is on the disk before it
         if run.best_step not in checkpoints(folder):  # removed by hand
@@ -540,7 +542,8 @@ def tidy(run, folder):
     """Say in a run's folder which checkpoint is the latest and which the best; drop those not needed."""
     update_links(folder)
     for old_step, old in list(checkpoints(folder).items())[:-run.settings.keep_checkpoints]:
-        if old_step != run.best_step and old.name.startswith("step-"):
+        is_protected = not os.access(old, os.W_OK)  # by its owner
+        if old_step != run.best_step and old.name.startswith("step-") and not is_protected:
             going = folder / f".step-{old_step:07d}.partial"  # which `hold` removes where this is killed halfway
             try:
                 os.replace(old, going)
