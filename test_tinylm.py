@@ -3130,6 +3130,9 @@ WRONG_TRAIN = [
     (["--lr=1e-3"], "did you mean --lr_max or --lr_min?"),
     (["--block_size=64"], "did you mean --context_length?"),
     (["--n_embd=64"], "did you mean --d_model?"),
+    (["--epochs=3"], "did you mean --num_steps?"),
+    (["--model=x"], "did you mean --init_from?"),
+    (["--stop=3"], "unknown flag --stop; --help lists the names"),
     (["--batch_size=1e30"], "expected"),
     ([f"--d_model={'9' * 401}"], "expected a whole number of at most 64 bits"),
     (["--num_layers=1e30"], "expected"),
@@ -4266,7 +4269,8 @@ def run_on_ranks(count, program, **flags):
 def train_on_ranks(count, **flags):
     """A whole run; what is to be compiled is traced, but not built, which would take long."""
     program = ("compiler = torch.compile\n"
-               "torch.compile = lambda f, **_: compiler(f, fullgraph=True, backend='aot_eager'); train.train(**flags)")
+               "torch.compile = lambda f, **_: compiler(f, fullgraph=True, backend='aot_eager')\n"
+               "assert train.train(**flags).best_step, 'which all ranks know'")
     run_on_ranks(count, program, **flags)
 
 def same_run(a, b, tolerance=1e-5):
@@ -6145,9 +6149,9 @@ def test_lines_of_json_are_documents(tmp_path, trained, capsys):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     losses = [train.train(eval_only=True, resume=trained / "runs/tiny", data=path) for path in (plain, lines)]
     assert losses[0] == losses[1] and f"loss {losses[0]:.4f} nats per token" in capsys.readouterr().out
-    for line in ("{}", "5", '"text"', '{"text": 5}', "no JSON", '{"text": "\\ud800"}', '{"text": "\xff"}'):
+    for line in ('{"messages": []}', "5", '"text"', '{"text": 5}', "no JSON", '{"text": "\\ud800"}', '{"text": "\xff"}'):
         lines.write_text('{"text": "fine"}\n' + line, encoding="latin-1")
-        said = "b.jsonl, line 2(: expected a JSON object with a text| is not valid Unicode)"
+        said = "b.jsonl, line 2(: expected a JSON object with a text| is not valid Unicode| has .'messages'.; join)"
         with pytest.raises(cli.InputError, match=said):
             prepare.prepare(input=lines, output=tmp_path / "c")
     lines.write_text("\n\n")
@@ -6768,6 +6772,23 @@ def test_adamw_keeps_the_dtype_of_scalars():
         updated = tinylm.adamw_update(params, params, tinylm.adamw_init(params), torch.tensor(1e-2))
     leaves = [leaf for tree in updated for leaf in tinylm.tree_leaves(tree)]
     assert {path for path, p in leaves if p.dtype != torch.float32} == {"step"}
+
+def test_an_update_that_draws_numbers(monkeypatch, as_rank):
+    """Of which ranks would draw others; one process may, and its forms are compared all the same."""
+    init, update = tinylm.OPTIMIZERS["adamw"]
+
+    @functools.wraps(update)
+    def noisy(params, grads, *args, **own):
+        return update(params, tinylm.tree_map(lambda g: g + torch.randn_like(g), grads), *args, **own)
+
+    monkeypatch.setitem(tinylm.OPTIMIZERS, "adamw", (init, noisy))
+    compare_forms()
+    with monkeypatch.context() as patch, told_of("clip_gradients"):
+        patch.setattr(tinylm.clip_gradients, "forms", [(tinylm.always, lambda grads, *_: grads)])
+        compare_forms()
+    as_rank(1, 2)
+    with pytest.raises(cli.InputError, match="draws numbers, .* by a torch.Generator that is seeded"):
+        compare_forms()
 
 def test_scalars_cannot_be_split(monkeypatch):
     shapes = tinylm.param_shapes

@@ -66,17 +66,25 @@ def convert(name, kind, value):
         given = value if isinstance(value, (str, int, float)) else f"a {type(value).__name__}"  # all of it may be long
         raise InputError(f"--{name}={given}: expected {expected}") from None
 
-# What nanoGPT and others call a flag.
-OTHER_NAMES = {"block_size": "context_length", "seq_len": "context_length", "n_embd": "d_model",
-               "n_layer": "num_layers", "n_head": "num_heads", "max_iters": "num_steps", "steps": "num_steps",
-               "learning_rate": "lr_max", "min_lr": "lr_min", "warmup_iters": "warmup_steps", "grad_clip": "clip_grad",
-               "gradient_accumulation_steps": "grad_accum_steps", "max_tokens": "max_new_tokens", "start": "prompt",
-               "out_dir": "output_dir", "dataset": "data", "wandb": "use_wandb", "wandb_log": "use_wandb"}
+# What nanoGPT, llama2.c, transformers and others call a flag.
+OTHER_NAMES = {
+    "context_length": "block_size seq_len max_seq_len max_seq_length", "d_model": "n_embd dim hidden_size",
+    "d_ff": "hidden_dim intermediate_size", "num_layers": "n_layer", "num_heads": "n_head",
+    "num_steps": "max_iters steps max_steps epochs n_epochs num_epochs num_train_epochs",
+    "batch_size": "per_device_train_batch_size device_batch_size", "grad_accum_steps": "gradient_accumulation_steps",
+    "lr_max": "learning_rate", "lr_min": "min_lr", "warmup_steps": "warmup_iters warmup_ratio",
+    "clip_grad": "grad_clip max_grad_norm", "remat": "gradient_checkpointing", "dtype": "bf16 fp16",
+    "eval_interval": "eval_steps", "eval_tokens": "eval_iters", "log_interval": "logging_steps",
+    "checkpoint_interval": "save_steps save_interval", "output_dir": "out_dir save_dir",
+    "init_from": "model model_name_or_path checkpoint ckpt", "checkpoint": "model model_name_or_path ckpt out_dir",
+    "data": "dataset train_file", "val_fraction": "val_split", "use_wandb": "wandb wandb_log",
+    "max_new_tokens": "max_tokens", "prompt": "start", "top_k": "top_n"}
 
 def unknown(name, names):
     """The error for a flag that is none of `names`."""
-    near = [OTHER_NAMES[name]] if OTHER_NAMES.get(name) in names else (
-        [one for one in names if name and one.startswith(name)] or difflib.get_close_matches(name, names, 1, 0.6))
+    near = ([ours for ours, others in OTHER_NAMES.items() if ours in names and name in others.split()]
+            or [one for one in names if name and one.startswith(name)]
+            or difflib.get_close_matches(name, names, 1, 0.75))
     meant = " or ".join(f"--{one}" for one in near)
     return InputError(f"unknown flag --{name}; " + (f"did you mean {meant}?" if near else "--help lists the names"))
 

@@ -254,9 +254,14 @@ def check_optimizer(model, settings):
                              "keep; another dtype to compute in goes into DTYPES of data/machine.py, for --dtype")
     init, update = tinylm.OPTIMIZERS[settings.optimizer]
     with tinylm.definitions_alone():  # what is wrong in a form is told as such
-        checkpoint.check_goes_on(model.params, init(model.params), lambda *trees: update(
+        state, before = init(model.params), torch.get_rng_state()
+        checkpoint.check_goes_on(model.params, state, lambda *trees: update(
             *trees, torch.tensor(1e-2), **settings.of_optimizer))
+    if cli.has_ranks() and not torch.get_rng_state().equal(before):
+        raise InputError("the optimiser's update draws numbers, of which each rank would draw others, so that their "
+                         "models differ; let it draw by a torch.Generator that is seeded with a count of its steps")
 
+@drawn_from(0)
 def updates(model, settings):
     """Clipped gradients, and parameters and state behind three updates."""
     params, own = model.params, settings.of_optimizer

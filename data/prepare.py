@@ -9,6 +9,7 @@ import json
 import math
 import multiprocessing
 import os
+import reprlib
 import ssl
 import sys
 import tempfile
@@ -199,14 +200,18 @@ def as_text(path, copy, errors="strict"):
             try:
                 line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
                 if line.strip():
-                    text = json.loads(line.decode("utf-8", errors))["text"].removesuffix(bpe.END_OF_TEXT)
+                    one = json.loads(line.decode("utf-8", errors))
+                    text = one["text"].removesuffix(bpe.END_OF_TEXT)
                     # In JSON a character may be two numbers, of which one may be missing.
                     text = text.encode("utf-16", "surrogatepass").decode("utf-16", errors)
                     file.write(text + bpe.END_OF_TEXT)
             except UnicodeError as error:
                 raise InputError(f"{path}, line {number:,} is not valid Unicode ({error.reason}); mend it, or let "
                                  "data/prepare.py --errors=replace put U+FFFD there") from None
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            except KeyError:
+                raise InputError(f'{path}, line {number:,} has {reprlib.repr([*one])}; join what is to be learned into '
+                                 'one text, "text"') from None
+            except (ValueError, TypeError, AttributeError, RecursionError):
                 raise InputError(f'{path}, line {number:,}: expected a JSON object with a text as "text"') from None
             done += len(line)
             progress.update(done)

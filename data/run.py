@@ -554,7 +554,10 @@ def tidy(run, folder):
 def try_to_save(run, step, seconds, val_loss):
     """`save`, or say why not: a disk that is full now must not end a run that has room later. → why not, or None."""
     if run.rank:
-        return checkpoint.take_part_in_saving(run.params, run.optimizer)
+        checkpoint.take_part_in_saving(run.params, run.optimizer)
+        if val_loss < run.lowest:  # as the first rank finds, but where it can't save
+            run.lowest, run.best_step = val_loss, step
+        return None
     try:
         save(run, step, seconds, val_loss)
     except (OSError, InputError) as error:
