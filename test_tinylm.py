@@ -6149,9 +6149,9 @@ def test_lines_of_json_are_documents(tmp_path, trained, capsys):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     losses = [train.train(eval_only=True, resume=trained / "runs/tiny", data=path) for path in (plain, lines)]
     assert losses[0] == losses[1] and f"loss {losses[0]:.4f} nats per token" in capsys.readouterr().out
-    for line in ('{"messages": []}', "5", '"text"', '{"text": 5}', "no JSON", '{"text": "\\ud800"}', '{"text": "\xff"}'):
+    for line in ('{"said": []}', "5", '"text"', '{"text": 5}', "no JSON", '{"text": "\\ud800"}', '{"text": "\xff"}'):
         lines.write_text('{"text": "fine"}\n' + line, encoding="latin-1")
-        said = "b.jsonl, line 2(: expected a JSON object with a text| is not valid Unicode| has .'messages'.; join)"
+        said = "b.jsonl, line 2(: expected a JSON object with a text| is not valid Unicode| has .'said'.; join)"
         with pytest.raises(cli.InputError, match=said):
             prepare.prepare(input=lines, output=tmp_path / "c")
     lines.write_text("\n\n")
@@ -6942,7 +6942,8 @@ def test_a_fork_loses_nothing(tmp_path):
         sample.sample(checkpoint="run", max_new_tokens=3)
         refused("window 8 would be lost in a GGUF file", command=lambda **_: gguf.export("run"))
         changed = json.load(open(shutil.copytree("run/latest", "changed") + "/config.json"))
-        json.dump(changed | {{"tinylm_window": 0, "model_type": "llama"}}, open("changed/config.json", "w"))  # as advised
+        as_advised = changed | {{"tinylm_window": 0, "model_type": "llama"}}
+        json.dump(as_advised, open("changed/config.json", "w"))
         refused("query_gain has no name in a GGUF", command=lambda **_: gguf.export("changed"))
         del params["blocks"]["0"]["mlp"]["w_gate"]
         plain = tinylm.Config(50, 8, 8, 2, 2)
