@@ -1645,7 +1645,7 @@ def has_small_kernels(x):
 
 @faster(rmsnorm, lambda x, gain, eps: has_small_kernels(x) and torch.is_tensor(gain) and gain.shape == x.shape[-1:])
 def rmsnorm_in_kernel(x, gain, eps):
-    x, D = x.contiguous(), x.shape[-1]
+    x, gain, D = x.contiguous(), gain.contiguous(), x.shape[-1]
     out = torch.empty_like(x)
     run_kernel("rmsnorm_kernel", (x.numel() // D,), x, gain, out, eps, D, power_of_two(D))
     return out
