@@ -278,9 +278,7 @@ class Log:
                 begin = f"remove {cli.quoted(ruined)}, after which no step can be applied, and " if ruined else ""
                 begin += (f"go on from {saved[max(saved)].name} with --resume={cli.quoted(self.run.folder)} "
                           f"--lr_max={self.settings.lr_max / 2:.2g}, or ")
-            ways = "a smaller --lr_max or a longer --warmup_steps"
-            if self.settings.dtype != "float32":
-                ways = "a smaller --lr_max, a longer --warmup_steps or --dtype=float32"
             raise Diverged(f"{PATIENCE} steps in a row were not finite, the last at step {step}: {numbers}; {begin}"
-                           f"start anew with {ways}")
+                           "start anew with a smaller --lr_max or a longer --warmup_steps"
+                           + ", or in --dtype=float32" * (self.settings.dtype != "float32"))
         return False
