@@ -3915,7 +3915,7 @@ def test_a_command_that_is_stopped(tmp_path, number):
 
 def test_signals_that_end_what_is_no_training(tmp_path, monkeypatch, capsys):
     """Leave nothing in part, as Ctrl-C does; and a rank whose torchrun has died is asked to end."""
-    data, genuine = prepared(tmp_path), bpe.train
+    data = prepared(tmp_path)
     monkeypatch.setattr(bpe, "train", lambda *args, **flags: [os.kill(os.getpid(), signal.SIGTERM), time.sleep(9)])
     before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     code, _ = call(monkeypatch, capsys, prepare.prepare, f"--input={tmp_path}/corpus.txt", f"--output={data}")
@@ -5704,7 +5704,7 @@ def test_numbers_that_are_not_finite_are_never_saved(tmp_path, capsys):
 
 def test_wandb_that_cannot_be_used_is_said_before_the_work(tmp_path):
     """Without a key; and the advice works. No file is made."""
-    data = prepared(tmp_path)
+    prepared(tmp_path)
     arguments = ["train.py", "--data=data", "--use_wandb", *tiny_flags()]
     unknown = dict(HOME=str(tmp_path), WANDB_API_KEY="", WANDB_MODE="online", NETRC=str(tmp_path / "none"))
     process = command(tmp_path, *arguments, **unknown)
@@ -7062,7 +7062,7 @@ def test_a_field_that_a_config_json_changes_is_refused(monkeypatch):
 
 def test_a_fork_loses_nothing(tmp_path):
     """A field, a parameter, an optimiser and a schedule, added to a copy of the code as a forker would."""
-    data = prepared(tmp_path)
+    prepared(tmp_path)
     for name in ("tinylm.py", "train.py", "sample.py"):
         text = (ROOT / name).read_text(encoding="utf-8")
         for old, new in FORK.get(name, []):
