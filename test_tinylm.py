@@ -1030,11 +1030,16 @@ def test_sample_token_draws_from_a_large_vocabulary():
 @pytest.mark.parametrize("scale", [0, 4, 30, 1e4])
 def test_a_nucleus_of_almost_all(scale):
     """Also where the shares of a large vocabulary, as they are rounded, never add up to top_p."""
-    p = F.softmax(randn(3, 40_000).float() * scale, -1) * (1 - 1e-6)
-    assert tinylm.nucleus_floor(p, 1e-46).equal(p.amax(1, keepdim=True))
-    for top_p in (1 - 1e-9, 1 - 1e-16):
-        floor = tinylm.nucleus_floor(p, top_p)
-        assert (p >= floor).any(1).all() and (p.double() * (p >= floor)).sum(1).ge(1 - 1e-5).all()
+    logits = randn(3, 40_000).float() * scale
+    p = F.softmax(logits.double(), -1)
+    for chance in (0.0, 0.5, 1 - 2**-53):
+        chances = torch.full((3, 1), chance, dtype=torch.float64)
+        best = tinylm.sample_token(logits, chances, 1.0, 0, 1e-46)
+        assert logits.gather(1, best[:, None]).equal(logits.amax(1, keepdim=True))
+        for top_p in (1 - 1e-9, 1 - 1e-16):
+            drawn = tinylm.sample_token(logits, chances, 1.0, 0, top_p)[:, None]
+            reached, mass = p.cumsum(1).gather(1, drawn), p.gather(1, drawn)
+            assert mass.gt(0).all() and (reached - mass - 1e-5 < 1 - chances).all() and (1 - chances < reached + 1e-5).all()
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
 def test_sample_token_of_numbers_that_are_not_finite(number):
@@ -1451,9 +1456,10 @@ EXAMPLES = {
     "adamw_update": lambda dtype: [adamw_example(step) for step in (0, 1000)],
     "orthogonalize": lambda dtype: [(randn(*shape).float(),) for shape in ((2, 8, 5), (1, 5, 8), (3, 6, 6))],
     "orthogonalize_all": lambda dtype: [({"blocks": {"0": tree_of((8, 5), (5, 8)), "1": tree_of((8, 5), (5, 8))}},)],
-    "nucleus_floor": lambda dtype: [(torch.tensor([[0.5, 0.25, 0.25], [0.5, 0.3, 0.19]]), p) for p in (0.5, 0.999)] + [
-        (F.softmax(randn(3, V).float() * scale, -1), top_p)
-        for V, scale in ((5, 3), (400, 3), (40_000, 3), (40_000, 0), (40_000, 30)) for top_p in (0.1, 0.95)],
+    "sample_token": lambda dtype: [
+        ((randn(3, V) * scale).to(dtype), torch.tensor([[0.1], [0.7], [0.9]]).double(), temperature, top_k, top_p)
+        for V, scale in ((5, 3), (400, 3), (40_000, 3), (40_000, 0), (40_000, 30))
+        for temperature, top_k, top_p in ((1.0, 0, 0.1), (0.8, 0, 0.95), (1e6, 2, 1.0), (0.8, 50, 0.9))],
     "mean_loss": lambda dtype: [(randn(7, 16).to(dtype), randn(30, 16).float(), torch.arange(7))],
     "loss_fn": lambda dtype: [(random_params(config), *random_tokens(config, 2, 3, 9), config) for config in (
         small_config(), small_config(num_kv_heads=2, d_ff=24, rope_theta=99.0, norm_eps=0.1, tie_embeddings=True,
@@ -4240,7 +4246,7 @@ FAULTS = {
                           ", dtype=dtype).triu_", "cpu"),
     "a cache on the CPU": ({}, "dtype=dtype, device=device) for name in", "dtype=dtype) for name in", "cpu"),
     "a missing key": (dict(dtype="float32", triton=False), ', "cuda": 1 << 27', "", "KeyError: 'cuda'"),
-    "an assert": ({}, "    if top_p < 1:\n", "    assert probabilities.isfinite().all() or 1\n    if top_p < 1:\n",
+    "an assert": ({}, "    reached = pro", "    assert probabilities.isfinite().all() or 1\n    reached = pro",
                   "a stop while the device"),
     "no order": ({}, "w.is_cuda and torch.is_grad_enabled()", "False", "adds in no fixed order"),
     "no kernels": ({}, "return x.is_cuda and is_eager() and not", "return False and not", "operations a token"),
@@ -6450,7 +6456,10 @@ def test_a_form_that_does_not_follow_its_definition(tmp_path, monkeypatch, name,
         params, tinylm.tree_map(lambda g, m: g * (m * g >= 0), grads, state["m"]), state, lr, **own)),
     ("adamw_update", lambda params, grads, state, lr, **own: tinylm.adamw_update.definition(
         params, grads, state, lr, **own | {"weight_decay": own["weight_decay"] * (state["step"] < 6)})),
-    ("nucleus_floor", lambda probabilities, top_p: (1 - top_p) * probabilities.amax(-1, keepdim=True)),
+    ("sample_token", lambda logits, chance, temperature, top_k, top_p: tinylm.sample_token.definition(
+        logits.masked_fill(logits < logits.amax(-1, keepdim=True) - 3, -math.inf), chance, temperature, top_k, top_p)),
+    *[("sample_token", lambda logits, *rest, id=id: tinylm.sample_token.definition(
+        logits.index_fill(-1, torch.tensor([id]), -math.inf), *rest)) for id in (0, 77, 149, 299)],
     ("clip_gradients", lambda grads, norm, most: tinylm.tree_map(lambda g: g * (most / norm), grads)),
     ("clip_gradients", lambda grads, norm, most: tinylm.tree_map(lambda g: g / 2, grads))], ids=lambda x: str(x)[:15])
 def test_forms_that_fail_or_differ_only_somewhere(monkeypatch, name, form):
@@ -6832,7 +6841,7 @@ def test_hidden_states_that_become_float32(monkeypatch, capsys):
 @pytest.mark.parametrize("name, form", [
     ("attention", lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[-2] > 1, scale=0.1)),
     ("token_losses", lambda logits, targets: logits.logsumexp(-1)),
-    ("nucleus_floor", lambda probabilities, top_p: (1 - top_p) * probabilities.amax(-1, keepdim=True))])
+    ("sample_token", lambda logits, *_: logits.argmax(-1))])
 def test_what_is_evaluated_or_written_by_other_forms(trained, name, form, monkeypatch):
     """Is refused as training is: a changed definition would be passed over without a word."""
     data.forms.compare_reading.cache_clear()
@@ -7995,8 +8004,9 @@ def sizes_of_forms(device):
     yield "adamw_update", "", False, (many, many, moments(many), torch.tensor(1e-3))
     yield "orthogonalize", "", False, (f32(3, 128, 384),)
     yield "orthogonalize_all", "", False, (block,)
-    yield "nucleus_floor", "1 text", False, (F.softmax(f32(1, 2048) * 3, -1), 0.95)
-    yield "nucleus_floor", "16 texts", False, (F.softmax(f32(16, 2048) * 3, -1), 0.95)
+    for rows, what, most in ((1, "nucleus, 1 text", (0, 0.95)), (16, "nucleus, 16 texts", (0, 0.95)),
+                             (1, "top 50, 1 text", (50, 1.0))):
+        yield "sample_token", what, False, (f32(rows, 2048) * 3, torch.full((rows, 1), 0.3).double(), 1.0, *most)
 
 def forward_and_backward(function, arguments, trains):
     """A call without arguments that computes a function and, where asked, its gradients."""

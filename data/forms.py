@@ -225,19 +225,28 @@ def learned_of_ids(model):
     return {"loss": loss, "gradients": grads}
 
 def evaluated_of_ids(model):
-    """The loss that an evaluation gives of a narrow model."""
-    return {"evaluated": loss_by(tinylm.token_losses_in_pieces, model)}
+    """The loss that an evaluation gives of a narrow model, and which ids are drawn: of all alike, where the mass of a
+    single one moves others, and of scores that fall.
+    """
+    V, device = model.config.vocab_size, model.tokens.device
+    ids = torch.arange(0.5, 8, dtype=torch.float64, device=device).mul(V / 8).long()  # (8)
+    in_id = torch.tensor([0.75, 0.25], dtype=torch.float64, device=device).repeat(4)  # where half a mass moves it out
+    chance = 1 - (ids + in_id)[:, None] / V
+    draw = lambda scores, *most: tinylm.sample_token(scores.expand(8, -1), chance, 1.0, *most)
+    falling = -0.1 * torch.arange(V, device=device)
+    return {"evaluated": loss_by(tinylm.token_losses_in_pieces, model), "moved": draw(0 * falling, 0, 0.9) - ids,
+            "drawn": torch.cat((draw(falling, 0, 0.99), draw(falling, 20, 0.8)))}
 
 @torch.no_grad()
 def writing(model):
-    """Some tokens that a model writes, and scores and nuclei with weights laid out for several texts."""
+    """Some tokens that a model writes, and scores with weights laid out for several texts."""
     config, _, doubles, tokens, _ = model
     with drawn_from(0):
         written = torch.cat(list(tinylm.generate(doubles, tokens[:, :1], config, 5, 0, dtype=torch.float64)))
         dtype = torch.float32 if tokens.is_cpu else torch.float64  # in which a CPU lays weights out
         weights = tinylm.weights_for_generation(tinylm.tree_map(lambda p: p.to(dtype), doubles), dtype, 9)
         scores = tinylm.forward(weights, tokens[:, :-1], config, dtype)[:, -1]
-        return {"written": written, "scores": scores, "nucleus": tinylm.nucleus_floor(tinylm.softmax(scores), 0.9)}
+        return {"written": written, "scores": scores}
 
 def learning(model, dtype):
     """The loss, its gradients, and what is read in pieces and last of all."""
