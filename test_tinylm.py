@@ -1049,6 +1049,7 @@ def test_sample_token_of_numbers_that_are_not_finite(number):
         for options in ((1.0, 0, 1.0), (0.01, 0, 0.9), (0.5, 5, 0.9), (0, 0, 1.0)):
             token = draw(logits, *options, 0)
             assert token.shape == (2,) and 0 <= token.min() and token.max() < 50
+            assert draw(logits[:0], *options, 0).dtype == torch.int64
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_generate_many_rows_is_generate_each(tied):
@@ -6457,8 +6458,13 @@ def test_a_form_that_does_not_follow_its_definition(tmp_path, monkeypatch, name,
         params, tinylm.tree_map(lambda g, m: g * (m * g >= 0), grads, state["m"]), state, lr, **own)),
     ("adamw_update", lambda params, grads, state, lr, **own: tinylm.adamw_update.definition(
         params, grads, state, lr, **own | {"weight_decay": own["weight_decay"] * (state["step"] < 6)})),
+    *[("sample_token", lambda logits, *rest, most=most: tinylm.sample_token.definition(
+        logits.masked_fill(logits < logits.amax(-1, keepdim=True) - most, -math.inf), *rest)) for most in (3, 4.5)],
+    *[("sample_token", lambda logits, chance, T, *rest, changed=changed: tinylm.sample_token.definition(
+        logits, chance, changed(T), *rest)) for changed in (lambda T: max(T, 0.3), lambda T: min(T, 1), math.sqrt)],
     ("sample_token", lambda logits, chance, temperature, top_k, top_p: tinylm.sample_token.definition(
-        logits.masked_fill(logits < logits.amax(-1, keepdim=True) - 3, -math.inf), chance, temperature, top_k, top_p)),
+        logits, chance, temperature, min(top_k, 50), top_p)),
+    ("sample_token", lambda logits, *rest: tinylm.sample_token.definition(logits - 1e-6 * torch.arange(300), *rest)),
     *[("sample_token", lambda logits, *rest, id=id: tinylm.sample_token.definition(
         logits.index_fill(-1, torch.tensor([id]), -math.inf), *rest)) for id in (0, 77, 149, 299)],
     ("clip_gradients", lambda grads, norm, most: tinylm.tree_map(lambda g: g * (most / norm), grads)),
@@ -6474,6 +6480,16 @@ def test_a_form_without_gains_is_told_where_a_model_is_read(monkeypatch):
     form = lambda x, gain, eps: tinylm.rmsnorm.definition(x, torch.ones_like(gain), eps)
     monkeypatch.setattr(tinylm.rmsnorm, "forms", [(tinylm.always, form)])
     with pytest.raises(cli.InputError, match="^rmsnorm: by faster forms not what it is by the def"):
+        forms.compare_reading.__wrapped__(small_config(), "cpu")
+
+def test_a_sampler_of_another_kind_hides_no_other_form(monkeypatch):
+    """Such as one that takes what was written so far, too."""
+    genuine = tinylm.sample_token
+    monkeypatch.setattr(tinylm, "sample_token", lambda logits, chance, temperature, *rest: genuine(
+        logits, chance, temperature, *rest[:2 - bool(temperature)]))
+    forms.compare_reading.__wrapped__(small_config(), "cpu")
+    monkeypatch.setattr(tinylm.token_losses, "forms", [(tinylm.always, lambda logits, targets: logits.logsumexp(-1))])
+    with told_of("token_losses"):
         forms.compare_reading.__wrapped__(small_config(), "cpu")
 
 def test_forms_that_differ_beyond_the_small_model(monkeypatch):

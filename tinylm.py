@@ -1212,7 +1212,7 @@ def sample_token_on_cpu(logits, chance, temperature, top_k, top_p):
             row = row * (row >= best_first[min(np.searchsorted(reached, wanted), len(reached) - 1)])
         reached = torch.from_numpy(row).double().cumsum(0)
         drawn.append(tokens[torch.searchsorted(reached, share * reached[-1].item())])
-    return torch.from_numpy(np.array(drawn))
+    return torch.from_numpy(np.array(drawn, dtype=np.int64))
 
 # ---- Attention in tiles, on any device ----
 

@@ -58,7 +58,8 @@ def check_forms(config, settings):
                      or tinylm.forms_that_differ(partial(updates, model, settings))
                      or tinylm.forms_that_differ(partial(writing, model))
                      or tinylm.forms_that_differ(partial(learned_of_ids, narrow))
-                     or tinylm.forms_that_differ(partial(evaluated_of_ids, narrow)))
+                     or tinylm.forms_that_differ(partial(evaluated_of_ids, narrow))
+                     or tinylm.forms_that_differ(partial(drawn_of_ids, narrow)))
         if not differing and over_ranks:  # which ask for definitions that don't look beyond a block
             differing = tinylm.forms_that_differ(lambda: {"read": read(deep, False)})
         if not differing and (settings.device, settings.dtype) != ("cpu", "float32"):  # where other forms serve
@@ -96,7 +97,8 @@ def compare_reading(config, device):
     except Exception as error:
         return cli.fail(UNKNOWN.format(type(error).__name__, cli.one_line(error)))
     refuse(tinylm.forms_that_differ(partial(reading, model)) or tinylm.forms_that_differ(partial(writing, model))
-           or tinylm.forms_that_differ(partial(evaluated_of_ids, narrow)))
+           or tinylm.forms_that_differ(partial(evaluated_of_ids, narrow))
+           or tinylm.forms_that_differ(partial(drawn_of_ids, narrow)))
     is_same_each_time(model, cli.fail)  # as what is written may be all that stdout is for
 
 def check_finite(loss):
@@ -225,17 +227,22 @@ def learned_of_ids(model):
     return {"loss": loss, "gradients": grads}
 
 def evaluated_of_ids(model):
-    """The loss that an evaluation gives of a narrow model, and which ids are drawn: of all alike, where the mass of a
-    single one moves others, and of scores that fall.
+    """The loss that an evaluation gives of a narrow model."""
+    return {"evaluated": loss_by(tinylm.token_losses_in_pieces, model)}
+
+def drawn_of_ids(model):
+    """Which ids `sample_token` draws: of all alike, where the mass of a single one moves others; and of scores that fall
+    in pairs, at several temperatures, those over the whole range or the last that is left.
     """
     V, device = model.config.vocab_size, model.tokens.device
     ids = torch.arange(0.5, 8, dtype=torch.float64, device=device).mul(V / 8).long()  # (8)
     in_id = torch.tensor([0.75, 0.25], dtype=torch.float64, device=device).repeat(4)  # where half a mass moves it out
-    chance = 1 - (ids + in_id)[:, None] / V
-    draw = lambda scores, *most: tinylm.sample_token(scores.expand(8, -1), chance, 1.0, *most)
-    falling = -0.1 * torch.arange(V, device=device)
-    return {"evaluated": loss_by(tinylm.token_losses_in_pieces, model), "moved": draw(0 * falling, 0, 0.9) - ids,
-            "drawn": torch.cat((draw(falling, 0, 0.99), draw(falling, 20, 0.8)))}
+    chance, last = 1 - (ids + in_id)[:, None] / V, torch.full((1, 1), 1e-9, dtype=torch.float64, device=device)
+    scores = -0.2 * (torch.arange(V, device=device) // 2)
+    draw = lambda scores, chance, *how: tinylm.sample_token(scores.repeat(len(chance), 1), chance, *how)
+    drawn = [draw(scores, chance, 0.7, 0, 0.99), draw(scores, chance, 1.0, 20, 0.8)]
+    drawn += [draw(scores, last, *how) for how in ((0.5, 51, 1.0), (2.0, 0, 0.99), (0.25, 0, 0.9), (1.5, 21, 0.8))]
+    return {"moved": draw(0 * scores, chance, 1.0, 0, 0.9) - ids, "drawn": torch.cat(drawn)}
 
 @torch.no_grad()
 def writing(model):
