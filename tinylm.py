@@ -1148,6 +1148,12 @@ def clip_gradients_on_cpu(grads, norm, max_norm):
     """Gradients that need no scaling stay as they are. A look at the norm would make the host wait for a GPU."""
     return grads if norm <= max_norm else clip_gradients.definition(grads, norm, max_norm)
 
+@faster(global_norm, lambda tree: first_leaf(tree).is_cpu and is_eager())
+def global_norm_on_cpu(tree):
+    """Large leaves by rows: of numbers added one after another float32 loses 1e-5 of the norm at 2^20, 3e-3 at 2^25."""
+    of_rows = lambda x: torch.linalg.vector_norm(x.float(), dim=-1) if x.ndim > 1 and x.numel() >= 1 << 20 else x
+    return global_norm.definition(tree_map(of_rows, tree))
+
 def adamw_in_place(params, grads, state, lr, beta1=0.8, beta2=0.98, eps=1e-8, weight_decay=0.1):
     """`adamw_update` that writes the new params and state over the old, which are donated: tensors of float32 on a CPU,
     params and moments contiguous.

@@ -318,11 +318,17 @@ class HashTable:
     KEY_SIZE = 16  # bytes
 
     def __init__(self):
-        self.keys = np.empty((0, self.KEY_SIZE // 8), np.uint64)
+        self.parts, self.count = [np.empty((0, self.KEY_SIZE // 8), np.uint64)], 0  # of `keys`
         self.rehash(1 << 14)
 
     def __len__(self):
-        return len(self.keys)
+        return self.count
+
+    @property
+    def keys(self):
+        """All keys in the order of addition. They are joined only here, as each time copies all."""
+        self.parts = [np.concatenate(self.parts)]
+        return self.parts[0]
 
     def rehash(self, size):
         """Make room: place the keys anew in `size` slots, a power of two."""
@@ -371,7 +377,8 @@ class HashTable:
         slots = self.place(keys)
         first = np.sort(np.unique(slots, return_index=True)[1])
         self.slot_number[slots[first]] = np.arange(len(self), len(self) + len(first))
-        self.keys = np.concatenate((self.keys, keys[first]))
+        self.parts.append(keys[first])
+        self.count += len(first)
 
     def find_or_add(self, keys):
         """The number of each key, new ones added. → int32 (keys)."""
@@ -1196,11 +1203,12 @@ def count_corpus(paths, special_tokens, workers, errors):
     counted = spread(word_counter, (special_tokens, errors), spans, workers, "counting words")
     for keys, key_counts, long_word_counts in counted:
         numbers = table.find_or_add(keys)
-        counts = np.pad(counts, (0, len(table) - len(counts)))
+        if len(table) > len(counts):
+            counts = np.pad(counts, (0, len(table)))  # twice as many as need be, so that they are seldom copied
         counts[numbers] += key_counts
         long_words.update(long_word_counts)
     words = table.words() + list(long_words)
-    counts = np.concatenate((counts, np.fromiter(long_words.values(), np.int64, len(long_words))))
+    counts = np.concatenate((counts[:len(table)], np.fromiter(long_words.values(), np.int64, len(long_words))))
     not_words = {token.encode() for token in special_tokens} | {b""}  # what the key of long words spells
     keep = [len(word) > 1 and word not in not_words for word in words]
     return list(itertools.compress(words, keep)), counts[np.array(keep, bool)]
@@ -1233,6 +1241,9 @@ class LinkedWords:
 
     def __init__(self, words, counts):
         lengths = np.array([len(word) for word in words], np.int64)
+        if lengths.sum() + len(words) >= 1 << 31:  # as places are int32
+            raise InputError(f"the text has {len(words):,} different words of {lengths.sum():,} bytes, and 2 GB can be "
+                             "learned from; prepare a part of it, and then all with --tokenizer=data/PART")
         inside = np.arange(lengths.sum()) + np.repeat(np.arange(1, len(words) + 1), lengths)  # a -1 before each word
         self.ids = np.full(lengths.sum() + len(words) + 1, -1, np.int32)
         self.weight = np.zeros(len(self.ids), np.int64)
@@ -1416,7 +1427,9 @@ def load(path):
     try:
         return from_description(json.loads(files.read_text(path)))
     except FileNotFoundError:
-        raise InputError(f"{path} is missing; put the tokenizer.json there that belongs to the model or data") from None
+        of_run = next(iter(path.parent.glob("step-*/tokenizer.json")), None)
+        advice = f"give {of_run.parent}" if of_run else "put the tokenizer.json there that belongs to the model or data"
+        raise InputError(f"{path} is missing; {advice}") from None
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         reason = error if type(error) is ValueError else f"{type(error).__name__}: {error}"
         raise InputError(f"{path} can't be used ({reason}); expected a byte-level BPE tokenizer.json") from None

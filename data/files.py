@@ -73,9 +73,8 @@ def json_lines(path):
                 one = json.loads(line)
             except (ValueError, RecursionError):
                 continue
-            losses = [one.get(name, 0.0) for name in ("train_loss", "val_loss")] if isinstance(one, dict) else [None]
-            is_sound = all(isinstance(loss, (int, float)) for loss in losses)
-            if is_sound and type(one.get("step")) is int and 0 <= one["step"] < 2**63:
+            if isinstance(one, dict) and type(one.get("step")) is int and 0 <= one["step"] < 2**63 and all(
+                    isinstance(one.get(name), (int, float, type(None))) for name in ("train_loss", "val_loss")):
                 yield one
 
 def begins_with(path, beginning):

@@ -102,7 +102,7 @@ class Overfitting:
         """Whether it is first seen with these measurements of a step."""
         if "train_loss" in measured:
             self.losses.append(measured["train_loss"])
-        if "val_loss" not in measured or not self.losses:
+        if measured.get("val_loss") is None or not self.losses:
             return False
         self.evaluations.append((measured["val_loss"], sum(self.losses) / len(self.losses)))
         self.losses = []
@@ -160,7 +160,9 @@ class Log:
     def write(self, step, **measured):
         """Keep measurements of a step."""
         tokens = step * self.settings.tokens_per_step
-        measured = {"step": step, "tokens": tokens, "seconds": round(self.seconds, 3)} | measured
+        measured = {"step": step, "tokens": tokens, "seconds": round(self.seconds, 3)} | {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value  # JSON has no other numbers
+            for name, value in measured.items()}
         if not self.run.rank:
             self.keep(json.dumps(measured))
         self.is_overfitting = self.overfitting.begins(measured)

@@ -8,8 +8,7 @@ from pathlib import Path
 from data import files
 from data.cli import InputError, say
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, GAP = 840, 560, 70, 20, 30, 50  # pixels
-COLORS = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2"]
+WIDTH, LOWER, LEFT, RIGHT, TOP, GAP = 840, 130, 70, 20, 30, 50  # pixels
 
 def read_metrics(run):
     """The lines of a run's metrics.jsonl."""
@@ -25,7 +24,7 @@ def series(lines, key):
 
 def has_losses(lines):
     """Whether there is something of a run to draw."""
-    return any("train_loss" in line or "val_loss" in line for line in lines)
+    return any(line.get(key) is not None for line in lines for key in ("train_loss", "val_loss"))
 
 def ticks(low, high, count=5):
     """Round numbers between two bounds, about `count` of them."""
@@ -71,19 +70,21 @@ def svg_of(runs):
     steps = max(1, *(line["step"] for lines in runs.values() for line in lines))
     losses, best, rates, legend = [], [], [], []
     for i, (name, lines) in enumerate(runs.items()):
-        color, name = COLORS[i % len(COLORS)], re.sub("[^\t -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "?", str(name))
+        color = f"hsl({(210 + 137.5 * i) % 360:g}, 65%, 42%)"  # apart by the golden angle, so that no two are the same
+        name = re.sub("[^\t -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "?", str(name))
         losses += [(color, "1 2", series(lines, "train_loss")), (color, "", series(lines, "val_loss"))]
         best += [(color, point) for point in sorted(series(lines, "val_loss"), key=lambda point: point[1])[:1]]
         rates.append((color, "", series(lines, "lr")))
         what = "validation (line), training (dots)" if has_losses(lines) else "no losses"
         legend.append(f'<text x="{WIDTH - RIGHT - 10}" y="{TOP + 20 + 18 * i}" text-anchor="end" fill="{color}">'
                       f'{escape(name)}: {what}</text>')
-    upper = round((HEIGHT - TOP - 2 * GAP) * 0.7)
+    upper = max(300, 20 + 18 * len(runs))  # the legend stands within it
+    height = TOP + upper + LOWER + 2 * GAP
     body = panel(losses, best, TOP, upper, "loss, nats per token", steps)
-    body += panel(rates, [], TOP + upper + GAP, HEIGHT - TOP - upper - 2 * GAP, "learning rate", steps)
-    return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
+    body += panel(rates, [], TOP + upper + GAP, LOWER, "learning rate", steps)
+    return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" '
                       'font-family="sans-serif" font-size="12">',
-                      f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>', *body, *legend, "</svg>"])
+                      f'<rect width="{WIDTH}" height="{height}" fill="#fff"/>', *body, *legend, "</svg>"])
 
 def plot(*runs, output: str = None):
     """Draw the losses and learning rates of runs into an SVG that a browser opens: python train.py plot RUN [RUN …].

@@ -350,12 +350,13 @@ def resume_run(folder, given, table, check, claims, error_if_done=InputError):
         if versions and not is_same_text and not is_moved:
             cli.say(f"{text} has another size or time than when the run began, which goes on with what it was, in "
                     f"{data}; for a new text begin a new run")
-        if best_step not in checkpoints(folder) or given.get("eval_tokens", kept["eval_tokens"]) != kept["eval_tokens"]:
-            lowest, best_step = math.inf, None  # it was removed; or is the best of another part of the text
         run = Run(settings, folder, data.absolute(), str(latest), step, seconds, lowest, best_step, state["wandb_id"],
                   latest.name, claims=claims, lock=lock)
         run.meta, run.ids = prepare.open_data(run.data)
         check_same_data(run, state["data"], latest)
+        evaluated = {min(of["eval_tokens"], len(run.ids["val"]) - 1) for of in (kept, kept | given)}
+        if best_step not in checkpoints(folder) or len(evaluated) > 1:
+            run.lowest, run.best_step = math.inf, None  # it was removed; or is the best of another part of the text
         update_links(folder)  # as where the run was killed before it had
         if step >= settings.num_steps:
             raise error_if_done(f"--resume={folder}: the run has done its {step} steps; give a larger --num_steps to "
@@ -377,7 +378,7 @@ def data_of(state, latest):
         return prepare.find_data(name, latest)
     except InputError:
         raise InputError(f"the run's data is not at {folder} any more; say where it is, with "
-                         f"--resume={cli.quoted(latest.parent)} --data=FOLDER") from None
+                         f"--resume={cli.quoted(latest.parent)} --data=FOLDER (or the text)") from None
 
 def check_same_data(run, before, latest):
     """Raise InputError where a run's data is not what it was in its `latest` checkpoint, in which `before` says it."""
