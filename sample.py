@@ -47,28 +47,18 @@ def check_prompt(prompt):
         raise InputError(f"--prompt: its byte {ord(prompt[wrong]) & 0xFF:#04x} at character {wrong} is no text in "
                          f"{sys.getfilesystemencoding()}, the encoding of the command line; give it in that one")
 
-class Writer:
-    """Prints a text token by token, whole characters only."""
+def write(text):
+    error = cli.put(text)
+    if isinstance(error, BrokenPipeError):
+        raise cli.ReaderGone
+    if error:
+        raise error
 
-    def __init__(self, tokenizer, prompt):
-        self.tokenizer = tokenizer
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self.write(prompt)
-
-    def write(self, text):
-        error = cli.put(text)
-        if isinstance(error, BrokenPipeError):
-            raise cli.ReaderGone
-        if error:
-            raise error
-
-    def token(self, token):
-        # A vocabulary padded beyond the tokenizer's has ids that stand for nothing.
-        spelled = self.tokenizer.tokens[token] if token < self.tokenizer.vocab_size else b""
-        self.write(self.decoder.decode(spelled))
-
-    def end(self):
-        self.write(self.decoder.decode(b"", final=True) + "\n")
+def write_line(pieces):
+    """Print a text whose bytes come piece by piece, whole characters only."""
+    for text in codecs.iterdecode(pieces, "utf-8", "replace"):
+        write(text)
+    write("\n")
 
 @cli.command(Settings)
 @machine.within_memory("give a smaller --num_samples or --max_new_tokens, --dtype=bfloat16 or --device=cpu")
@@ -105,19 +95,23 @@ def sample(given):
     tokens = tinylm.generate(params, prompts, config, settings.max_new_tokens, settings.temperature, settings.top_k,
                              settings.top_p, ends, generator, dtype)
 
-    begin, rows, writer = time.perf_counter(), [], Writer(tokenizer, prompt)
-    for row in tokens:  # the first text is written as it comes, the others when all are done
-        rows.append(row.tolist())
-        if rows[-1][0] not in ends:
-            writer.token(rows[-1][0])
-    writer.end()
+    begin, rows = time.perf_counter(), []
+    is_text = lambda token: token not in ends and token < tokenizer.vocab_size  # beyond it ids stand for nothing
+
+    def first_text():  # which is written as it comes, the others when all are done
+        for row in tokens:
+            rows.append(row.tolist())
+            if is_text(rows[-1][0]):
+                yield tokenizer.tokens[rows[-1][0]]
+
+    write(prompt)
+    write_line(first_text())
     seconds = time.perf_counter() - begin
     texts = [text[:next((i + 1 for i, token in enumerate(text) if token in ends), None)] for text in zip(*rows)]
     count = sum(map(len, texts))
-    known = [[token for token in text if token not in ends and token < tokenizer.vocab_size] for text in texts]
-    texts = [prompt + bpe.decode(tokenizer, text) for text in known]
+    texts = [prompt + bpe.decode(tokenizer, list(filter(is_text, text))) for text in texts]
     for text in texts[1:]:
-        writer.write(f"---\n{text}\n")
+        write(f"---\n{text}\n")
     cli.put(f"{count} tokens, {count / seconds:,.1f} tokens/s, by {folder}\n", sys.stderr)
     return texts
 
