@@ -23,6 +23,9 @@ class InputError(ValueError):
 
     exit_code = 2  # of a command that ends with it
 
+class RankError(InputError):
+    """A mistake that one rank alone knows, so that it must say it."""
+
 # ---- Settings: a dataclass whose fields are flags; a comment in it is a heading of --help ----
 
 def flag(default, meaning, within=None, choices=None, stated=None, may_change=False):
@@ -293,7 +296,7 @@ def run(function, arguments=None):
     except Exception as error:
         if not hasattr(error, "exit_code"):
             raise
-        if speaks() or getattr(error, "is_of_one_rank", False):
+        if speaks() or isinstance(error, RankError):
             fail(f"{program}: {error}")
         elif error.exit_code:
             time.sleep(5)  # torchrun ends all ranks when one has failed: let that be the one that speaks

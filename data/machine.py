@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 import tinylm
-from data.cli import STOP_SIGNALS, InputError, has_ranks, one_line, speaks
+from data.cli import STOP_SIGNALS, InputError, RankError, has_ranks, one_line, speaks
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # to compute in
 DTYPES_OF_FILES = DTYPES | {"float16": torch.float16}
@@ -149,11 +149,6 @@ def check_compiler(device, dtype, compiles=False):
         raise InputError("--compile: torch.compile needs compute capability 7.0, which "
                          f"{torch.cuda.get_device_name(device)} has not; give --compile=False")
 
-class OutOfMemory(InputError):
-    """A device has too little memory, which its own rank alone knows and must say."""
-
-    is_of_one_rank = True
-
 @contextmanager
 def within_memory(advice):
     """Within it a device that has too little memory is one line, with advice; and a disk with no room to compile in."""
@@ -170,7 +165,7 @@ def within_memory(advice):
             raise
         # The rest is about PyTorch's allocator, or how to find a mistake in a kernel.
         what = re.split(" GPU | CUDA kernel", one_line(error))[0].rstrip(".") or "out of memory"
-        raise OutOfMemory(f"{what}; {advice}") from None
+        raise RankError(f"{what}; {advice}") from None
 
 def on_device(inputs, targets, device):
     """A batch on a device. To CUDA it goes in one copy, from memory that the device reads while the host goes on."""
@@ -262,11 +257,6 @@ def alone():
 
 # ---- Ranks ----
 
-class RankLost(InputError):
-    """Another rank is gone, of which torchrun says the rest."""
-
-    is_of_one_rank = True
-
 @contextmanager
 def ranks(device):
     """Within it this process is with the other ranks, where torchrun started it. → its device, its number, how many.
@@ -288,7 +278,8 @@ def ranks(device):
             dist.destroy_process_group()
         if isinstance(error, RuntimeError) and re.search("gloo.*(closed|reset) by peer", str(error), re.DOTALL):
             time.sleep(5)  # so that torchrun, which ends all when one has failed, finds that one
-            raise RankLost(f"rank {number}: another rank is gone; what that has said, or torchrun, tells why") from None
+            raise RankError(f"rank {number}: another rank is gone; what that has said, or torchrun, tells why"
+                            ) from None
         raise
     finally:
         sys.stdout = stdout
@@ -321,10 +312,9 @@ def join_ranks(device):
         number, count = int(os.environ["LOCAL_RANK"]), count_devices()[0]
         if number >= count:  # which is 0 of 1 on every rank with torchrun --virtual-local-rank
             here = os.environ.get("LOCAL_WORLD_SIZE", number + 1)
-            mistake = InputError(f"{here} ranks on this machine, and each needs a CUDA device, of which it has "
-                                 f"{count}; give torchrun --nproc_per_node={count}")
-            mistake.is_of_one_rank = number == count  # the first without a device says it
-            raise mistake
+            kind_of_error = RankError if number == count else InputError  # the first without a device says it
+            raise kind_of_error(f"{here} ranks on this machine, and each needs a CUDA device, of which it has {count}; "
+                                f"give torchrun --nproc_per_node={count}")
         device = choose_device(f"cuda:{number}")
         if not dist.is_nccl_available():
             raise InputError("ranks on CUDA need NCCL, which this torch has not; give --device=cpu, or start one "

@@ -25,7 +25,7 @@ if __name__ == "__main__":
 import numpy as np
 
 from data import bpe, cli, files, stories
-from data.cli import InputError, flag
+from data.cli import InputError, RankError, flag
 
 DATA = Path(__file__).resolve().parent
 TINYSTORIES = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-"
@@ -629,9 +629,8 @@ def check_unchanged(ids):
     if not hasattr(ids, "stamp") or stamp(ids.file.fileno()) == ids.stamp:  # not from `open_data`, or as it was
         return
     if stamp(ids.file.fileno())[0] != ids.nbytes or summary(ids.file, ids.dtype)[1] != ids.digest:
-        error = InputError(f"{ids.filename} has changed while it was in use; prepare the data again and resume the run")
-        error.is_of_one_rank = True  # others may not have looked yet
-        raise error
+        raise RankError(  # others may not have looked yet
+            f"{ids.filename} has changed while it was in use; prepare the data again and resume the run")
     ids.stamp = stamp(ids.file.fileno())  # it was but touched
 
 if __name__ == "__main__":
