@@ -7503,7 +7503,7 @@ def open_data(folder):
 def open_state(folder):
     with contextlib.ExitStack() as claims:
         resumed = run.resume_run(folder / "run", {"data": str(folder / "data")}, train.Settings, lambda *_: None,
-                                 claims)
+                                 claims, cli.InputError)
         run.load_state(resumed)
 
 DAMAGED = {"run/step-0000001/model.safetensors": open_model, "run/step-0000001/config.json": open_model,

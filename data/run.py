@@ -199,14 +199,11 @@ def find_run(resume, init_from, given, table, check, claims):
     """A new run, one to go on with, or (--resume=auto) whichever there is."""
     if resume and resume != "auto" and init_from:
         raise InputError(f"--resume={resume} and --init_from={init_from}: give one of the two")
-    if resume == "auto":
-        folder = folder_named(table.complete(given))
-        if newest(folder):
-            return resume_run(folder, given, table, check, claims, Finished)
-        return start_run(given, init_from, folder, table, check, claims)
-    if resume:
-        return resume_run(Path(resume), given, table, check, claims)
-    return start_run(given, init_from, None, table, check, claims)
+    is_auto = resume == "auto"
+    folder = folder_named(table.complete(given)) if is_auto else Path(resume) if resume else None
+    if resume and (not is_auto or newest(folder)):
+        return resume_run(folder, given, table, check, claims, Finished if is_auto else InputError)
+    return start_run(given, init_from, folder, table, check, claims)
 
 def folder_named(settings):
     """The folder that the flags name: runs/NAME, NAME that of the data unless given."""
@@ -295,7 +292,7 @@ def start_run(given, init_from, folder, table, check, claims):
     source = str(init_from) if init_from else None
     return Run(settings, folder, data.absolute(), source=source, meta=meta, ids=ids, claims=claims, lock=lock)
 
-def resume_run(folder, given, table, check, claims, error_if_done=InputError):
+def resume_run(folder, given, table, check, claims, error_if_done):
     """A run as its latest checkpoint has it. Raises InputError for flags that would make it another run, and
     `error_if_done` where it has done all its steps."""
     latest = newest(folder)

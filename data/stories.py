@@ -587,12 +587,9 @@ def draw_cast(rng):
     pick = lambda words: words[int(rng.random() ** 3 * len(words))].replace("~", " ")
     pick_name = lambda names: names[int(rng.random() ** 5 * len(names))]  # more so: half the children are Lily or Tom
     cast = {slot: pick(words) for slot, words in LISTS.items()}
-    while cast["color2"] == cast["color"]:
-        cast["color2"] = pick(COLORS)
-    while cast["number2"] == cast["number"]:
-        cast["number2"] = pick(NUMBERS)
-    while cast["home"] == cast["place"]:
-        cast["home"] = pick(PLACES)
+    for slot, other in (("color2", "color"), ("number2", "number"), ("home", "place")):
+        while cast[slot] == cast[other]:
+            cast[slot] = pick(LISTS[slot])
     for role, kind, prefix in (("hero", "kind", ""), ("friend", "friendkind", "f")):
         gender = rng.choice(("he", "she"))
         cast[role] = pick_name(NAMES[gender])
