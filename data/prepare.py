@@ -281,7 +281,7 @@ def with_begin_ids(ids, is_start, begin, end):
     places = np.flatnonzero(starts)
     return np.insert(ids, places.repeat(len(begin)), np.tile(begin, len(places)).astype(ids.dtype))
 
-def write_ids(tokenizer, begin, end, spans, path, workers, errors):
+def write_ids(tokenizer, begin, end, spans, path, settings):
     """Encode spans into a file of ids; returns what is in it.
 
     Each file's text is ended by the id `end`, and texts begin with the ids `begin`, where the model has such.
@@ -297,7 +297,7 @@ def write_ids(tokenizer, begin, end, spans, path, workers, errors):
             counts["tokens"] += len(ids)
             counts["bytes"] += int(sizes[ids].sum())
 
-        for source, ids in bpe.encode_pieces(tokenizer, spans, workers, errors):
+        for source, ids in bpe.encode_pieces(tokenizer, spans, settings.workers, settings.errors):
             if source != before and last[-1:] != end:
                 write(end)
                 last = end
@@ -367,7 +367,7 @@ def prepare(given):
             put_in_place(output / ".partial", output)
         if not (waited and is_data(output) and files.read_json(output / "meta.json").get("asked") == asked):
             try:
-                write_beside(output / ".partial", sources, settings, dataset, tokenizer, begin, end, vocab_size, asked)
+                write_beside(output / ".partial", sources, settings, tokenizer, begin, end, vocab_size, asked)
             except BaseException as error:
                 if isinstance(error, OSError) and error.errno in cli.NO_ROOM and not error.filename:
                     error.filename = str(output)
@@ -381,10 +381,12 @@ def prepare(given):
             put_in_place(output / ".partial", output)
     report(output, vocab_size)
 
-def write_beside(partial, sources, settings, dataset, tokenizer, begin, end, vocab_size, asked):
-    """Write all that a data folder has into `partial`."""
+def write_beside(partial, sources, settings, tokenizer, begin, end, vocab_size, asked):
+    """Write all that a data folder has into `partial`. `asked` is what meta.json has to say of the flags."""
     files.remove(partial)
     partial.mkdir()
+    dataset = asked["dataset"]
+    name = dataset or settings.input
     if dataset == "stories":
         sources = [[path] for path in write_stories(partial)]
     elif dataset:
@@ -396,14 +398,22 @@ def write_beside(partial, sources, settings, dataset, tokenizer, begin, end, voc
     val_fraction = settings.val_fraction or 0.1
     train, val = spans if len(spans) == 2 else split_spans(spans[0], val_fraction)
     if not train or not val:
-        raise InputError(f"{settings.input or dataset}: too little text to keep {val_fraction} of it for validation; "
+        raise InputError(f"{name}: too little text to keep {val_fraction} of it for validation; "
                          "use more text, or data/prepare.py with another --val_fraction")
     # Ids of 2 or 4 bytes: one for a byte of text or, where bytes are merged, for two or more.
     ids = sum(end - start for _, start, end in train + val) / (1 if vocab_size < 512 else 2)
     files.check_room(partial, ids * (2 if vocab_size <= 1 << 16 else 4), "the data may need", "choose another --output")
     tokenizer = tokenizer or bpe.train(train, vocab_size, workers=settings.workers, errors=settings.errors)
     end = tokenizer.special_tokens[bpe.END_OF_TEXT] if end is None else end
-    meta = write_data(partial, asked, train, val, tokenizer, begin, end, settings.workers, settings.errors)
+    bpe.save(tokenizer, partial / "tokenizer.json")
+    meta = {"source": name, "asked": asked, "vocab_size": tokenizer.vocab_size, "dtype": tokenizer.dtype.name,
+            "begin_ids": begin or [end], "end_of_text_id": end,
+            "tokenizer_sha256": hashlib.sha256((partial / "tokenizer.json").read_bytes()).hexdigest()}
+    for split, of_split in (("train", train), ("val", val)):
+        meta[split] = write_ids(tokenizer, begin, end, of_split, partial / f"{split}.bin", settings)
+        if not meta[split]["bytes"]:
+            raise InputError(f"{name}: the part for {split}.bin has nothing but special tokens; expected text "
+                             "(data/prepare.py has --val_input and --val_fraction to choose it)")
     for path in stamps:
         if stamp(path) != stamps[path]:
             raise InputError(f"{path} was changed while it was read; wait until it is whole, and start again")
@@ -498,20 +508,6 @@ def load_tokenizer(path):
         raise InputError(f"{path} has no special token {bpe.END_OF_TEXT} to end documents with, and no config.json "
                          "beside it names another; use a tokenizer that has")
     return tokenizer, [] if begin == [end] else begin, end
-
-def write_data(folder, asked, train, val, tokenizer, begin, end, workers, errors):
-    """Write tokenizer.json, train.bin and val.bin. → what meta.json has to say of them, and of what was asked for."""
-    bpe.save(tokenizer, folder / "tokenizer.json")
-    source = asked["dataset"] or asked["input"]
-    meta = {"source": source, "asked": asked, "vocab_size": tokenizer.vocab_size, "dtype": tokenizer.dtype.name,
-            "begin_ids": begin or [end], "end_of_text_id": end,
-            "tokenizer_sha256": hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()}
-    for split, spans in (("train", train), ("val", val)):
-        meta[split] = write_ids(tokenizer, begin, end, spans, folder / f"{split}.bin", workers, errors)
-        if not meta[split]["bytes"]:
-            raise InputError(f"{source}: the part for {split}.bin has nothing but special tokens; expected text "
-                             "(data/prepare.py has --val_input and --val_fraction to choose it)")
-    return meta
 
 def report(folder, most_tokens):
     """Say what a data folder holds."""
