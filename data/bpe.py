@@ -412,8 +412,6 @@ def with_fillers(words):
 
 def join_words(text, starts, lengths):
     """Some words of a text as `with_fillers` joins them. → uint8 (text)"""
-    if not len(starts):
-        return with_fillers([])
     joined = np.frombuffer(text, np.uint8).take(ranges(starts - 1, lengths + 1), mode="clip")
     joined[np.cumsum(lengths + 1) - lengths - 1] = FILLER
     return np.append(joined, np.uint8(FILLER))
@@ -933,16 +931,13 @@ def encoder(tokenizer):
         OF_THREAD.encoder = lru_cache(maxsize=4)(Encoder)
     return OF_THREAD.encoder(tokenizer)
 
-def as_bytes(text):
+def encode(tokenizer, text):
+    """The ids of a text. str → tokenizer.dtype (tokens). Raises InputError for lone surrogates."""
     try:
-        return text.encode()
+        text, found = text.encode(), [np.empty(0, tokenizer.dtype)]
     except UnicodeEncodeError as error:
         raise InputError(f"the text has half a surrogate pair at character {error.start}, which UTF-8 can't hold; "
                          "remove it") from None
-
-def encode(tokenizer, text):
-    """The ids of a text. str → tokenizer.dtype (tokens). Raises InputError for lone surrogates."""
-    text, found = as_bytes(text), [np.empty(0, tokenizer.dtype)]
     for chunk in cut_text(text, CHUNK_BYTES, tokenizer.special_tokens, tokenizer.split):
         if len(chunk) <= MOST_BYTES:
             found.append(encoder(tokenizer).encode(chunk))

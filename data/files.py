@@ -54,9 +54,8 @@ def read_json(path, advice=""):
 @contextmanager
 def reading_json(path, advice=""):
     """`read_json`, and InputError also where what is done with it within shows that the file is damaged."""
-    value = read_json(path, advice)
     try:
-        yield value
+        yield read_json(path, advice)
     except (KeyError, TypeError, AttributeError) as error:
         then = f"; {advice}" if advice else ""
         raise InputError(f"{path} is damaged ({type(error).__name__}: {error}){then}") from None
