@@ -2128,7 +2128,7 @@ def test_splits_are_those_of_regex(special_tokens, split, text):
     expected, data = words_by_regex(text, special_tokens, split), text.encode()
     assert list(bpe.plain_split(text, special_tokens, split)) == expected
     spans = bpe.find_spans(bpe.compile_special_pattern(special_tokens), data)
-    starts = bpe.WORD_STARTS[split](data, spans).tolist()
+    starts = bpe.word_starts(data, spans, split).tolist()
     assert [data[begin:end].decode() for begin, end in zip(starts, starts[1:] + [len(data)])] == expected
 
 @given(st.lists(st.text("|b.é", min_size=1, max_size=7), min_size=1, max_size=60, unique=True), st.text("|b.é"))

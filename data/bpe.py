@@ -34,7 +34,7 @@ import unicodedata
 from array import array
 from collections import Counter
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from multiprocessing import connection
 from multiprocessing.pool import ExceptionWithTraceback
 from pathlib import Path
@@ -169,25 +169,37 @@ def contraction_lengths(long_s=False):
     lengths[list(b"sdmt")] = 2
     return lengths
 
-def word_starts(text, special_spans=(), digits_alone=False):
+def word_starts(text, special_spans=(), split="gpt2"):
     """Where words begin, as `plain_split` cuts them. text: bytes of UTF-8, special_spans (n, 2) → int64 (words).
 
-    A word begins where the class changes, with three amendments. The last character of a run of white space stands
-    apart from the run when something visible follows, and a blank there belongs to the word that follows. A special
-    token, or with `digits_alone` a number's digit, begins and ends a text of its own. A contraction ('s, 'll …) ends
-    early, after its letters.
+    A word begins where the class changes, and a special token begins and ends a text of its own; that is amended for
+    each split pattern.
     """
     if not text:
         return np.empty(0, np.int64)
-    data = np.frombuffer(text, np.uint8)
-    classes = byte_classes(text, special_spans)
-    if digits_alone:
-        digits = (classes == NUMBER) & (data & 0xC0 != 0x80)  # their first bytes
-        classes = np.where(classes == NUMBER, SPECIAL, classes)
+    data, classes = np.frombuffer(text, np.uint8), byte_classes(text, special_spans)
     starts = np.empty(len(text), bool)
     starts[0] = True
     np.not_equal(classes[1:], classes[:-1], out=starts[1:])
+    for start, end in special_spans:
+        starts[start] = True
+        starts[end:end + 1] = True
+    if split == "llama3":
+        amend_llama3(data, classes, starts)
+    else:
+        amend_gpt2(data, classes, starts, split == "digits")
+    return np.flatnonzero(starts)
 
+def amend_gpt2(data, classes, starts, digits_alone):
+    """Amend where words begin, bool (bytes), by the pattern of GPT-2, or with `digits_alone` that of SmolLM.
+
+    The last character of a run of white space stands apart from the run when something visible follows, and a blank
+    there belongs to the word that follows; but with `digits_alone` a digit begins and ends a text of its own. A
+    contraction ('s, 'll …) ends early, after its letters.
+    """
+    if digits_alone:
+        starts |= (classes == NUMBER) & (data & 0xC0 != 0x80)  # their first bytes
+        classes = np.where(classes == NUMBER, SPECIAL, classes)
     last_space = (classes[:-1] == SPACE) & (classes[1:] < SPACE)  # the last byte before something visible
     starts[1:] &= ~(last_space & (data[:-1] == ord(" ")))
     wide = np.flatnonzero(last_space & (data[:-1] >= 0x80))  # beyond ASCII, it's the first byte that begins a word
@@ -195,42 +207,25 @@ def word_starts(text, special_spans=(), digits_alone=False):
     starts[:-1] |= last_space
     starts[wide - np.where(data[wide - 1] >= 0xC0, 1, 2)] = True  # such characters have two or three bytes
 
-    for start, end in special_spans:
-        starts[start] = True
-        starts[end:end + 1] = True
-    if digits_alone:
-        starts |= digits
-
     quotes = np.flatnonzero(data[:-1] == ord("'"))
     quotes = quotes[starts[quotes] & (classes[quotes + 1] == LETTER)]  # a special token may begin with such letters too
-    second = np.minimum(quotes + 2, len(text) - 1)  # where text ends after one letter, that letter is no pair either
+    second = np.minimum(quotes + 2, len(data) - 1)  # where text ends after one letter, that letter is no pair either
     length = contraction_lengths()[data[quotes + 1], np.where(classes[second] == LETTER, data[second], 0)]
-    length[quotes + length > len(text)] = 0
+    length[quotes + length > len(data)] = 0
     quotes, length = quotes[length > 0], length[length > 0]
     starts[quotes + 1] = False
     ends = quotes + length
-    starts[ends[ends < len(text)]] = True
-    return np.flatnonzero(starts)
+    starts[ends[ends < len(data)]] = True
 
-def word_starts_llama3(text, special_spans=()):
-    """`word_starts` by the pattern of Llama 3.
+def amend_llama3(data, classes, starts):
+    """Amend where words begin, bool (bytes), by the pattern of Llama 3.
 
-    A word begins where the class changes, with these amendments. Numbers are cut in threes. New lines belong to a sign
-    just before them; in other white space a word ends behind the last new line. What is left of it gives its last
-    character to letters that follow, or, if that is a blank, to signs; before numbers it stands alone. A sign alone
-    belongs to the letters that follow it, unless it has a blank already; with an apostrophe that may be a contraction,
-    in small letters or capitals, which ends early.
+    Numbers are cut in threes. New lines belong to a sign just before them; in other white space a word ends behind the
+    last new line. What is left of it gives its last character to letters that follow, or, if that is a blank, to signs;
+    before numbers it stands alone. A sign alone belongs to the letters that follow it, unless it has a blank already;
+    with an apostrophe that may be a contraction, in small letters or capitals, which ends early.
     """
-    if not text:
-        return np.empty(0, np.int64)
-    data, size = np.frombuffer(text, np.uint8), len(text)
-    classes = byte_classes(text, special_spans)
-    changes = np.append(True, classes[1:] != classes[:-1])
-    starts = changes.copy()
-    for start, end in special_spans:
-        starts[start] = True
-        starts[end:end + 1] = True
-
+    size, changes = len(data), starts.copy()
     digits = np.flatnonzero((classes == NUMBER) & (data & 0xC0 != 0x80))  # their first bytes
     place = np.arange(len(digits))
     starts[digits] = (place - np.maximum.accumulate(np.where(changes[digits], place, 0))) % 3 == 0
@@ -271,9 +266,6 @@ def word_starts_llama3(text, special_spans=()):
     length = contraction_lengths(long_s=True)[small[quotes + 1], np.where(is_letter, small[second], 0)]
     ends = (quotes + length)[length > 0]
     starts[ends[ends < size]] = True
-    return np.flatnonzero(starts)
-
-WORD_STARTS = {"gpt2": word_starts, "digits": partial(word_starts, digits_alone=True), "llama3": word_starts_llama3}
 
 # ---- Words met before ----
 
@@ -400,7 +392,7 @@ class HashTable:
 
 def split_words(text, special_pattern, split="gpt2"):
     """Cut text into words. → int64: starts (words), lengths (words)."""
-    return with_lengths(text, WORD_STARTS[split](text, find_spans(special_pattern, text)))
+    return with_lengths(text, word_starts(text, find_spans(special_pattern, text), split))
 
 def with_lengths(text, starts):
     """Words that begin at `starts`, as `split_words` gives them."""
