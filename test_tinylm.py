@@ -6410,7 +6410,7 @@ FORK = {
 def compare_forms(vocab_size=300, shard=False, **flags):
     settings = train.Settings.complete(dict(device="cpu") | flags)
     settings.shard = shard  # which only ranks may ask for
-    forms.check_forms(run.model_config(settings, vocab_size), settings)
+    forms.check_forms(run.model_config(settings, vocab_size), settings, train.training_loss)
 
 def told_of(name):
     said = rf"^{name}: by faster forms not what it is by .* by {name}\.forms\.clear\(\)$"

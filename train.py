@@ -234,8 +234,9 @@ def train(given):
     if torch.get_default_dtype() != torch.float32:
         raise InputError(f"torch's default dtype is {checkpoint.dtype_name(torch.get_default_dtype())}, expected "
                          "float32; call torch.set_default_dtype(torch.float32) before")
+    check = lambda config, settings: check_forms(config, settings, training_loss)
     interrupt = machine.Interrupt()  # made before data is prepared, as it notices when torchrun dies from here on
-    with (open_run(resume, init_from, given, Settings, check_forms) as run, interrupt,
+    with (open_run(resume, init_from, given, Settings, check) as run, interrupt,
           machine.numerics(run.settings.device), Log(run) as log):
         settings = run.settings
         train_ids, val_ids, ranks = run.ids["train"], run.ids["val"], (run.rank, run.num_ranks)
@@ -289,6 +290,10 @@ def schedule(settings):
                              "line in Settings of train.py")
     return partial(function, **{p.name: getattr(settings, p.name) for p in own if hasattr(settings, p.name)})
 
+def training_loss(params, inputs, targets, config, dtype, settings):
+    """The mean loss that a step lowers. What a fork adds to `loss_fn` it gets here, of the settings."""
+    return tinylm.loss_fn(params, inputs, targets, config, dtype, settings.remat)
+
 def step_functions(config, settings):
     """What a step computes, compiled where asked: the gradients of a batch, the update, the losses of each token.
 
@@ -299,7 +304,7 @@ def step_functions(config, settings):
     own, is_separable = settings.of_optimizer, tinylm.is_separable(optimizer_update)
 
     def loss(params, inputs, targets):
-        return tinylm.loss_fn(params, inputs, targets, config, dtype, settings.remat)
+        return training_loss(params, inputs, targets, config, dtype, settings)
 
     def gradients(params, inputs, targets, on_gradient=None):
         function = tinylm.watched(loss, on_gradient) if on_gradient else loss

@@ -21,13 +21,14 @@ DROPPED_OVER_RANKS = {
 
 UNKNOWN = "whether faster forms follow their definitions is not known, as a small model fails: {}: {}"
 
-def check_forms(config, settings):
+def check_forms(config, settings, loss):
     """Raise InputError where faster forms give other numbers than the definitions, as where one was changed.
 
-    A small model is compared: on the device its loss, gradients and what `reading` has, in float64 and roughly in the
-    dtype of training, what it writes, and losses of many ids; on the CPU clipping and three updates. To be split, all
-    blocks are read too. Where a model can't be small, that is said.
+    A small model is compared: on the device its `loss`, train.py's, gradients and what `reading` has, in float64 and
+    roughly in the dtype of training, what it writes, and losses of many ids; on the CPU clipping and three updates. To
+    be split, all blocks are read too. Where a model can't be small, that is said.
     """
+    loss = partial(loss, settings=settings)
     axes = {path: len(shape) for path, shape in tinylm.tree_leaves(tinylm.param_shapes(config))}
     if settings.shard and 0 in axes.values():
         raise InputError(f"--shard splits along the first axis, and {min(axes, key=axes.get)} has none; give it the "
@@ -42,10 +43,10 @@ def check_forms(config, settings):
         if settings.shard:
             deep = small_model(config, settings.device, num_layers=config.num_layers)
         with tinylm.definitions_alone():
-            exact = learning(model, torch.float64)
+            exact = learning(model, loss, torch.float64)
             check_finite(exact["loss"]), updates(model, settings), writing(model)
             narrow = narrow_model(config, settings.device)
-            learned_of_ids(narrow)
+            loss_and_gradients(narrow, loss)
     except InputError:
         raise
     except Exception as error:
@@ -54,16 +55,16 @@ def check_forms(config, settings):
     over_ranks = [(tinylm.always, tinylm.one_block_at_a_time)] if settings.shard and forms else []
     forms[:0] = over_ranks
     try:
-        differing = (tinylm.forms_that_differ(partial(learning, model, torch.float64))
+        differing = (tinylm.forms_that_differ(partial(learning, model, loss, torch.float64))
                      or tinylm.forms_that_differ(partial(updates, model, settings))
                      or tinylm.forms_that_differ(partial(writing, model))
-                     or tinylm.forms_that_differ(partial(learned_of_ids, narrow))
+                     or tinylm.forms_that_differ(partial(loss_and_gradients, narrow, loss))
                      or tinylm.forms_that_differ(partial(evaluated_of_ids, narrow))
                      or tinylm.forms_that_differ(partial(drawn_of_ids, narrow)))
         if not differing and over_ranks:  # which ask for definitions that don't look beyond a block
             differing = tinylm.forms_that_differ(lambda: {"read": read(deep, False)})
         if not differing and (settings.device, settings.dtype) != ("cpu", "float32"):  # where other forms serve
-            compute = partial(learning, model, DTYPES[settings.dtype])
+            compute = partial(learning, model, loss, DTYPES[settings.dtype])
             differing = tinylm.forms_that_differ(compute, 0.1) and tinylm.forms_that_differ(
                 compute, max(0.1, 2 * rounding(exact, compute)))
     finally:
@@ -73,10 +74,10 @@ def check_forms(config, settings):
     if dtype != DTYPES[settings.dtype]:
         cli.say(f"--dtype={settings.dtype}: hidden states become {dtype_name(dtype)}, which is slow, where a parameter "
                 "of that dtype is added to x or multiplied; let it be p.to(x.dtype)")
-    learned, evaluated = loss_by(tinylm.loss_fn, model), loss_by(tinylm.token_losses_in_pieces, model)
+    learned, evaluated = loss_by(loss, model), loss_by(tinylm.token_losses_in_pieces, model)
     if is_same_each_time(model, cli.say) and abs(learned - evaluated) > 1e-6 * abs(learned):
         cli.say(f"training lowers another loss, {learned:.6f} of a small model, than evaluations give, "
-                f"{evaluated:.6f}: right where loss_fn adds a term; what evaluations and sampling should have too "
+                f"{evaluated:.6f}: right where a term is added; what evaluations and sampling should have too "
                 "belongs in to_logits, and in token_losses_in_pieces where that calls it in another way")
 
 def check_reading(config, device):
@@ -116,7 +117,8 @@ def refuse(differing, is_split=False):
     """Raise InputError where operations, by name, differ."""
     if is_split and "transformer_blocks" in differing:
         raise InputError("--shard gathers one block at a time, which gives other numbers than transformer_blocks by "
-                         "its definition in tinylm.py; let one_block_at_a_time follow there, or leave --shard out")
+                         "its definition in tinylm.py; let one_block_at_a_time follow there, and as it does "
+                         "transformer_blocks_over_ranks, or leave --shard out")
     if differing:
         drop = lambda name: is_split and DROPPED_OVER_RANKS.get(name) or f"{name}.forms.clear()"
         names, advice = ", ".join(differing), "; ".join(map(drop, differing))
@@ -188,11 +190,12 @@ def read(model, in_pieces, dtype=torch.float64, seed=0):
     cache = tinylm.init_cache(config, 2, T, dtype, tokens.device) if in_pieces else None
     with drawn_from(seed):
         if in_pieces:  # as where a text has outgrown the context
-            cache = tinylm.hidden_states(doubles, tokens[:, -1:], config, dtype, cache)[1] | {"filled": 0}
+            _, cache, *_ = tinylm.hidden_states(doubles, tokens[:, -1:], config, dtype, cache)
+            cache = cache | {"filled": 0}
         for start, end in zip(borders, borders[1:]):
             if in_pieces and end == start + 1 and tokens.is_cuda:
                 cache = cache | {"filled": tokens.new_tensor([start])}  # as where a step is recorded
-            x, cache = tinylm.hidden_states(doubles, tokens[:, start:end], config, dtype, cache)
+            x, cache, *_ = tinylm.hidden_states(doubles, tokens[:, start:end], config, dtype, cache)  # forks have more
             xs.append(x)
     return torch.cat(xs, 1)
 
@@ -208,7 +211,7 @@ def read_last(model, dtype):
 
 @torch.no_grad()
 def loss_by(function, model):
-    """The mean loss by a function of the model and a batch: `loss_fn`, or what evaluations call."""
+    """The mean loss by a function of the model and a batch: that of training, or what evaluations call."""
     config, _, doubles, tokens, _ = model
     with drawn_from(0):
         return function(doubles, tokens[:, :-1], tokens[:, 1:], config, torch.float64).mean()
@@ -219,12 +222,12 @@ def reading(model):
         return {"read": read(model, True), "last": read_last(model, torch.float64),
                 "loss": loss_by(tinylm.token_losses_in_pieces, model)}
 
-def learned_of_ids(model):
-    """The loss of a narrow model and its gradients."""
-    with drawn_from(0):
-        loss, grads = tinylm.value_and_grad(
-            tinylm.loss_fn, model.doubles, model.tokens[:, :-1], model.tokens[:, 1:], model.config, torch.float64)
-    return {"loss": loss, "gradients": grads}
+@drawn_from(0)
+def loss_and_gradients(model, loss, dtype=torch.float64):
+    """Of a batch of all that a model reads."""
+    inputs, targets = model.tokens[:, :-1], model.tokens[:, 1:]
+    value, grads = tinylm.value_and_grad(loss, model.doubles, inputs, targets, model.config, dtype)
+    return {"loss": value, "gradients": grads}
 
 def evaluated_of_ids(model):
     """The loss that an evaluation gives of a narrow model."""
@@ -255,12 +258,10 @@ def writing(model):
         scores = tinylm.forward(weights, tokens[:, :-1], config, dtype)[:, -1]
         return {"written": written, "scores": scores}
 
-def learning(model, dtype):
+@drawn_from(0)
+def learning(model, loss, dtype):
     """The loss, its gradients, and what is read in pieces and last of all."""
-    config, _, doubles, tokens, _ = model
-    with drawn_from(0):
-        loss, grads = tinylm.value_and_grad(tinylm.loss_fn, doubles, tokens[:, :-1], tokens[:, 1:], config, dtype)
-        return {"loss": loss, "gradients": grads, "read": read(model, True, dtype), "last": read_last(model, dtype)}
+    return loss_and_gradients(model, loss, dtype) | {"read": read(model, True, dtype), "last": read_last(model, dtype)}
 
 def check_optimizer(model, settings):
     """Raise InputError where no run could go on with what an optimiser's update makes."""
