@@ -4576,9 +4576,17 @@ def test_ranks_that_do_not_speak_let_the_one_that_does_end_first(monkeypatch, ca
     out, err = capsys.readouterr()
     assert waited == [5] and err.count("unknown flag --foo") == 1 and not out
 
+@pytest.fixture
+def few_objects():
+    """Garbage collection sees no object that was there before, of which there are hundreds of thousands."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
 @pytest.mark.parametrize("alone_from, remat, compiled", [
     (0, False, False), (1 << 20, False, False), (0, True, False), (1 << 20, True, False), (1 << 20, False, True)])
-def test_blocks_of_ranks_are_gathered_ahead_and_freed(alone_from, remat, compiled, monkeypatch, mesh_of_one):
+def test_blocks_of_ranks_are_gathered_ahead_and_freed(alone_from, remat, compiled, monkeypatch, mesh_of_one,
+                                                      few_objects):
     """And gathered once more to go backward, whether their tensors travel together or alone: each block's are sent just
     before the block in front of it is computed, or its gradients. These are those of whole tensors. What is compiled
     has the loss of ranks on CUDA.
