@@ -2719,7 +2719,7 @@ def test_known_corpora_download_and_prepare(server, tmp_path, monkeypatch, name)
 # ---- Training and sampling ----
 
 TINY = dict(d_model=32, num_layers=1, num_heads=2, context_length=32, batch_size=4, num_steps=6, log_interval=1,
-            eval_interval=3, device="cpu", dtype="float32")
+            eval_interval=3, eval_tokens=1000, sample_tokens=8, device="cpu", dtype="float32")
 
 def metrics(folder):
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
@@ -2747,7 +2747,7 @@ def test_thirty_steps_lower_the_loss(tmp_path, capsys):
 
 def test_evaluation_is_the_mean_over_the_whole_split(tmp_path):
     data = prepared(tmp_path)
-    train.train(data=str(data), output_dir=str(tmp_path / "run"), **TINY)
+    train.train(data=str(data), output_dir=str(tmp_path / "run"), **TINY | dict(eval_tokens=10_000))
     model = hf_model(tmp_path / "run/latest")
     val = torch.from_numpy(prepare.open_data(data)[1]["val"].astype(np.int64))
     total = 0.0
@@ -3005,7 +3005,7 @@ def test_samples_show_the_model_learning(tmp_path, capsys):
     assert cli.visible(" ".join(samples[1].split())) in capsys.readouterr().out
     params, config = checkpoint.load_checkpoint(tmp_path / "run/latest")
     tokenizer = bpe.load(data / "tokenizer.json")
-    written = tinylm.generate(params, torch.tensor([[256]]), config, 64, 0.8, 0, 0.95, (256,), generator(0))
+    written = tinylm.generate(params, torch.tensor([[256]]), config, 8, 0.8, 0, 0.95, (256,), generator(0))
     tokens = [t.item() for t in written]
     assert samples[1] == bpe.decode(tokenizer, [t for t in tokens if t != 256])
 
