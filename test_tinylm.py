@@ -6412,7 +6412,7 @@ FORK = {
 }
 
 def compare_forms(vocab_size=300, shard=False, **flags):
-    settings = train.Settings.complete(dict(device="cpu") | flags)
+    settings = train.Settings.complete(dict(device="cpu", context_length=64) | flags)
     settings.shard = shard  # which only ranks may ask for
     forms.check_forms(run.model_config(settings, vocab_size), settings, train.training_loss)
 
