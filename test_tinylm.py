@@ -996,8 +996,9 @@ def draw(logits, temperature, top_k, top_p, seed):
 
 @given(st.integers(0, 5), st.floats(0.1, 3), st.integers(0, 15), st.floats(0.01, 1))
 def test_sample_token_draws_from_the_nucleus(seed, temperature, top_k, top_p):
-    logits = randn(2000, 12, seed=seed)[:1].expand(4000, -1)
-    drawn = torch.bincount(draw(logits, temperature, top_k, top_p, seed), minlength=12) / 4000
+    logits = randn(12, seed=seed).expand(500, -1)
+    chances = (torch.arange(500, dtype=torch.float64)[:, None] + 0.5) / 500  # all alike, so that no luck is in it
+    drawn = torch.bincount(tinylm.sample_token(logits, chances, temperature, top_k, top_p), minlength=12) / 500
     p = F.softmax(logits[0] / temperature, 0)
     ranked = sorted(range(12), key=lambda i: -p[i])[:top_k or 12]
     kept, mass = [], 0.0
@@ -1008,7 +1009,7 @@ def test_sample_token_draws_from_the_nucleus(seed, temperature, top_k, top_p):
         mass += p[i].item() / p[ranked].sum().item()
     expected = torch.zeros(12, dtype=torch.float64)
     expected[kept] = p[kept] / p[kept].sum()
-    assert (drawn.double() - expected).abs().max() < 0.05
+    assert (drawn.double() - expected).abs().max() < 0.005
 
 def test_the_coldest_samples_are_the_best():
     """Also where logits over the temperature are beyond what float32 has."""
