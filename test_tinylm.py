@@ -4039,9 +4039,9 @@ def kill_and_resume(folder, kills, start):
     rng, before = random.Random(0), None
     for kill in range(kills):
         processes = start(folder / "killed")
-        if kill % 4 and before is not None:  # once it trains; else at any time
-            wait_for_step(folder / "killed", before + 2, processes[0])
-        time.sleep(rng.random() * (0.1 if kill % 4 else 0.7))
+        if kill % 4:  # once it trains, from a checkpoint or behind its first, of step 3; else at any time
+            wait_for_step(folder / "killed", (before or 3) + 2, processes[0])
+        time.sleep(rng.random() * (0.1 if kill % 4 else 0.4))
         assert all(process.is_alive() for process in processes), "it was to be killed before its end"
         for process in rng.sample(processes, len(processes)):
             process.kill()
@@ -4055,7 +4055,7 @@ def kill_and_resume(folder, kills, start):
             and same_bytes("model.safetensors") and same_bytes("training/optimizer.safetensors"))
 
 KILLED = {  # how many steps to each time that a run is killed, on how many ranks, other flags
-    "plain": (100, 1, {}), "compiled": (60, 1, {"compile": True}),
+    "plain": (60, 1, {}), "compiled": (25, 1, {"compile": True}),
     "accumulating in bfloat16": (40, 1, {"grad_accum_steps": 3, "dtype": "bfloat16"}),
     "two ranks": (30, 2, {})}
 
