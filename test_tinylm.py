@@ -806,6 +806,14 @@ def test_clip_gradients(max_norm):
     same(norm.double(), expected, 1e-5)
     same([t for _, t in tinylm.tree_leaves(clipped)], [t.grad for t in theirs], 1e-5)
 
+def test_the_norm_of_many_numbers():
+    """Of 2^21 added one after another float32 loses 3e-5."""
+    tree = {"a": randn(2048, 1024).float() + 3, "b": {"c": torch.ones(3), "d": torch.tensor(2.0)}}
+    exact = torch.cat([leaf.double().flatten() for _, leaf in tinylm.tree_leaves(tree)]).norm()
+    same(tinylm.global_norm(tree).double(), exact, 1e-6)
+    split = {"a": {str(i): part for i, part in enumerate(tree["a"].chunk(8))}, "b": tree["b"]}  # as ranks have them
+    same(tinylm.global_norm(split).double(), exact, 1e-6)
+
 def test_the_norm_in_few_launches_is_that_of_float32():
     tree = {"a": torch.full((40, 50), 300.0).half(), "b": {"c": torch.ones(3)}}  # half's numbers end at 65,504
     same(tinylm.global_norm_in_few_launches(tree), tinylm.global_norm.definition(tree), 1e-5)
@@ -1454,7 +1462,7 @@ EXAMPLES = {
     "token_losses": lambda dtype: [((randn(*shape, V) * 5).to(dtype), torch.randint(V, shape, generator=generator()))
                                    for shape, V in (((), 3), ((5,), 300), ((2, 3), 50))],
     "init_cache": lambda dtype: [(small_config(), 2, 5, dtype, "cpu")],
-    "global_norm": lambda dtype: [(tree_of((3, 4), (5,), dtype=dtype),)],
+    "global_norm": lambda dtype: [(tree_of((3, 4), (5,), dtype=dtype),), (tree_of((1100, 1000), (5,), dtype=dtype),)],
     "clip_gradients": lambda dtype: [(tree_of((3, 4), (5,)), torch.tensor(4.0), most) for most in (0.1, 100.0)],
     "adamw_update": lambda dtype: [adamw_example(step) for step in (0, 1000)],
     "orthogonalize": lambda dtype: [(randn(*shape).float(),) for shape in ((2, 8, 5), (1, 5, 8), (3, 6, 6))],
@@ -2234,6 +2242,10 @@ def test_training_is_the_definition(tmp_path_factory, many, text):
         tokenizer = train_on(text, tmp_path_factory.mktemp("bpe"), 300)
     assert spelled_merges(tokenizer) == bpe.plain_train(text, 300 - 257, [END])
     assert len(set(tokenizer.tokens)) == len(tokenizer.tokens)
+
+def test_more_words_than_can_be_learned_from():
+    with pytest.raises(cli.InputError, match="2 different words of 2,147,483,648 bytes, and 2 GB can be .*; prepare a"):
+        bpe.LinkedWords([range(1 << 30)] * 2, np.ones(2, np.int64))
 
 @pytest.mark.parametrize("many", [1, 64])
 def test_training_is_the_definition_on_stories(tmp_path, monkeypatch, many):
@@ -3109,9 +3121,13 @@ def test_plots_of_many_runs():
     import xml.etree.ElementTree as xml
     lines = [{"step": step, "train_loss": 5.0 - step, "lr": step / 4, "grad_norm": 9.0} for step in range(5)]
     lines += [{"step": step, "val_loss": loss} for step, loss in ((1, 5.0), (2, 3.0), (4, 4.0))]
-    root = xml.fromstring(plot.svg_of({f"run {i}": lines for i in range(9)}))
-    texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
-    assert texts.count("3 at 2") == 9
+    root = xml.fromstring(plot.svg_of({f"run {i}": lines for i in range(40)}))
+    texts = list(root.iter("{http://www.w3.org/2000/svg}text"))
+    assert [element.text for element in texts].count("3 at 2") == 40
+    legend = [element for element in texts if element.text.startswith("run ")]
+    _, panel, _ = root.iter("{http://www.w3.org/2000/svg}rect")
+    below, height = float(panel.get("y")) + float(panel.get("height")), float(root.get("viewBox").split()[3])
+    assert len({element.get("fill") for element in legend}) == 40 and float(legend[-1].get("y")) < below < height - 200
     *_, last = root.iter("{http://www.w3.org/2000/svg}polyline")
     y = np.array([float(point.split(",")[1]) for point in last.get("points").split()])
     assert np.allclose(np.diff(y), np.diff(y)[0], atol=0.2) and y[0] > y[-1]
@@ -5056,7 +5072,7 @@ def test_advice_about_data_that_was_moved_names_the_run(tmp_path, monkeypatch):
     os.rename(prepared(tmp_path), "one.v1")
     train.train(data="one.v1", resume="auto", **TINY)
     os.rename("one.v1", "two")
-    with pytest.raises(cli.InputError, match="say where it is, with --resume=runs/one.v1 --data=FOLDER$"):
+    with pytest.raises(cli.InputError, match="say where it is, or its text, with --resume=runs/one.v1 --data=PLACE$"):
         train.train(data="one.v1", resume="auto", **TINY | dict(num_steps=7))
     assert train.train(data="two", resume="runs/one.v1", num_steps=7).step == 7
 
@@ -5258,6 +5274,24 @@ def test_the_best_is_always_there(tmp_path, monkeypatch):
     train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", **TINY | flags)
     train.train(resume=tmp_path / "run", num_steps=12, eval_tokens=64)
     assert len(links) == 6 and all(latest == best for latest, best in links)
+
+def test_the_best_outlives_an_eval_tokens_that_changes_nothing(tmp_path):
+    """As the validation split ends before."""
+    flags = dict(data=prepared(tmp_path), output_dir=tmp_path / "run", eval_interval=2, lr_max=0.0)
+    train.train(**TINY | flags | dict(eval_tokens=100_000))
+    assert train.train(resume=tmp_path / "run", num_steps=8, eval_tokens=200_000).best_step == 2
+    assert train.train(resume=tmp_path / "run", num_steps=10, eval_tokens=100).best_step == 10
+
+def test_metrics_are_json_of_ruined_models_too(tmp_path, monkeypatch):
+    """NaN is no JSON."""
+    monkeypatch.setattr(train, "evaluate", lambda *_: math.nan)
+    ruined = train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", **TINY)
+    lines = (ruined.folder / "metrics.jsonl").read_text().splitlines()
+    measured = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    assert [line["val_bits_per_byte"] for line in measured if "val_loss" in line] == [None, None]
+    train.train(resume=ruined.folder, num_steps=7)
+    assert (ruined.folder / "metrics.jsonl").read_text().splitlines()[:len(lines)] == lines
+    plot.plot(ruined.folder)
 
 def test_old_checkpoints_are_put_aside_before_they_are_removed(tmp_path, monkeypatch):
     """So that one of which a kill has left a part is removed by the next process."""
@@ -6482,6 +6516,32 @@ def test_a_form_without_gains_is_told_where_a_model_is_read(monkeypatch):
     monkeypatch.setattr(tinylm.rmsnorm, "forms", [(tinylm.always, form)])
     with pytest.raises(cli.InputError, match="^rmsnorm: by faster forms not what it is by the def"):
         forms.compare_reading.__wrapped__(small_config(), "cpu")
+
+def test_a_term_that_train_adds_is_compared(monkeypatch, capsys):
+    """The form that serves on CUDA has no argument for it, or passes it over."""
+    def loss_fn(params, inputs, targets, config, dtype, remat=False, share=0.0):
+        logits = tinylm.forward(params, inputs, config, dtype, remat)
+        return tinylm.cross_entropy(logits, targets) + share * logits.logsumexp(-1).square().mean()
+
+    monkeypatch.setitem(tinylm.OPERATIONS, "loss_fn", tinylm.loss_fn)  # so that it is put back
+    monkeypatch.setattr(tinylm, "loss_fn", tinylm.operation(loss_fn))
+    monkeypatch.setattr(train, "training_loss", lambda *args, settings: tinylm.loss_fn(*args, settings.remat, 0.1))
+    for form in (tinylm.loss_in_pieces, lambda *args: tinylm.loss_in_pieces(*args[:6])):
+        tinylm.loss_fn.forms[:] = [(tinylm.always, form)]
+        with told_of("loss_fn"):
+            compare_forms()
+    tinylm.loss_fn.forms.clear()
+    compare_forms()
+    assert "training lowers another loss" in capsys.readouterr().out
+
+def test_hidden_states_that_return_more_are_compared(monkeypatch, capsys):
+    """Such as what experts' shares add to the loss."""
+    genuine = tinylm.hidden_states
+    of_caller = lambda *args, **options: genuine(*args, **options) + (
+        (torch.zeros(()),) if sys._getframe(1).f_globals["__name__"] == "data.forms" else ())
+    monkeypatch.setattr(tinylm, "hidden_states", of_caller)
+    compare_forms()
+    assert not capsys.readouterr().out
 
 def test_a_sampler_of_another_kind_hides_no_other_form(monkeypatch):
     """Such as one that takes what was written so far, too."""

@@ -129,7 +129,7 @@ class Settings:
     optimizer: str = flag("adamw", "adamw, or muon for the matrices of the blocks (AdamW for the rest)",
                           choices=tinylm.OPTIMIZERS)
     weight_decay: float = flag(default_weight_decay, "decoupled decay of the matrices", "[0, inf)",
-                               stated="0.1, more for a text that is read often")
+                               stated="0.1, more for a text that is read often, the more the lower lr_max")
     beta1: float = own_flag("beta1", "decay of AdamW's first moment", "[0, 1)")
     beta2: float = own_flag("beta2", "decay of AdamW's second moment", "[0, 1)")
     momentum: float = own_flag("momentum", "decay of Muon's momentum", "[0, 1)")
@@ -244,7 +244,7 @@ def train(given):
         learning_rate = schedule(settings)
         is_due = lambda step, interval: step % getattr(settings, interval) == 0 or step == settings.num_steps
 
-        if run.source and not run.step:  # what the model that it begins from does before
+        if run.source and not run.step:  # what the model of --init_from does before any step
             log.evaluation(0, evaluate(losses, run.params, val_ids, settings, *ranks), sample_text(run))
         for step in range(run.step + 1, settings.num_steps + 1):
             lr = float(learning_rate(step - 1))
@@ -253,8 +253,9 @@ def train(given):
             loss, num_asked = machine.agree(loss, interrupt.asked)
             rate = torch.full_like(loss, lr).float()  # a tensor, which a CUDA graph reads anew
             run.params, run.optimizer, norm = update(run.params, grads, run.optimizer, rate, loss)  # may be in place
-            # The host may be a step ahead of the device, but where something is to be said of this very step.
+            # The host may run a step ahead of the device, except where something is to be said of this very step.
             at_once = is_due(step, "eval_interval") or is_due(step, "checkpoint_interval")
+            # Whether to stop is known where the numbers are, as all ranks must stop behind the same step.
             asked = log.step(step, lr, machine.to_host(torch.stack((loss, norm, num_asked))), at_once)
 
             if is_due(step, "eval_interval"):

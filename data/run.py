@@ -374,8 +374,8 @@ def data_of(state, latest):
     try:
         return prepare.find_data(name, latest)
     except InputError:
-        raise InputError(f"the run's data is not at {folder} any more; say where it is, with "
-                         f"--resume={cli.quoted(latest.parent)} --data=FOLDER (or the text)") from None
+        raise InputError(f"the run's data is not at {folder} any more; say where it is, or its text, "
+                         f"with --resume={cli.quoted(latest.parent)} --data=PLACE") from None
 
 def check_same_data(run, before, latest):
     """Raise InputError where a run's data is not what it was in its `latest` checkpoint, in which `before` says it."""
