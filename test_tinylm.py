@@ -5275,6 +5275,16 @@ def test_the_best_is_always_there(tmp_path, monkeypatch):
     train.train(resume=tmp_path / "run", num_steps=12, eval_tokens=64)
     assert len(links) == 6 and all(latest == best for latest, best in links)
 
+def test_a_run_is_told_apart_from_its_checkpoints(tmp_path):
+    """The last of them is advised by its number, and where a tokenizer is asked for one that has it."""
+    for step in ("9999999", "10000000"):
+        (tmp_path / f"run/step-{step}").mkdir(parents=True)
+    with pytest.raises(cli.InputError, match=r"run is not a checkpoint .*; give .*/run/step-10000000$"):
+        checkpoint.load_checkpoint(tmp_path / "run")
+    (tmp_path / "run/step-9999999/tokenizer.json").write_text("{}")
+    with pytest.raises(cli.InputError, match=r"tokenizer.json is missing; give .*/run/step-9999999$"):
+        bpe.load(tmp_path / "run")
+
 def test_the_best_outlives_an_eval_tokens_that_changes_nothing(tmp_path):
     """As the validation split ends before."""
     flags = dict(data=prepared(tmp_path), output_dir=tmp_path / "run", eval_interval=2, lr_max=0.0)
