@@ -11,11 +11,12 @@ from data.cli import InputError, say
 WIDTH, LOWER, LEFT, RIGHT, TOP, GAP = 840, 130, 70, 20, 30, 50  # pixels
 
 def read_metrics(run):
-    """The lines of a run's metrics.jsonl."""
+    """The lines of a run's metrics.jsonl, of each what is drawn: a long run has a million."""
     path = Path(run) / "metrics.jsonl"
     if not path.is_file():
         raise InputError(f"{run} has no metrics.jsonl; expected the folder of a run, such as runs/stories")
-    return list(files.json_lines(path))
+    drawn = ("step", "train_loss", "val_loss", "lr", "skipped")
+    return [{key: line[key] for key in drawn if key in line} for line in files.json_lines(path)]
 
 def series(lines, key):
     """The points (step, value) of one quantity."""
