@@ -292,7 +292,7 @@ def schedule(settings):
     return partial(function, **{p.name: getattr(settings, p.name) for p in own if hasattr(settings, p.name)})
 
 def training_loss(params, inputs, targets, config, dtype, settings):
-    """The mean loss that a step lowers. What a fork adds to `loss_fn` it gets here, of the settings."""
+    """The mean loss that a step lowers. Here a fork passes on what its `loss_fn` needs of the settings."""
     return tinylm.loss_fn(params, inputs, targets, config, dtype, settings.remat)
 
 def step_functions(config, settings):

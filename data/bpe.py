@@ -208,7 +208,8 @@ def amend_gpt2(data, classes, starts, digits_alone):
     starts[wide - np.where(data[wide - 1] >= 0xC0, 1, 2)] = True  # such characters have two or three bytes
 
     quotes = np.flatnonzero(data[:-1] == ord("'"))
-    quotes = quotes[starts[quotes] & (classes[quotes + 1] == LETTER)]  # a special token may begin with such letters too
+    # A special token may be such a quote, or begin with such letters.
+    quotes = quotes[starts[quotes] & (classes[quotes] != SPECIAL) & (classes[quotes + 1] == LETTER)]
     second = np.minimum(quotes + 2, len(data) - 1)  # where text ends after one letter, that letter is no pair either
     length = contraction_lengths()[data[quotes + 1], np.where(classes[second] == LETTER, data[second], 0)]
     length[quotes + length > len(data)] = 0
@@ -318,7 +319,7 @@ class HashTable:
 
     @property
     def keys(self):
-        """All keys in the order of addition. They are joined only here, as each time copies all."""
+        """All keys in the order of addition, joined when they are asked for, as that copies all."""
         self.parts = [np.concatenate(self.parts)]
         return self.parts[0]
 
@@ -1414,8 +1415,8 @@ def load(path):
     try:
         return from_description(json.loads(files.read_text(path)))
     except FileNotFoundError:
-        of_run = next(iter(path.parent.glob("step-*/tokenizer.json")), None)
-        advice = f"give {of_run.parent}" if of_run else "put the tokenizer.json there that belongs to the model or data"
+        latest = files.last_step(path.parent)
+        advice = f"give {latest}" if latest else "put the tokenizer.json there that belongs to the model or data"
         raise InputError(f"{path} is missing; {advice}") from None
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         reason = error if type(error) is ValueError else f"{type(error).__name__}: {error}"

@@ -440,7 +440,7 @@ def load_config(folder):
     """The Config of a Llama folder. Raises InputError where it is none, or asks for what this model has not."""
     folder = Path(folder)
     if not (folder / "config.json").is_file():
-        latest = max(folder.glob("step-*"), key=lambda path: (len(path.name), path.name), default=None)
+        latest = files.last_step(folder)
         advice = f"give {latest}" if latest else "expected a run of train.py or a Llama folder"
         if (folder / "adapter_config.json").is_file():
             advice = "an adapter is merged into its model by merge_and_unload() of peft; save that, and give it"

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import socket
 import time
@@ -75,6 +76,11 @@ def json_lines(path):
             if isinstance(one, dict) and type(one.get("step")) is int and 0 <= one["step"] < 2**63 and all(
                     isinstance(one.get(name), (int, float, type(None))) for name in ("train_loss", "val_loss")):
                 yield one
+
+def last_step(folder):
+    """The folder step-NUMBER in a run's with the highest number, or None."""
+    steps = [path for path in Path(folder).glob("step-*") if re.fullmatch("step-[0-9]+", path.name)]
+    return max(steps, key=lambda path: int(path.name[5:]), default=None)
 
 def begins_with(path, beginning):
     """Whether a file begins with these bytes."""

@@ -117,8 +117,8 @@ def refuse(differing, is_split=False):
     """Raise InputError where operations, by name, differ."""
     if is_split and "transformer_blocks" in differing:
         raise InputError("--shard gathers one block at a time, which gives other numbers than transformer_blocks by "
-                         "its definition in tinylm.py; let one_block_at_a_time follow there, and as it does "
-                         "transformer_blocks_over_ranks, or leave --shard out")
+                         "its definition in tinylm.py; let one_block_at_a_time and transformer_blocks_over_ranks "
+                         "both follow there (only the first is compared), or leave --shard out")
     if differing:
         drop = lambda name: is_split and DROPPED_OVER_RANKS.get(name) or f"{name}.forms.clear()"
         names, advice = ", ".join(differing), "; ".join(map(drop, differing))
@@ -224,7 +224,7 @@ def reading(model):
 
 @drawn_from(0)
 def loss_and_gradients(model, loss, dtype=torch.float64):
-    """Of a batch of all that a model reads."""
+    """A loss of all tokens of a model, and its gradients."""
     inputs, targets = model.tokens[:, :-1], model.tokens[:, 1:]
     value, grads = tinylm.value_and_grad(loss, model.doubles, inputs, targets, model.config, dtype)
     return {"loss": value, "gradients": grads}
@@ -234,8 +234,8 @@ def evaluated_of_ids(model):
     return {"evaluated": loss_by(tinylm.token_losses_in_pieces, model)}
 
 def drawn_of_ids(model):
-    """Which ids `sample_token` draws: of all alike, where the mass of a single one moves others; and of scores that fall
-    in pairs, at several temperatures, those over the whole range or the last that is left.
+    """Which ids `sample_token` draws, of all alike, where a single one's mass moves the others; and at several
+    temperatures, of scores that fall and are equal in pairs: some from the first to the last, and the last ones.
     """
     V, device = model.config.vocab_size, model.tokens.device
     ids = torch.arange(0.5, 8, dtype=torch.float64, device=device).mul(V / 8).long()  # (8)

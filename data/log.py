@@ -100,7 +100,7 @@ class Overfitting:
 
     def begins(self, measured):
         """Whether it is first seen with these measurements of a step."""
-        if "train_loss" in measured:
+        if measured.get("train_loss") is not None:
             self.losses.append(measured["train_loss"])
         if measured.get("val_loss") is None or not self.losses:
             return False

@@ -11,12 +11,12 @@ from data.cli import InputError, say
 WIDTH, LOWER, LEFT, RIGHT, TOP, GAP = 840, 130, 70, 20, 30, 50  # pixels
 
 def read_metrics(run):
-    """The lines of a run's metrics.jsonl, of each what is drawn: a long run has a million."""
+    """The lines of a run's metrics.jsonl, of each only what is needed here: a long run has a million of them."""
     path = Path(run) / "metrics.jsonl"
     if not path.is_file():
         raise InputError(f"{run} has no metrics.jsonl; expected the folder of a run, such as runs/stories")
-    drawn = ("step", "train_loss", "val_loss", "lr", "skipped")
-    return [{key: line[key] for key in drawn if key in line} for line in files.json_lines(path)]
+    needed = ("step", "train_loss", "val_loss", "lr", "skipped")
+    return [{key: line[key] for key in needed if key in line} for line in files.json_lines(path)]
 
 def series(lines, key):
     """The points (step, value) of one quantity."""
@@ -25,7 +25,7 @@ def series(lines, key):
 
 def has_losses(lines):
     """Whether there is something of a run to draw."""
-    return any(line.get(key) is not None for line in lines for key in ("train_loss", "val_loss"))
+    return bool(series(lines, "train_loss") or series(lines, "val_loss"))
 
 def ticks(low, high, count=5):
     """Round numbers between two bounds, about `count` of them."""
@@ -71,7 +71,7 @@ def svg_of(runs):
     steps = max(1, *(line["step"] for lines in runs.values() for line in lines))
     losses, best, rates, legend = [], [], [], []
     for i, (name, lines) in enumerate(runs.items()):
-        color = f"hsl({(210 + 137.5 * i) % 360:g}, 65%, 42%)"  # apart by the golden angle, so that no two are the same
+        color = f"hsl({(210 + 137.5 * i) % 360:g}, 65%, 42%)"  # hues apart by the golden angle, however many
         name = re.sub("[^\t -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "?", str(name))
         losses += [(color, "1 2", series(lines, "train_loss")), (color, "", series(lines, "val_loss"))]
         best += [(color, point) for point in sorted(series(lines, "val_loss"), key=lambda point: point[1])[:1]]

@@ -374,7 +374,7 @@ def data_of(state, latest):
     try:
         return prepare.find_data(name, latest)
     except InputError:
-        raise InputError(f"the run's data is not at {folder} any more; say where it is, or its text, "
+        raise InputError(f"the run's data is not at {folder} any more; say where it, or its text, is, "
                          f"with --resume={cli.quoted(latest.parent)} --data=PLACE") from None
 
 def check_same_data(run, before, latest):
