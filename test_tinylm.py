@@ -5301,6 +5301,7 @@ def test_metrics_are_json_of_ruined_models_too(tmp_path, monkeypatch):
     assert [line["val_bits_per_byte"] for line in measured if "val_loss" in line] == [None, None]
     lines += ['{"step": 6, "train_loss": null}']  # as of a fork
     (ruined.folder / "metrics.jsonl").write_text("\n".join([*lines, ""]))
+    monkeypatch.undo()
     train.train(resume=ruined.folder, num_steps=7)
     assert (ruined.folder / "metrics.jsonl").read_text().splitlines()[:len(lines)] == lines
     plot.plot(ruined.folder)
