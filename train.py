@@ -444,7 +444,9 @@ def evaluate_only(resume, init_from, given):
     folder = newest(resume) or Path(resume) if resume else find_checkpoint(init_from, "init_from")
     has_state = (folder / "training/train_state.json").is_file()
     if resume and not has_state:
-        raise InputError(f"--resume={resume}: no checkpoint there; expected a folder that train.py wrote")
+        is_model = (folder / "config.json").is_file()
+        advice = f"give the model as --init_from={resume}" if is_model else "expected a folder that train.py wrote"
+        raise InputError(f"--resume={resume}: no checkpoint of a run there; {advice}")
     params, config = checkpoint.load_checkpoint(folder)
     checkpoint.check_vocabulary(folder, bpe.load(folder), config)
     kept = {}
