@@ -817,6 +817,8 @@ def test_the_norm_of_many_numbers():
 def test_the_norm_in_few_launches_is_that_of_float32():
     tree = {"a": torch.full((40, 50), 300.0).half(), "b": {"c": torch.ones(3)}}  # half's numbers end at 65,504
     same(tinylm.global_norm_in_few_launches(tree), tinylm.global_norm.definition(tree), 1e-5)
+    large = {"a": torch.full((1024, 1024), 3000.0).half()}  # of which a row's norm is beyond them
+    assert tinylm.global_norm(large).item() == pytest.approx(3000 * 1024, rel=1e-5)
 
 def test_hyperparameters_reach_the_update():
     """Decay, of a gradient of zero; and the norm to clip at, which is told as it was before."""
@@ -1022,9 +1024,15 @@ def test_sample_token_draws_from_the_nucleus(seed, temperature, top_k, top_p):
 def test_the_coldest_samples_are_the_best():
     """Also where logits over the temperature are beyond what float32 has."""
     logits = torch.tensor([[-1.0, -5.0, -6.0, -7.0], [3e3, 2e3, -1e30, 0.0]])
-    for temperature in (1e-46, 1e-40, 1e-30, 1e-10):
-        for seed in range(20):
-            assert draw(logits, temperature, 0, 1.0, seed).tolist() == [0, 0]
+    for most in ((0, 1.0), (3, 1.0), (0, 0.9)):  # each by a way of its own
+        for temperature, seed in itertools.product((1e-46, 1e-40, 1e-30, 1e-10), range(20)):
+            assert draw(logits, temperature, *most, seed).tolist() == [0, 0]
+        assert draw(torch.ones(20, 5), 0, *most, 0).tolist() == 20 * [0], "of ties it is the first"
+
+def test_sample_token_of_logits_with_gradients():
+    logits = leaf(2, 50)
+    for most in ((0, 1.0), (3, 1.0), (0, 0.9)):
+        same(draw(logits, 1.0, *most, 0), draw(logits.detach(), 1.0, *most, 0))
 
 def test_sample_token_draws_from_a_large_vocabulary():
     """The nucleus of a flat distribution and of a peaked one, of each row its own."""
@@ -2540,6 +2548,10 @@ def test_invalid_utf8_is_reported_or_replaced(tmp_path):
     tokenizer = bpe.train([path], 300, errors="replace")
     (_, ids), = bpe.encode_pieces(tokenizer, [path], errors="replace")
     assert bpe.decode(tokenizer, ids) == path.read_bytes().decode(errors="replace")
+    path.write_bytes(many_stories(20, end=END).encode() + b"\xff")
+    prepare.prepare(input=path, output=tmp_path / "data", vocab_size=300, errors="replace")
+    ids = prepare.open_data(tmp_path / "data")[1]["val"]
+    assert bpe.decode(bpe.load(tmp_path / "data"), ids[:].tolist()).count("\ufffd") == 1
 
 # ---- Corpora ----
 
@@ -3108,7 +3120,8 @@ def test_plots_of_names_that_no_xml_has():
 
 def test_plots_of_runs_without_losses(tmp_path, trained, monkeypatch, capsys):
     """Beside others they are named; alone it is said why."""
-    for name, line in (("begun", ""), ("ruined", '{"step": 1, "skipped": "loss nan"}\n')):
+    skipped = '{"step": 1, "skipped": "loss nan"}\n'
+    for name, line in (("begun", ""), ("none", skipped + '{"step": 1, "val_loss": null}\n'), ("ruined", skipped)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.jsonl").write_text(line)
         code, error = call(monkeypatch, capsys, plot.plot, str(tmp_path / name))
@@ -3126,9 +3139,13 @@ def test_plots_of_many_runs():
     texts = list(root.iter("{http://www.w3.org/2000/svg}text"))
     assert [element.text for element in texts].count("3 at 2") == 40
     legend = [element for element in texts if element.text.startswith("run ")]
-    _, panel, _ = root.iter("{http://www.w3.org/2000/svg}rect")
-    below, height = float(panel.get("y")) + float(panel.get("height")), float(root.get("viewBox").split()[3])
-    assert len({element.get("fill") for element in legend}) == 40 and float(legend[-1].get("y")) < below < height - 200
+    _, *panels = root.iter("{http://www.w3.org/2000/svg}rect")
+    (top, below), (rates, end) = [(y, y + float(panel.get("height"))) for panel in panels
+                                  for y in [float(panel.get("y"))]]
+    lines_of_legend = [float(element.get("y")) for element in legend]
+    assert top < lines_of_legend[0] and np.diff(lines_of_legend).min() >= 12 and lines_of_legend[-1] < below
+    assert below + 36 <= rates < end - 100 and end + 36 <= float(root.get("viewBox").split()[3])  # steps stand there
+    assert len({element.get("fill") for element in legend}) == 40
     *_, last = root.iter("{http://www.w3.org/2000/svg}polyline")
     y = np.array([float(point.split(",")[1]) for point in last.get("points").split()])
     assert np.allclose(np.diff(y), np.diff(y)[0], atol=0.2) and y[0] > y[-1]
@@ -3218,6 +3235,19 @@ def test_what_sample_asks_of_generate(monkeypatch, capsys, tokenizer_file, saved
     settings = types.SimpleNamespace(sample_tokens=3, device="cpu", dtype="float32", shard=False)
     meta = {"begin_ids": [256], "end_of_text_id": 256}
     assert train.sample_text(run.Run(settings, None, None, meta=meta, tokenizer=bpe.load(tokenizer_file))) == "A"
+
+def test_a_text_is_written_as_it_comes(trained, monkeypatch, capsys):
+    """Each token before the next is computed."""
+    written = []
+
+    def generate(*_):
+        for token in b"ABC":
+            written.append(capsys.readouterr().out)
+            yield torch.tensor([token])
+
+    monkeypatch.setattr(tinylm, "generate", generate)
+    sample.sample(checkpoint=trained / "runs/tiny", prompt="It", device="cpu")
+    assert written == ["It", "A", "B"]
 
 def test_samples_of_a_long_prompt(trained, monkeypatch):
     """Only what the model sees of it goes into each."""
@@ -4590,6 +4620,16 @@ def test_ranks_that_do_not_speak_let_the_one_that_does_end_first(monkeypatch, ca
     out, err = capsys.readouterr()
     assert waited == [5] and err.count("unknown flag --foo") == 1 and not out
 
+def test_a_mistake_that_one_rank_alone_knows_is_said_by_it(monkeypatch, capsys, as_rank):
+    as_rank(1)
+    monkeypatch.setattr(time, "sleep", pytest.fail)
+
+    def fails():
+        raise cli.RankError("no memory; give less")
+
+    code, error = call(monkeypatch, capsys, fails)
+    assert code == 2 and "no memory; give less" in error
+
 @pytest.fixture
 def few_objects():
     """Garbage collection sees no object that was there before, of which there are hundreds of thousands."""
@@ -5249,6 +5289,15 @@ def test_advice_about_a_damaged_checkpoint(tmp_path):
     os.rename(tmp_path / "run/step-0000006", tmp_path / "away")
     assert resume().step == 7
 
+@pytest.mark.parametrize("use, said", [(lambda value: value["b"], "KeyError: 'b'"),
+                                       (lambda value: value["a"].items(), "AttributeError: .*"),
+                                       (lambda value: value["a"] + "x", "TypeError: .*")])
+def test_advice_about_json_of_another_kind(tmp_path, use, said):
+    (tmp_path / "x.json").write_text('{"a": 1}')
+    message = rf"x.json is damaged \({said}\); prepare it again$"
+    with pytest.raises(cli.InputError, match=message), files.reading_json(tmp_path / "x.json", "prepare it again") as x:
+        use(x)
+
 def test_checkpoints_that_are_no_run(tmp_path, monkeypatch):
     """Advice about one in a run, and about one alone, works."""
     train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", **TINY)
@@ -5292,13 +5341,15 @@ def test_a_run_is_told_apart_from_its_checkpoints(tmp_path):
 def test_the_best_outlives_an_eval_tokens_that_changes_nothing(tmp_path):
     """As the validation split ends before."""
     flags = dict(data=prepared(tmp_path), output_dir=tmp_path / "run", eval_interval=2, lr_max=0.0)
-    train.train(**TINY | flags | dict(eval_tokens=100_000))
-    assert train.train(resume=tmp_path / "run", num_steps=8, eval_tokens=200_000).best_step == 2
+    whole = len(prepare.open_data(flags["data"])[1]["val"]) - 1  # targets
+    train.train(**TINY | flags | dict(eval_tokens=whole))
+    assert train.train(resume=tmp_path / "run", num_steps=8, eval_tokens=whole + 1).best_step == 2
     assert train.train(resume=tmp_path / "run", num_steps=10, eval_tokens=100).best_step == 10
 
-def test_metrics_are_json_of_ruined_models_too(tmp_path, monkeypatch):
-    """NaN is no JSON."""
-    monkeypatch.setattr(train, "evaluate", lambda *_: math.nan)
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_metrics_are_json_of_ruined_models_too(tmp_path, monkeypatch, number):
+    """NaN is no JSON, nor is Infinity."""
+    monkeypatch.setattr(train, "evaluate", lambda *_: number)
     ruined = train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", **TINY)
     lines = (ruined.folder / "metrics.jsonl").read_text().splitlines()
     measured = [json.loads(line, parse_constant=pytest.fail) for line in lines]
@@ -5476,6 +5527,12 @@ def test_a_folder_of_other_things_is_no_run(tmp_path, capsys):
     assert f"--checkpoint='{tmp_path}/my run'" in capsys.readouterr().out
     with pytest.raises(cli.InputError, match=f"go on with --resume='{tmp_path}/my run', or choose another"):
         train.train(data=tmp_path / "data", output_dir=tmp_path / "my run", **TINY)
+
+def test_auto_begins_where_it_looks_again(tmp_path, monkeypatch):
+    """Also where a run has left its folder without a checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    Path("runs/data").mkdir(parents=True)
+    assert train.train(data=prepared(tmp_path), resume="auto", **TINY).folder == Path("runs/data")
 
 def test_a_run_whose_links_were_followed_by_a_copy(tmp_path):
     train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", **TINY)
@@ -6017,6 +6074,8 @@ def test_a_device_without_enough_memory(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tinylm, "init_cache", lambda *_: torch.empty(2**60))
     code, error = call(monkeypatch, capsys, sample.sample, f"--checkpoint={tmp_path}/run")
     assert code == 2 and error.count("\n") == 1 and "allocate memory" in error and "; give a smaller" in error, error
+    with pytest.raises(cli.RankError, match="give less"), machine.within_memory("give less"):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
     code, error = call(monkeypatch, capsys, machine.within_memory("give less")(lambda: [0] * 2**60))
     assert code == 2 and error == "command.py: out of memory; give less\n"
 
@@ -6260,9 +6319,10 @@ def test_what_belongs_to_a_tokenizer(trained, tmp_path):
             use()
 
 def test_metrics_that_others_wrote(tmp_path):
-    """Lines whose losses are no numbers don't keep a run from going on."""
+    """Lines that are no measurements, or whose losses are no numbers, don't keep a run from going on."""
     train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", **TINY)
     with open(tmp_path / "run/metrics.jsonl", "a") as file:
+        file.write('5\nnull\n["step"]\n"step"\n')
         file.write('{"step": 5, "train_loss": "x"}\n{"step": 6, "val_loss": null}\n{"step": 6, "val_loss": 1.0}\n')
     assert train.train(resume=tmp_path / "run", num_steps=TINY["num_steps"] + 2).step == TINY["num_steps"] + 2
 
@@ -6559,6 +6619,27 @@ def test_hidden_states_that_return_more_are_compared(monkeypatch, capsys):
     monkeypatch.setattr(tinylm, "hidden_states", of_caller)
     compare_forms()
     assert not capsys.readouterr().out
+
+def test_what_is_drawn_to_compare_is_drawn_on_the_device():
+    """Elsewhere it would fail by forms and definitions alike, which is no difference."""
+    model = types.SimpleNamespace(config=small_config(), tokens=torch.empty(1, dtype=torch.int64, device="meta"))
+    assert all(ids.is_meta for ids in forms.drawn_of_ids(model).values())
+
+def test_a_form_of_the_loss_that_differs_in_bfloat16_alone(monkeypatch):
+    monkeypatch.setattr(tinylm.loss_fn, "forms", [(
+        lambda params, inputs, targets, config, dtype, *_: dtype == torch.bfloat16,
+        lambda *args: 2 * tinylm.loss_in_pieces(*args))])
+    with told_of("loss_fn"):
+        compare_forms(dtype="bfloat16")
+
+def test_training_lowers_and_compares_its_own_loss(tmp_path, monkeypatch):
+    """Also where that is no longer `loss_fn`."""
+    genuine, compared = train.training_loss, []
+    monkeypatch.setattr(train, "training_loss", lambda *args, **given: 0 * genuine(*args, **given))
+    monkeypatch.setattr(train, "check_forms", lambda config, settings, loss: compared.append(loss))
+    done = train.train(data=prepared(tmp_path), output_dir=tmp_path / "run", **TINY)
+    assert {line.get("train_loss", 0) for line in metrics(done.folder)} == {0}
+    assert compared == [train.training_loss]
 
 def test_a_sampler_of_another_kind_hides_no_other_form(monkeypatch):
     """Such as one that takes what was written so far, too."""
@@ -7689,7 +7770,7 @@ def test_data_that_changes_under_a_run(tmp_path):
     ids = prepare.open_data(data)[1]["val"]
     prepare.check_unchanged(ids)
     damage(data, "val.bin", lambda content: content[:10])
-    with pytest.raises(cli.InputError, match="val.bin has changed"):
+    with pytest.raises(cli.RankError, match="val.bin has changed"):
         prepare.check_unchanged(ids)
     ids = prepare.open_data(prepared(tmp_path))[1]["val"]
     first = ids[0]
