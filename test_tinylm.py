@@ -5333,7 +5333,7 @@ def test_a_run_is_told_apart_from_its_checkpoints(tmp_path):
         checkpoint.load_checkpoint(tmp_path / "run")
     with pytest.raises(cli.InputError, match=r"tokenizer.json is missing; give .*/run/step-10000000$"):
         bpe.load(tmp_path / "run")
-    for name, advice in (("nothing", "expected a folder that train"), ("config.json", "give the model as --init_from=")):
+    for name, advice in (("nothing", "expected a folder that"), ("config.json", "give the model as --init_from=")):
         (tmp_path / "run" / name).write_text("{}")
         with pytest.raises(cli.InputError, match=f"no checkpoint of a run there; {advice}"):
             train.train(eval_only=True, resume=tmp_path / "run")
