@@ -5612,7 +5612,8 @@ def test_a_run_goes_on_with_its_own_data_wherever_that_is(tmp_path, monkeypatch,
     train.train(resume="../run", eval_only=True)
     os.rename(tmp_path / "a", tmp_path / "c")
     for flags in (dict(eval_only=True), dict(num_steps=12)):
-        with pytest.raises(cli.InputError, match="a/data any more; say where it, or its text, is, with --resume=.* --data=PLACE"):
+        message = "a/data any more; say where it, or its text, is, with --resume=.* --data=PLACE"
+        with pytest.raises(cli.InputError, match=message):
             train.train(resume="../run", **flags)
         train.train(resume="../run", data="../c/data", **flags)
     train.train(resume="../run", num_steps=15)  # it is known from then on
