@@ -228,6 +228,8 @@ def test_linear_of_few_vectors(lead, d_out, intel, dtype, tolerance, two_threads
         actual = tinylm.linear(x, w)
         assert actual.dtype == dtype and actual.shape == expected.shape
         assert (actual - expected).norm() <= tolerance * expected.norm()
+    exact = tinylm.linear(x.double(), packed)  # as where a fork computes in another dtype than weights are laid out in
+    assert exact.dtype == torch.float64 and (exact - expected).norm() <= 1e-6 * expected.norm()
     assert torch.backends.mkldnn.enabled
 
 @pytest.mark.parametrize("compiled, intel", [(False, False), (True, False), (False, True)])
@@ -583,8 +585,8 @@ def test_every_form_of_the_loss(at_once, monkeypatch):
     params, (inputs, targets) = random_params(config), random_tokens(config, 2, 3, 9)
     expected = F.cross_entropy(tinylm.forward(params, inputs, config).mT, targets, reduction="none")
     pieces, to_logits = [], tinylm.to_logits
-    monkeypatch.setattr(tinylm, "to_logits", lambda params, x: [
-        pieces.append(x[..., 0].numel()), to_logits(params, x)][1])
+    monkeypatch.setattr(tinylm, "to_logits", lambda params, x, *more: [
+        pieces.append(x[..., 0].numel()), to_logits(params, x, *more)][1])
     same(tinylm.token_losses_in_pieces(params, inputs, targets, config, torch.float32), expected, 1e-5)
     assert sum(pieces) == 27 and max(pieces) * 300 <= max(at_once, 300), "however long a text is"
     assert at_once < 9 * 300 or all(size % 9 == 0 for size in pieces), "whole rows, where they fit"
@@ -7013,7 +7015,15 @@ def test_hidden_states_that_become_float32(monkeypatch, capsys):
     for dtype in ("bfloat16", "float32"):
         compare_forms(dtype=dtype)
         said = capsys.readouterr().out
-        assert ("--dtype=bfloat16: hidden states become float" in said) == (dtype == "bfloat16"), said
+        assert ("--dtype=bfloat16: hidden states become float32," in said) == (dtype == "bfloat16"), said
+
+def test_a_cache_of_more_than_keys_and_values(monkeypatch):
+    """Keeps the dtype that its definition gives it, but for these."""
+    definition = tinylm.init_cache.definition
+    monkeypatch.setattr(tinylm.init_cache, "definition", lambda config, batch_size, length, dtype, device: definition(
+        config, batch_size, length, dtype, device) | {"last": torch.zeros(batch_size, 1, dtype=dtype)})
+    cache = tinylm.init_cache(small_config(), 2, 5, torch.bfloat16, "cpu")
+    assert [cache[name].dtype for name in ("k", "v", "last")] == [torch.float32, torch.float32, torch.bfloat16]
 
 @pytest.mark.parametrize("name, form", [
     ("attention", lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[-2] > 1, scale=0.1)),

@@ -3,7 +3,7 @@
 Part I is the language model, a whole program: each operation as it is defined, in the order in which one would learn
 it. Part II has forms that compute the same in less time, part III splits a model over ranks. Parameters are a nested
 dict of tensors; inside a block the keys are the argument names of the functions that use them. Functions change nothing
-of the caller's but what a docstring calls donated. Randomness comes from a seed, a generator or, without, torch's own.
+of the caller's but a cache and what is called donated. Randomness comes from a seed, a generator or, without, torch.
 Axes: B batch, T positions, S key positions, V vocabulary, H heads, D features of a head, N several in one, `...` any.
 """
 
@@ -894,10 +894,10 @@ def linear_on_cpu(x, w):
     with AVX-512, two cores). Small matrices are in the cache, where x @ w.T may be faster: on the EPYC at 64 × 64 in
     bfloat16, 4 µs for 6, but not at 128 × 128, 15 for 7; in float32 still at 256 × 256, 7 for 11.
     """
-    w = w.to(x.dtype)
-    rows = x.numel() // x.shape[-1]
-    if w.is_mkldnn:
+    if w.is_mkldnn and w.dtype == x.dtype:
         return onednn_product(x, w)
+    w = (w.to_dense() if w.is_mkldnn else w).to(x.dtype)
+    rows = x.numel() // x.shape[-1]
     if is_large_product(rows, x, w):
         return LargeLinear.apply(x, w)
     least = 1 << (13 if x.dtype == torch.bfloat16 else 16)  # oneDNN makes bfloat16 slow sooner, see `linear_of_one`
@@ -1140,8 +1140,9 @@ def linear_in_int8(x, w):
 
 @faster(init_cache, lambda config, batch_size, length, dtype, device: torch.device(device).type == "cpu")
 def init_cache_on_cpu(config, batch_size, length, dtype, device):
-    """In float32 at least, in which a CPU sums half precision: so the cache isn't converted anew for every token."""
-    return init_cache.definition(config, batch_size, length, torch.promote_types(dtype, torch.float32), device)
+    """Keys and values in float32 at least, in which a CPU sums half precision: else they'd be converted every token."""
+    cache = init_cache.definition(config, batch_size, length, dtype, device)
+    return cache | {name: cache[name].to(torch.promote_types(dtype, torch.float32)) for name in ("k", "v")}
 
 @faster(clip_gradients, lambda grads, norm, max_norm: norm.is_cpu and is_eager())
 def clip_gradients_on_cpu(grads, norm, max_norm):

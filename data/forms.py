@@ -19,7 +19,8 @@ DROPPED_OVER_RANKS = {
     "linear": "linear.forms[:] = [(lambda x, w: is_split(w), lambda x, w: linear(x, gathered(w)))]",
     "embedding": "del embedding.forms[1:]", "rmsnorm": "del rmsnorm.forms[1:]"}
 
-UNKNOWN = "whether faster forms follow their definitions is not known, as a small model fails: {}: {}"
+UNKNOWN = ("whether faster forms follow their definitions is not known, as a small model fails: {}: {} (d_model is 64 "
+           "at most there, and 8 for all ids)")
 
 def check_forms(config, settings, loss):
     """Raise InputError where faster forms give other numbers than the definitions, as where one was changed.
@@ -70,7 +71,8 @@ def check_forms(config, settings, loss):
     finally:
         del forms[:len(over_ranks)]
     refuse(differing, settings.shard)
-    dtype = read(model, False, DTYPES[settings.dtype]).dtype
+    singles = model._replace(doubles=tinylm.tree_map(torch.Tensor.float, model.doubles))  # as a run has them
+    dtype = read(singles, False, DTYPES[settings.dtype]).dtype
     if dtype != DTYPES[settings.dtype]:
         cli.say(f"--dtype={settings.dtype}: hidden states become {dtype_name(dtype)}, which is slow, where a parameter "
                 "of that dtype is added to x or multiplied; let it be p.to(x.dtype)")
