@@ -3168,6 +3168,23 @@ def trained(tmp_path_factory):
     train.train(data=str(data), output_dir=str(folder / "runs/tiny"), **TINY | dict(num_steps=40, eval_interval=40))
     return folder
 
+def test_the_python_that_data_readme_shows(trained, tmp_path, monkeypatch, capsys):
+    """Runs: a loop over runs, which stops with one and goes on when it is started again; and a model's own losses."""
+    monkeypatch.chdir(tmp_path)
+    loop, reading = re.findall("```python\n(.*?)```", (ROOT / "data/README.md").read_text(encoding="utf-8"), re.DOTALL)
+    given, train_once = TINY | dict(data=prepared(tmp_path), num_steps=2), train.train
+    for signal_number, count in ((2, 1), (0, 2), (0, 2)):
+        monkeypatch.setattr(train, "train", lambda **flags: replace(
+            train_once(**flags | given), stopped_by=signal_number))
+        exec(loop, {})
+        assert len(list(Path("runs").glob("*/step-0000002"))) == count
+    shown = {}
+    exec(reading.replace("runs/stories", str(trained / "runs/tiny")), shown)
+    params, config, ids = (shown[name] for name in ("params", "config", "ids"))
+    expected = F.cross_entropy(tinylm.forward(params, ids, config)[:, :-1].mT, ids[:, 1:], reduction="none")
+    same(shown["losses"], expected, 1e-5)
+    assert 1 <= len(shown["tokens"]) <= 20 and "tensor" in capsys.readouterr().out
+
 @pytest.mark.parametrize("links", [True, False])
 def test_the_best_model_writes(tmp_path, monkeypatch, capsys, links):
     """That of the lowest validation loss, which is kept beside the newest, with or without links; RUN/latest is the
@@ -6595,7 +6612,7 @@ def test_a_form_without_gains_is_told_where_a_model_is_read(monkeypatch):
     form = lambda x, gain, eps: tinylm.rmsnorm.definition(x, torch.ones_like(gain), eps)
     monkeypatch.setattr(tinylm.rmsnorm, "forms", [(tinylm.always, form)])
     with pytest.raises(cli.InputError, match="^rmsnorm: by faster forms not what it is by the def"):
-        forms.compare_reading.__wrapped__(small_config(), "cpu")
+        forms.compare_reading.__wrapped__(small_config(), "cpu", ())
 
 def test_a_term_that_train_adds_is_compared(monkeypatch, capsys):
     """The form that serves on CUDA has no argument for it, or passes it over."""
@@ -6649,10 +6666,10 @@ def test_a_sampler_of_another_kind_hides_no_other_form(monkeypatch):
     genuine = tinylm.sample_token
     monkeypatch.setattr(tinylm, "sample_token", lambda logits, chance, temperature, *rest: genuine(
         logits, chance, temperature, *rest[:2 - bool(temperature)]))
-    forms.compare_reading.__wrapped__(small_config(), "cpu")
+    forms.compare_reading.__wrapped__(small_config(), "cpu", ())
     monkeypatch.setattr(tinylm.token_losses, "forms", [(tinylm.always, lambda logits, targets: logits.logsumexp(-1))])
     with told_of("token_losses"):
-        forms.compare_reading.__wrapped__(small_config(), "cpu")
+        forms.compare_reading.__wrapped__(small_config(), "cpu", ())
 
 def test_forms_that_differ_beyond_the_small_model(monkeypatch):
     """In a window of attention that is longer than what is learned from, by whichever operations it takes."""
@@ -6675,7 +6692,7 @@ def test_a_loss_that_names_an_id_is_told(monkeypatch, i, vocab_size):
     with told_of("token_losses"):
         compare_forms(vocab_size, context_length=16)
     with told_of("token_losses"):
-        forms.compare_reading.__wrapped__(config, "cpu")
+        forms.compare_reading.__wrapped__(config, "cpu", ())
     if vocab_size == 300:  # as one size shows it
         monkeypatch.setattr(tinylm.token_losses, "forms", [(lambda *_: torch.is_grad_enabled(), form)])
         with told_of("token_losses"):
@@ -7017,6 +7034,44 @@ def test_hidden_states_that_become_float32(monkeypatch, capsys):
         said = capsys.readouterr().out
         assert ("--dtype=bfloat16: hidden states become float32," in said) == (dtype == "bfloat16"), said
 
+@pytest.mark.parametrize("T", [1, 3])
+def test_a_cache_that_is_full(T):
+    """Takes no more, where a slice would hold fewer positions than came, and one broadcasts into none."""
+    config = small_config()
+    cache = tinylm.init_cache(config, 2, 4, torch.float32, "cpu") | {"filled": 4 - T + 1}
+    for context in (contextlib.nullcontext(), tinylm.definitions_alone()):
+        with context, pytest.raises(RuntimeError, match="exceeds dimension size"):
+            tinylm.hidden_states(random_params(config), random_tokens(config, 2, T), config, cache=cache)
+
+def test_targets_of_another_shape():
+    """Serve every row, as they stand, or are refused, where gather would take them for the first rows."""
+    config = small_config()
+    params, inputs = random_params(config), random_tokens(config, 3, 5)
+    functions = (tinylm.loss_fn, tinylm.loss_fn.definition, tinylm.loss_in_pieces, lambda *args: (
+        tinylm.token_losses_in_pieces(*args, torch.float32)), lambda params, inputs, targets, config: (
+        tinylm.token_losses.definition(tinylm.forward(params, inputs, config), targets)))
+    one = random_tokens(config, 1, 5, seed=1)
+    for function in functions:
+        same(function(params, inputs, one, config), function(params, inputs, one.repeat(3, 1), config), 1e-6)
+        with pytest.raises(RuntimeError, match="expanded size"):
+            function(params, inputs, random_tokens(config, 2, 5), config)
+
+def test_one_number_draws_a_token_of_each_row():
+    """By the form as by the definition."""
+    logits, chance = randn(4, 50), torch.full((1, 1), 0.3, dtype=torch.float64)
+    drawn = tinylm.sample_token(logits, chance, 1.0, 0, 0.9)
+    assert drawn.equal(tinylm.sample_token.definition(logits, chance, 1.0, 0, 0.9)) and len(drawn) == 4
+
+def test_definitions_alone_in_two_threads():
+    """One that ends after the other puts all forms back, which stay off until then."""
+    forms = {name: operation.forms[:] for name, operation in tinylm.OPERATIONS.items()}
+    first, second = tinylm.definitions_alone(), tinylm.definitions_alone(["linear"])
+    first.__enter__(), second.__enter__()
+    first.__exit__(None, None, None)
+    assert not tinylm.linear.forms and tinylm.attention.forms == forms["attention"]
+    second.__exit__(None, None, None)
+    assert forms == {name: operation.forms for name, operation in tinylm.OPERATIONS.items()} and not tinylm.FORMS_OFF
+
 def test_a_cache_of_more_than_keys_and_values(monkeypatch):
     """Keeps the dtype that its definition gives it, but for these."""
     definition = tinylm.init_cache.definition
@@ -7037,6 +7092,14 @@ def test_what_is_evaluated_or_written_by_other_forms(trained, name, form, monkey
     with told_of(name):
         train.train(eval_only=True, resume=trained / "runs/tiny", eval_tokens=100)
     with told_of(name):
+        sample.sample(checkpoint=trained / "runs/tiny", max_new_tokens=2)
+
+def test_a_definition_that_is_changed_in_a_process_that_wrote(trained, monkeypatch):
+    """As in a notebook: what was compared before it is compared again."""
+    monkeypatch.setattr(data.forms.threading, "active_count", lambda: 1)  # other tests may have left some
+    sample.sample(checkpoint=trained / "runs/tiny", max_new_tokens=2)
+    monkeypatch.setattr(tinylm, "silu", torch.relu)
+    with told_of("gated_silu"):
         sample.sample(checkpoint=trained / "runs/tiny", max_new_tokens=2)
 
 def test_texts_written_beside_other_threads(trained, monkeypatch):

@@ -119,7 +119,8 @@ def token_losses(logits, targets):
     """-log softmax(logits)[target], in nats and float32 at least. logits (..., V), targets (...) of int64 → (...)."""
     logits = at_least_float32(logits)
     logits = logits - logits.detach().amax(-1, keepdim=True)  # it cancels, and exp can't overflow
-    return torch.log(torch.exp(logits).sum(-1)) - logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    targets = targets.expand(logits.shape[:-1]).unsqueeze(-1)  # (..., 1); gather would take fewer
+    return torch.log(torch.exp(logits).sum(-1)) - logits.gather(-1, targets).squeeze(-1)
 
 def cross_entropy(logits, targets):
     """The mean of `token_losses`. logits (..., V), targets (...) of int64 → a scalar, in nats per token."""
@@ -171,9 +172,9 @@ def init_cache(config, batch_size, length, dtype, device):
 @operation
 def cached_attention(q, k, v, cache):
     """`attention` to earlier positions too. k, v (B, H_kv, T, D) go behind those in a layer's `cache`, donated here."""
-    start, end = cache["filled"], cache["filled"] + q.shape[2]
-    cache["k"][:, :, start:end], cache["v"][:, :, start:end] = k, v
-    return attention(q, cache["k"][:, :, :end], cache["v"][:, :, :end])
+    start, T = cache["filled"], q.shape[2]
+    cache["k"].narrow(2, start, T)[:], cache["v"].narrow(2, start, T)[:] = k, v  # narrow fails where they are full
+    return attention(q, cache["k"][:, :, :start + T], cache["v"][:, :, :start + T])
 
 def multi_head_attention(x, cos, sin, cache, config, wq, wk, wv, wo):
     """Project to heads, rotate queries and keys, attend, and join the heads (Vaswani et al. 2017, §3.2.2).
@@ -474,7 +475,7 @@ def weights_for_generation(params, dtype, batch_size):
 @torch.inference_mode()
 def generate(params, prompt, config, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop_tokens=(),
              generator=None, dtype=torch.float32):
-    """Continue prompts token by token, yielding (B) of int64 max_new_tokens times, or until all rows have stopped.
+    """Continue prompts token by token, yielding (B) of int64, inference tensors, max_new_tokens times, or until all stop.
 
     prompt (B, T) of int64, T ≥ 1. A row that has stopped repeats the first stop token. The model sees context_length
     tokens at most, of a longer prompt the last; then it drops the older half and reads the newer half again.
@@ -518,17 +519,29 @@ def faster(target, fits):
         return form
     return attach
 
+FORMS_OFF, SWITCHING = {}, threading.Lock()  # name of an operation → how many have switched its forms off, and these
+
 @contextmanager
 def definitions_alone(names=None):
-    """Switch forms off: within it each operation, or each of these names, is computed as it is defined."""
-    forms = {name: OPERATIONS[name].forms[:] for name in names or OPERATIONS}
-    for name in forms:
-        OPERATIONS[name].forms.clear()
+    """Switch forms off: within it each operation, or each of these names, is computed as it is defined. In all threads,
+    until the last that asked for it is done.
+    """
+    names = list(names or OPERATIONS)
+    with SWITCHING:
+        for name in names:
+            count, forms = FORMS_OFF.get(name, (0, OPERATIONS[name].forms[:]))
+            FORMS_OFF[name] = count + 1, forms
+            OPERATIONS[name].forms.clear()
     try:
         yield
     finally:
-        for name in forms:
-            OPERATIONS[name].forms[:] = forms[name]
+        with SWITCHING:
+            for name in names:
+                count, forms = FORMS_OFF.pop(name)
+                if count > 1:
+                    FORMS_OFF[name] = count - 1, forms
+                else:
+                    OPERATIONS[name].forms[:] = forms
 
 def forms_that_differ(compute, tolerance=1e-4):
     """The names of operations whose forms change what compute() gives, a tree of {what: tensors}, or whether it fails;
@@ -726,7 +739,7 @@ class TokenLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, targets):
-        ctx.dtype, ctx.written, targets = logits.dtype, None, targets.unsqueeze(-1)
+        ctx.dtype, ctx.written, targets = logits.dtype, None, targets.expand(logits.shape[:-1]).unsqueeze(-1)
         logits = at_least_float32(logits)
         highest = logits.amax(-1, keepdim=True)
         chosen = logits.gather(-1, targets)
@@ -827,7 +840,7 @@ def token_losses_in_pieces(params, inputs, targets, config, dtype):
     name = "lm_head" if "lm_head" in params else "embedding"
     params = params | {name: all_gather(params[name], x.dtype).to(x.dtype)}  # once for all pieces
     rows = max(1, LOGITS_AT_ONCE // (config.vocab_size * inputs.shape[1]))
-    return torch.cat(list(map(of_rows, x.split(rows), targets.split(rows))))
+    return torch.cat(list(map(of_rows, x.split(rows), targets.expand_as(inputs).split(rows))))
 
 class LossInPieces(torch.autograd.Function):
     """The mean of `token_losses` of x wᵀ, some rows of x at a time; no more logits than of these exist.
@@ -869,7 +882,7 @@ def mean_loss(x, w, targets):
 @faster(loss_fn, lambda params, *_, **__: first_leaf(params).is_cuda)
 def loss_in_pieces(params, inputs, targets, config, dtype=torch.float32, remat=False):
     x, _ = hidden_states(params, inputs, config, dtype, remat=remat)
-    return mean_loss(x.flatten(0, 1), params.get("lm_head", params["embedding"]), targets.flatten())
+    return mean_loss(x.flatten(0, 1), params.get("lm_head", params["embedding"]), targets.expand_as(inputs).flatten())
 
 # ---- CPU ----
 
@@ -1204,7 +1217,8 @@ def sample_token_on_cpu(logits, chance, temperature, top_k, top_p):
     if top_k:
         weights.masked_fill_(logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], 0.0)
     drawn = []
-    for row, total, share in zip(weights.numpy(), weights.sum(-1).tolist(), (1 - chance[:, 0]).tolist()):
+    shares = (1 - chance[:, 0]).expand(len(weights)).tolist()
+    for row, total, share in zip(weights.numpy(), weights.sum(-1).tolist(), shares):
         low, high, above = (1 - top_p) * total / (2 * len(row)), 1.0, 0.0  # above: the mass of weights over `high`
         tokens = np.flatnonzero(row > low)
         row = row[tokens]

@@ -1497,6 +1497,7 @@ def special_ids(path, tokenizer):
 
     Prompts begin as tokenizer.json says, which other tools follow.
     """
+    path = Path(path)
     folder, file = (path, "tokenizer.json") if path.is_dir() else (path.parent, path.name)
     read = lambda name: files.read_json(folder / name) if (folder / name).is_file() else {}
     generation, config, processor = read("generation_config.json"), read("config.json"), read(file)

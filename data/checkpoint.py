@@ -245,7 +245,8 @@ def check_goes_on(params, state, update):
     after = kinds(dict(zip(old, update(params, params, state))))
     for was, now in itertools.zip_longest(before, after, fillvalue="nothing"):
         if was != now:
-            raise InputError(f"the optimiser's update makes {now} of {was}; let it keep what its init gives, in its order")
+            raise InputError(f"the optimiser's update makes {now} of {was}; let it keep what its init gives, in the "
+                             "same order")
     if not all(leaf.equal(copy) for (_, leaf), copy in zip(tree_leaves(old), copies)):
         raise InputError("the optimiser's update writes into what it is given; let it return new tensors")
 

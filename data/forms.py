@@ -87,10 +87,10 @@ def check_reading(config, device):
     sees a changed definition. Not beside other threads, as it switches forms off for all.
     """
     if threading.active_count() == 1:
-        compare_reading(config, device)
+        compare_reading(config, device, tuple(filter(callable, vars(tinylm).values())))
 
-@lru_cache(maxsize=8)  # of a process that writes many texts
-def compare_reading(config, device):
+@lru_cache(maxsize=8)  # of a process that writes many texts: anew where a function is another
+def compare_reading(config, device, functions):
     try:
         model = small_model(config, device)
         with tinylm.definitions_alone():
