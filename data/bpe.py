@@ -239,32 +239,27 @@ def amend_llama3(data, classes, starts):
     # The rest of each run of white space without the new lines of a sign before it …
     rest = begin.copy()
     of_sign = np.flatnonzero((classes[begin - 1] == OTHER) & (begin > 0) & is_newline[begin])
-    last_in_row = np.flatnonzero(np.append(np.diff(newlines) > 1, True))  # of new lines without a gap
-    place = last_in_row[np.searchsorted(last_in_row, np.searchsorted(newlines, begin[of_sign]))]
-    rest[of_sign] = newlines[place] + 1
+    last_in_row = newlines[np.diff(newlines, append=size + 1) > 1]  # of new lines without a gap
+    rest[of_sign] = last_in_row[np.searchsorted(last_in_row, begin[of_sign])] + 1
     starts[begin[of_sign]] = False
     starts[rest[rest < end]] = True
     # … and without all up to the last new line.
-    place = np.searchsorted(newlines, end) - 1
-    last = newlines[place] if len(newlines) else np.full(len(end), -1)
-    rest = np.where((place >= 0) & (last >= rest), last + 1, rest)
+    rest = np.maximum(rest, np.append(-1, newlines)[np.searchsorted(newlines, end)] + 1)
     starts[rest[rest < end]] = True
-    left = (rest < end) & (end < size) & (np.append(classes, SPECIAL)[end] < SPACE)
-    end = end[left]
+    end = end[(rest < end) & (np.append(classes, SPECIAL)[end] < SPACE)]
     final = end - 1 - np.where(data[end - 1] < 0x80, 0, np.where(data[end - 2] >= 0xC0, 1, 2))  # the last character
     starts[final] = True
     starts[end[(classes[end] == LETTER) | (classes[end] == OTHER) & (data[end - 1] == ord(" "))]] = False
 
     signs = np.flatnonzero((classes == OTHER) & changes & starts)
-    width = np.array([1, 2, 3, 4])[(data[signs] >= 0xC0).astype(int) + (data[signs] >= 0xE0) + (data[signs] >= 0xF0)]
-    before_letters = np.append(classes, SPECIAL)[np.minimum(signs + width, size)] == LETTER
+    width = 1 + (data[signs] >= 0xC0) + (data[signs] >= 0xE0) + (data[signs] >= 0xF0)
+    before_letters = np.append(classes, SPECIAL)[signs + width] == LETTER
     signs, width = signs[before_letters], width[before_letters]
     starts[signs + width] = False
     quotes = signs[data[signs] == ord("'")]
-    small = np.append(np.where((data >= ord("A")) & (data <= ord("Z")), data + 32, data), 0)
-    second = np.minimum(quotes + 2, size)
-    is_letter = np.append(classes, SPECIAL)[second] == LETTER
-    length = contraction_lengths(long_s=True)[small[quotes + 1], np.where(is_letter, small[second], 0)]
+    small = np.frombuffer(data.tobytes().lower() + b"\0", np.uint8)
+    is_letter = np.append(classes, SPECIAL)[quotes + 2] == LETTER
+    length = contraction_lengths(long_s=True)[small[quotes + 1], np.where(is_letter, small[quotes + 2], 0)]
     ends = (quotes + length)[length > 0]
     starts[ends[ends < size]] = True
 
