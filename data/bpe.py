@@ -936,14 +936,10 @@ def encode(tokenizer, text):
 
 def decode(tokenizer, ids):
     """The text of ids; what isn't valid UTF-8 becomes U+FFFD. Raises InputError for an id beyond the vocabulary."""
-    return b"".join(token_bytes(tokenizer, ids)).decode("utf-8", "replace")
-
-def token_bytes(tokenizer, ids):
-    """The bytes of each id, as a list."""
     ids = np.asarray(ids, np.int64).tolist()
     if ids and not 0 <= min(ids) <= max(ids) < tokenizer.vocab_size:
         raise InputError(f"ids go from {min(ids)} to {max(ids)}; expected 0 to {tokenizer.vocab_size - 1}")
-    return [tokenizer.tokens[i] for i in ids]
+    return b"".join(tokenizer.tokens[i] for i in ids).decode("utf-8", "replace")
 
 # ---- Files, in pieces, over processes ----
 
