@@ -82,11 +82,6 @@ def last_step(folder):
     steps = [path for path in Path(folder).glob("step-*") if re.fullmatch("step-[0-9]+", path.name)]
     return max(steps, key=lambda path: int(path.name[5:]), default=None)
 
-def begins_with(path, beginning):
-    """Whether a file begins with these bytes."""
-    with open(path, "rb") as file:
-        return file.read(len(beginning)) == beginning
-
 @contextmanager
 def beside(path):
     """A path to write to, which then takes the place of `path`, or after an error is removed."""
@@ -112,8 +107,11 @@ def check_output(path, beginning):
         raise InputError(f"--output={path}: {problem}; give the name of a file in a folder that is there")
     if path.exists() and not path.is_file():
         raise InputError(f"--output={path} is a device or the like; give the name of a file")
-    if path.is_file() and path.stat().st_size and not begins_with(path, beginning):
-        raise InputError(f"--output={path} is there and is another kind of file; give another name, or remove it")
+    if path.is_file():
+        with open(path, "rb") as file:
+            is_another = file.read(len(beginning)) not in (b"", beginning)
+        if is_another:
+            raise InputError(f"--output={path} is there and is another kind of file; give another name, or remove it")
 
 def check_room(folder, needed, purpose, instead):
     """Raise InputError where the disk that a folder is or will be on has less than `needed` bytes free."""
