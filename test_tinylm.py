@@ -4856,8 +4856,8 @@ def test_a_data_folder_that_is_being_prepared_is_waited_for(tmp_path, monkeypatc
     assert released
     assert f"is being prepared by process {os.getpid()}; waiting for it" in capsys.readouterr().out
     with files.lock(data / ".lock"):
-        said = lambda holder: shutil.rmtree(data)  # as an interrupted one does with what it has begun
-        with files.wait_for_lock(data / ".lock", said, 0.01) as waited:
+        monkeypatch.setattr(cli, "say", lambda text: shutil.rmtree(data))  # as one does that is interrupted
+        with files.wait_for_lock(data / ".lock", "it is held", 0.01) as waited:
             assert waited and (data / ".lock").is_file()
     thread.join()
 

@@ -10,6 +10,7 @@ import time
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from data import cli
 from data.cli import InputError
 
 def flush(file):
@@ -219,8 +220,8 @@ def is_alive(process):
     return True
 
 @contextmanager
-def wait_for_lock(path, say, seconds=0.2):
-    """`lock`, that waits for the process which holds it; `say` is told once of which. → whether it had to wait."""
+def wait_for_lock(path, what, seconds=0.2):
+    """`lock`, that waits for the process which holds it, and says once `what` it does. → whether it had to wait."""
     said = False
     with ExitStack() as claims:
         while True:
@@ -230,7 +231,7 @@ def wait_for_lock(path, say, seconds=0.2):
                 break
             except Held as error:
                 if not said:
-                    say(str(error))
+                    cli.say(f"{what} by {error}; waiting for it")
                 said = True
                 time.sleep(seconds)
         yield said

@@ -65,9 +65,8 @@ def download(url, path, size, attempts=8, pause=1):
     """
     path = Path(path)
     is_whole = lambda: path.is_file() and path.stat().st_size == size
-    wait = lambda holder: cli.say(f"{path} is being downloaded by {holder}; waiting for it")
     if not is_whole():
-        with files.wait_for_lock(path.with_name(f".{path.name}.lock"), wait):
+        with files.wait_for_lock(path.with_name(f".{path.name}.lock"), f"{path} is being downloaded"):
             if not is_whole():  # by the one that was waited for
                 fetch(url, path, size, attempts, pause)
     return path
@@ -361,8 +360,7 @@ def prepare(given):
     except OSError as error:
         raise InputError(f"{output} can't be made ({error.strerror}); give data/prepare.py another --output, and that "
                          "to train.py as --data") from None
-    wait = lambda holder: cli.say(f"{output} is being prepared by {holder}; waiting for it")
-    with files.wait_for_lock(output / ".lock", wait) as waited:
+    with files.wait_for_lock(output / ".lock", f"{output} is being prepared") as waited:
         if not is_data(output) and is_data(output / ".partial"):  # one was killed while it moved that into place
             put_in_place(output / ".partial", output)
         if not (waited and is_data(output) and files.read_json(output / "meta.json").get("asked") == asked):
