@@ -1049,22 +1049,17 @@ def spread(make, arguments, spans, workers, label):
 
     Each process makes that function once. Little text, or one worker, starts no process.
     """
-    total = sum(end - start for _, start, end in spans)
-    workers = min(workers or num_cores(), len(spans))
-    if multiprocessing.current_process().daemon:  # which may have none of its own
-        workers = 1
-    progress = Progress(label, total)
-    done = 0
-    results = over_processes(make, arguments, spans, workers) if workers > 1 else (
-        work(span) for work in [make(*arguments)] for span in spans)
-    try:
+    workers, done = min(workers or num_cores(), len(spans)), 0
+    progress = Progress(label, sum(end - start for _, start, end in spans))
+    if workers > 1 and not multiprocessing.current_process().daemon:  # which may have none of its own
+        results = over_processes(make, arguments, spans, workers)
+    else:
+        results = (work(span) for work in [make(*arguments)] for span in spans)
+    with contextlib.closing(results), contextlib.closing(progress):
         for (_, start, end), result in zip(spans, results):
             done += end - start
             progress.update(done)
             yield result
-    finally:
-        progress.close()
-        results.close()
 
 def over_processes(make, arguments, spans, workers):
     """`spread` over processes. Raises InputError where one of them dies.
