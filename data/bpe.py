@@ -386,14 +386,6 @@ class HashTable:
         is_word[:, 0] = True
         return raw[is_word].tobytes().split(bytes([FILLER]))[:-1]
 
-def split_words(text, special_pattern, split="gpt2"):
-    """Cut text into words. → int64: starts (words), lengths (words)."""
-    return with_lengths(text, word_starts(text, find_spans(special_pattern, text), split))
-
-def with_lengths(text, starts):
-    """Words that begin at `starts`, as `split_words` gives them."""
-    return starts, np.append(starts[1:], len(text)) - starts
-
 def with_fillers(words):
     """Words as one text, with FILLER before each and behind the last. list of bytes → uint8 (text)."""
     return np.frombuffer(bytes([FILLER]).join([b"", *words, b""]), np.uint8)
@@ -797,17 +789,18 @@ class Encoder:
         pieces = cut_text(text, PIECE_BYTES, self.tokenizer.special_tokens, self.tokenizer.split)
         ids = [np.empty(0, self.tokenizer.dtype)]
         while some := list(itertools.islice(pieces, 8 if self.num_words else 1)):
-            ids.append(self.encode_words((piece, *self.split_words(piece)) for piece in some))
+            ids.append(self.encode_words((piece, self.word_starts(piece)) for piece in some))
         return np.concatenate(ids)
 
-    def split_words(self, piece):
-        """`split_words`, with this tokenizer's special tokens and pattern."""
-        return split_words(piece, self.special_pattern, self.tokenizer.split)
+    def word_starts(self, text):
+        """`word_starts`, with this tokenizer's special tokens and pattern."""
+        return word_starts(text, find_spans(self.special_pattern, text), self.tokenizer.split)
 
     def encode_words(self, pieces):
-        """The ids of pieces of text, each with its words as `split_words` gives them. → tokenizer.dtype (tokens)."""
+        """The ids of pieces of text, each with where its words begin. → tokenizer.dtype (tokens)."""
         text, found, unknown, num_longer = b"", [], [], 0
-        for piece, starts, lengths in pieces:
+        for piece, starts in pieces:
+            lengths = np.diff(starts, append=len(piece))
             keys = word_keys(piece, starts, lengths, self.key_size)
             numbers, missing = self.find(keys)
             long = np.flatnonzero(lengths >= self.key_size)
@@ -883,11 +876,11 @@ class Encoder:
             rest += block
             if len(rest) < enough:
                 continue
-            starts, lengths = self.split_words(rest)
+            starts = self.word_starts(rest)
             # What follows may still change the last two words, unless one goes on for long, and white space at the end
             # however long it is.
             is_space = rest[-4:].decode(errors="ignore")[-1:].isspace()  # its last character
-            goes_on = lengths[-1] > LONG_WORD + self.margin and not is_space
+            goes_on = len(rest) - starts[-1] > LONG_WORD + self.margin and not is_space
             cut, before = starts[-1], len(rest)
             if not goes_on:
                 cut = starts[:-1][starts[:-1] <= len(rest) - self.margin].max(initial=0)
@@ -900,8 +893,7 @@ class Encoder:
                 yield ids.astype(self.tokenizer.dtype)
                 rest, is_inside = rest[done:], is_inside or done > 0
             enough = 2 * len(rest) if len(rest) == before else 0
-        starts, _ = self.split_words(rest)
-        yield self.encode_rest(rest, starts, len(rest), is_inside)
+        yield self.encode_rest(rest, self.word_starts(rest), len(rest), is_inside)
 
     def encode_rest(self, text, starts, cut, is_inside):
         """The ids of the words that begin at `starts` before `cut`; the first may have begun before the text."""
@@ -909,7 +901,7 @@ class Encoder:
         first = self.merger.merge_long(text[:begin]).astype(self.tokenizer.dtype)
         here, starts = text[begin:cut], starts[(starts >= begin) & (starts < cut)] - begin
         self.make_room(len(here))
-        return np.concatenate((first, self.encode_words([(here, *with_lengths(here, starts))])))
+        return np.concatenate((first, self.encode_words([(here, starts)])))
 
 OF_THREAD = threading.local()
 
@@ -1140,7 +1132,8 @@ def word_counter(special_tokens, errors):
             table = HashTable()
         numbers, long_words = [np.empty(0, np.int32)], Counter()
         for piece in cut_text(read_span(span, errors), PIECE_BYTES, special_tokens, "gpt2"):
-            starts, lengths = split_words(piece, special_pattern)
+            starts = word_starts(piece, find_spans(special_pattern, piece))
+            lengths = np.diff(starts, append=len(piece))
             numbers.append(table.find_or_add(word_keys(piece, starts, lengths)))
             long_words.update(cut_words(piece, starts, lengths, lengths >= table.KEY_SIZE))
         counts = np.bincount(np.concatenate(numbers))
