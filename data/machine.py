@@ -273,13 +273,12 @@ def ranks(device):
                     dist.barrier()
             dist.destroy_process_group()
     except BaseException as error:  # of this rank alone, maybe, and NCCL would wait for the others here
-        number = os.environ.get("RANK")
         if dist.is_initialized() and dist.get_backend() == "gloo":
             dist.destroy_process_group()
         if isinstance(error, RuntimeError) and re.search("gloo.*(closed|reset) by peer", str(error), re.DOTALL):
             time.sleep(5)  # so that torchrun, which ends all when one has failed, finds that one
-            raise RankError(f"rank {number}: another rank is gone; what that has said, or torchrun, tells why"
-                            ) from None
+            raise RankError(f"rank {os.environ.get('RANK')}: another rank is gone; what that has said, or torchrun, "
+                            "tells why") from None
         raise
     finally:
         sys.stdout = stdout
