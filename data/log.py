@@ -159,8 +159,7 @@ class Log:
 
     def write(self, step, **measured):
         """Keep measurements of a step."""
-        tokens = step * self.settings.tokens_per_step
-        measured = {"step": step, "tokens": tokens, "seconds": round(self.seconds, 3)} | {
+        measured = {"step": step, "tokens": step * self.settings.tokens_per_step, "seconds": round(self.seconds, 3)} | {
             name: None if isinstance(value, float) and not math.isfinite(value) else value  # JSON has no other numbers
             for name, value in measured.items()}
         if not self.run.rank:
