@@ -96,9 +96,8 @@ def plot(*runs, output: str = None):
         raise InputError("no run given; write python train.py plot runs/NAME")
     lines = {run: read_metrics(run) for run in runs}
     if not any(map(has_losses, lines.values())):
-        is_ruined = all(any("skipped" in line for line in of_run) for of_run in lines.values())
         advice = "wait for the first steps"
-        if is_ruined:
+        if all(any("skipped" in line for line in of_run) for of_run in lines.values()):
             advice = "no step could be applied so far; if none can, start anew with a smaller --lr_max"
         raise InputError(f"{', '.join(map(str, runs))}: there are no losses to draw; {advice}")
     path = Path(runs[0]) / "loss.svg" if output is None else Path(output)
