@@ -418,9 +418,8 @@ def load_state(run):
         params = tinylm.init_params(config, torch.Generator().manual_seed(settings.seed))
     optimizer = init_optimizer(params)
     if run.step:  # a fresh state tells the shapes alone, and is freed before the one that was saved is read
-        shapes = tinylm.tree_map(lambda tensor: tensor.to("meta"), optimizer)
-        del optimizer
-        optimizer = checkpoint.load_optimizer(run.source, shapes)
+        optimizer = tinylm.tree_map(lambda tensor: tensor.to("meta"), optimizer)
+        optimizer = checkpoint.load_optimizer(run.source, optimizer)
     run.config, run.params, run.optimizer = config, params, optimizer
     run.tokenizer = bpe.load(run.data / "tokenizer.json")
     run.tokenizer_json = files.read_json(run.data / "tokenizer.json")
