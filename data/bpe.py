@@ -1223,8 +1223,7 @@ class LinkedWords:
 
     def pairs(self):
         """All pairs of neighbours, their counts, their places."""
-        places = np.arange(len(self.ids) - 1, dtype=np.int32)
-        return sum_by_pair(self.ids[:-1], self.ids[1:], self.weight[:-1], places)
+        return sum_by_pair(self.ids[:-1], self.ids[1:], self.weight[:-1], np.arange(len(self.ids) - 1, dtype=np.int32))
 
     def join(self, pair, made, places):
         """Make `made` of a pair wherever it still stands in `places`. → lists: pairs lost and their counts, and pairs
