@@ -282,7 +282,8 @@ def config_from_hf(hf, source):
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{source} is damaged, incomplete or of another model ({error}); {ANOTHER}") from None
 
-NO_SCALING = tinylm.Config.__dataclass_fields__["rope_scaling"].default
+NO_SCALING = Config.rope_scaling
+LLAMA3_SCALING = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
 
 def scaling_from_hf(rope, source):
     """Config.rope_scaling of what a config.json says of RoPE. Raises InputError for a kind that this model has not."""
@@ -292,8 +293,7 @@ def scaling_from_hf(rope, source):
     if kind == "linear":
         scaling = rope["factor"], *NO_SCALING[1:]
     elif kind == "llama3":
-        scaling = tuple(rope[name] for name in ("factor", "low_freq_factor", "high_freq_factor",
-                                                "original_max_position_embeddings"))
+        scaling = tuple(rope[name] for name in LLAMA3_SCALING)
     else:
         raise InputError(f"{source} asks for rope_type {kind!r}, {NOT_HERE}")
     factor, low, high, context = scaling
@@ -304,13 +304,12 @@ def scaling_from_hf(rope, source):
 
 def scaling_to_hf(scaling):
     """What config.json says of a Config.rope_scaling."""
-    factor, low, high, context = scaling
+    factor, _, _, context = scaling
     if scaling == NO_SCALING:
         return None
     if not context:
         return {"rope_type": "linear", "factor": factor}
-    return {"rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high,
-            "original_max_position_embeddings": context}
+    return {"rope_type": "llama3"} | dict(zip(LLAMA3_SCALING, scaling))
 
 # ---- Checkpoints ----
 
