@@ -1,4 +1,4 @@
-"""A corpus → data/NAME/: tokenizer.json, train.bin, val.bin and meta.json. See `prepare` for the flags."""
+"""A corpus → data/NAME/: tokenizer.json, train.bin, val.bin and meta.json. See `Settings` for the flags."""
 
 import codecs
 import contextlib
