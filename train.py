@@ -47,12 +47,10 @@ def default_batch_size(settings):
     tokens, unit = min(64 * settings.d_model, settings.train_tokens / 25), math.lcm(4, machine.num_ranks())
     return max(unit, round(tokens / settings.context_length / unit) * unit)
 
-def default_num_steps(most):
+def default_num_steps(settings, most):
     """`most`, or as many as read the text 16 times, 800 at least; where a model was trained before 3 times, or 100."""
-    def default(settings):
-        least, epochs = (100, 3) if settings.is_pretrained else (800, 16)
-        return round(min(most, max(least, epochs * settings.train_tokens / settings.tokens_per_step)))
-    return default
+    least, epochs = (100, 3) if settings.is_pretrained else (800, 16)
+    return round(min(most, max(least, epochs * settings.train_tokens / settings.tokens_per_step)))
 
 def default_lr_max(settings):
     """Wider models need smaller steps; 1/√d_model is a safe middle between constant and the 1/d_model of theory.
@@ -115,9 +113,9 @@ class Settings:
     batch_size: int = flag({"cpu": 4, "cuda": default_batch_size}, "sequences in a batch", "[1, 1000000000]",
                            stated="CPU 4, CUDA 64 d_model tokens, at most a 25th of the text, 4 or more")
     grad_accum_steps: int = flag(1, "batches in a step", "[1, 1000000000]")
-    num_steps: int = flag({"cpu": default_num_steps(2500), "cuda": default_num_steps(5000)}, "steps in all", "[1, inf)",
-                          stated="16 readings of the text, 800 to 2500 (CUDA 5000); --init_from: 3, from 100 on",
-                          may_change=True)
+    num_steps: int = flag({"cpu": partial(default_num_steps, most=2500), "cuda": partial(default_num_steps, most=5000)},
+                          "steps in all", "[1, inf)", may_change=True,
+                          stated="16 readings of the text, 800 to 2500 (CUDA 5000); --init_from: 3, from 100 on")
     schedule: str = flag("cosine", f"course of the learning rate, {' or '.join(tinylm.SCHEDULES)}",
                          choices=tinylm.SCHEDULES)
     lr_max: float = flag(default_lr_max, "learning rate after the warm-up", "[0, inf)",
