@@ -202,6 +202,7 @@ def read(model, in_pieces, dtype=torch.float64, seed=0):
     return torch.cat(xs, 1)
 
 @torch.no_grad()
+@drawn_from(0)
 def read_last(model, dtype):
     """The hidden states of positions that look back far, on keys and values that are drawn."""
     config, _, doubles, tokens, past = model
@@ -220,9 +221,8 @@ def loss_by(function, model):
 
 def reading(model):
     """What is compared of a model that is read: in pieces, last of all, and the loss of an evaluation."""
-    with drawn_from(0):
-        return {"read": read(model, True), "last": read_last(model, torch.float64),
-                "loss": loss_by(tinylm.token_losses_in_pieces, model)}
+    return {"read": read(model, True), "last": read_last(model, torch.float64),
+            "loss": loss_by(tinylm.token_losses_in_pieces, model)}
 
 @drawn_from(0)
 def loss_and_gradients(model, loss, dtype=torch.float64):
@@ -260,7 +260,6 @@ def writing(model):
         scores = tinylm.forward(weights, tokens[:, :-1], config, dtype)[:, -1]
         return {"written": written, "scores": scores}
 
-@drawn_from(0)
 def learning(model, loss, dtype):
     """The loss, its gradients, and what is read in pieces and last of all."""
     return loss_and_gradients(model, loss, dtype) | {"read": read(model, True, dtype), "last": read_last(model, dtype)}
