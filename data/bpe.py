@@ -683,7 +683,7 @@ class Merger:
         places = places[places < ends[-1]]
         begins = np.flatnonzero(np.diff(np.searchsorted(ends, places), prepend=-1))
         ranked = numbers.take(places).astype(np.int64) * len(numbers) + places
-        return np.minimum.reduceat(ranked, begins) % len(numbers) if len(begins) else begins
+        return np.minimum.reduceat(ranked, begins) % len(numbers)
 
     def merge_rest(self, ids, numbers):
         """Make the merges that `merge_sure` left, in each row of ids that has some. → ids"""
@@ -1130,7 +1130,7 @@ def word_counter(special_tokens, errors):
         nonlocal table
         if len(table) > MOST_WORDS:
             table = HashTable()
-        numbers, long_words = [np.empty(0, np.int32)], Counter()
+        numbers, long_words = [], Counter()
         for piece in cut_text(read_span(span, errors), PIECE_BYTES, special_tokens, "gpt2"):
             starts = word_starts(piece, find_spans(special_pattern, piece))
             lengths = np.diff(starts, append=len(piece))
@@ -1191,9 +1191,9 @@ def sum_by_pair(left, right, weights, places):
     order = order[np.minimum(left, right)[order] >= 0]
     pairs, places = pairs[order], places[order]
     begins = np.flatnonzero(np.diff(pairs, prepend=-1))
-    sums = np.add.reduceat(weights[order], begins).tolist() if len(begins) else []
+    sums = np.add.reduceat(weights[order], begins)
     ends = [*begins[1:].tolist(), len(pairs)]
-    return pairs[begins].tolist(), sums, [places[begin:end] for begin, end in zip(begins.tolist(), ends)]
+    return pairs[begins].tolist(), sums.tolist(), [places[begin:end] for begin, end in zip(begins.tolist(), ends)]
 
 def unpack(pair):
     """The two ids of a pair, which is one number, left · 2³² + right: hundreds of thousands are kept."""
