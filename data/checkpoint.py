@@ -377,8 +377,8 @@ def write_checkpoint(folder, params, config, tokenizer, begin_tokens, end_token,
         shapes = {hf_name(path): torch.empty(w.shape, dtype=dtype, device="meta") for path, w in leaves}
         write_safetensors(folder / "model.safetensors", shapes, (
             check_finite(name, w.to(dtype)) for name, w in read_tensors(folder / MASTER)))
-    ids = json.loads(others["config.json"]) if "config.json" in others else {}
-    ids = {name: ids[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in ids}
+    theirs = json.loads(others.get("config.json", "{}"))
+    ids = {name: theirs[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in theirs}
     files.write_json(folder / "config.json",
                      config_to_hf(config, begin_id, end_id) | {"torch_dtype": dtype_name(dtype)} | ids)
     files.write_json(folder / "generation_config.json", {
