@@ -140,7 +140,7 @@ def check(name, value, within, choices):
 
 def kept(settings):
     """What a run keeps of its settings, for JSON."""
-    return {name: getattr(settings, name) for name in flags_of(type(settings)) if getattr(settings, name) is not None}
+    return {name: value for name, value in dataclasses.asdict(settings).items() if value is not None}
 
 @contextmanager
 def as_input_error():
