@@ -115,14 +115,13 @@ def receive(response, partial, begin, size, label):
 
 def write_stories(folder):
     """Write the built-in corpus into a folder; returns the paths for training and validation."""
-    first = 0
+    numbers = itertools.count()
     with contextlib.closing(cli.Progress("writing stories", sum(NUM_STORIES.values()), "stories", 1)) as progress:
         for name, count in NUM_STORIES.items():
             with open(folder / name, "w", encoding="utf-8", newline="") as file:
-                for number in range(first, first + count):
+                for number in itertools.islice(numbers, count):
                     file.write(stories.story(0, number) + bpe.END_OF_TEXT)
                     progress.update(number)
-            first += count
     return [folder / name for name in NUM_STORIES]
 
 def is_text(name):
