@@ -319,12 +319,12 @@ def resume_run(folder, given, table, check, claims, error_if_done):
         versions = [prepare.made_of(text, model).name for model in (None, latest)] if prepare.is_text(text) else []
         is_same_text = Path(state["data_folder"]).name in versions
         if is_same_text:  # however its path is written
-            given = given | {"data": kept["data"]}
+            given["data"] = kept["data"]
         if kept.get("shard") and "shard" not in given and not cli.has_ranks():
             cli.say("the run was split over ranks; here it goes on in one process, whole")
-            kept = kept | {"shard": False}
+            kept["shard"] = False
         if cli.has_ranks():  # each of which has a device of its own
-            kept = kept | {"device": kept["device"].partition(":")[0]}
+            kept["device"] = kept["device"].partition(":")[0]
         for name in kept.keys() - cli.flags_of(table):
             raise InputError(f"{latest} was written with a setting {name}, which this code has not; go on with the "
                              "code that began the run")
@@ -338,7 +338,7 @@ def resume_run(folder, given, table, check, claims, error_if_done):
                 raise InputError(f"--{flag}={value}: the run has {has}, which can't change on resuming; start a new "
                                  "run for that")
         if given.get("lr_max", kept["lr_max"]) != kept["lr_max"] and "lr_min" not in given:  # in proportion
-            given = given | {"lr_min": kept["lr_min"] * given["lr_max"] / (kept["lr_max"] or 1)}
+            given["lr_min"] = kept["lr_min"] * given["lr_max"] / (kept["lr_max"] or 1)
     settings = table.complete(kept | given)  # outside, as a mistake in the code is no damage
     with state_of(latest) as state:
         lowest, best_step = math.inf if state["best"] is None else state["best"], step_and_best(latest)[1]
