@@ -962,8 +962,7 @@ def find_cut(read, target, end, special_tokens, split):
     while target < end:
         start, stop = max(0, target - margin), min(target + window, end)
         text = read(start, min(stop + margin, end))
-        places = sorted({*borders(text, split), *(begin for begin, _ in find_spans(pattern, text))})
-        for place in places:
+        for place in sorted({*borders(text, split), *(begin for begin, _ in find_spans(pattern, text))}):
             is_inside = lambda token: token in text[max(0, place - len(token) + 1):place + len(token) - 1]
             if target <= start + place < stop and not any(map(is_inside, special)):
                 return start + place
