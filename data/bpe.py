@@ -458,7 +458,7 @@ def find_spans(special_pattern, text):
     return [match.span() for match in special_pattern.finditer(text)] if special_pattern else []
 
 def sorted_set(numbers):
-    """`np.unique`, 4 to 12 times as fast for 10,000 to a million numbers."""
+    """`np.unique`, which in NumPy 2.4 hashes: 3 to 130 times as fast for 1,000 to a million numbers."""
     numbers = np.sort(numbers)
     return numbers[np.append(True, numbers[1:] != numbers[:-1])[:len(numbers)]]
 
@@ -688,7 +688,7 @@ class Merger:
     def merge_rest(self, ids, numbers):
         """Make the merges that `merge_sure` left, in each row of ids that has some. → ids"""
         ends = np.flatnonzero(numbers == self.pairs.none) + 1
-        which = np.unique(np.searchsorted(ends, np.flatnonzero(numbers < len(self.made)), "right"))
+        which = sorted_set(np.searchsorted(ends, np.flatnonzero(numbers < len(self.made)), "right"))
         for begin, end in zip(np.append(0, ends)[which].tolist(), ends[which].tolist()):
             merged = self.merge_one_by_one(ids[begin:end].tolist())
             ids[begin:end] = merged + [-2] * (end - begin - len(merged))
