@@ -3716,6 +3716,9 @@ def test_a_run_that_diverges_gives_up_and_keeps_its_checkpoint(tmp_path, monkeyp
     folder, lr_max = re.search(r"--resume=(\S+) --lr_max=(\S+),", error).groups()
     assert float(lr_max) < train.Settings.complete(TINY).lr_max
     assert train.train(resume=folder, lr_max=float(lr_max), num_steps=6).settings.lr_max == float(lr_max)
+    poisoned(monkeypatch, range(6, 20))
+    with pytest.raises(log.Diverged, match=f"go on from step-0000003 with --resume={folder} --num_steps=20 --lr_max="):
+        train.train(resume=folder, num_steps=20)
 
 def test_room_for_the_checkpoints_of_a_run(tmp_path, monkeypatch):
     """For no more than it writes, however many it may keep."""
@@ -3865,7 +3868,7 @@ def test_a_folder_that_cannot_be_looked_at_for_a_while(tmp_path, monkeypatch, ca
     full = unittest.mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
     monkeypatch.setattr(checkpoint, "save_checkpoint", full)
     evaluations_give([4.0], monkeypatch)
-    with pytest.raises(cli.InputError, match="go on from step-0000006 with --resume="):
+    with pytest.raises(cli.InputError, match="go on from step-0000006 with --resume=.*/run --num_steps=8$"):
         train.train(resume=tmp_path / "run", num_steps=8)
 
 def test_a_checkpoint_is_there_whatever_happens_to_links(tmp_path, monkeypatch, capsys):
@@ -4861,6 +4864,24 @@ def test_a_data_folder_that_is_being_prepared_is_waited_for(tmp_path, monkeypatc
             assert waited and (data / ".lock").is_file()
     thread.join()
 
+def test_data_that_another_process_made_just_before(tmp_path, monkeypatch):
+    """Between a look and the lock: is not made again, below one that trains on it."""
+    (tmp_path / "text.txt").write_text("Once upon a time there was a cat. " * 100)
+    prepare_it = functools.partial(prepare.prepare, input=tmp_path / "text.txt", output=tmp_path / "data")
+    wait_for_lock, write, written = files.wait_for_lock, prepare.write_beside, []
+
+    def wait_late(*args):
+        monkeypatch.setattr(files, "wait_for_lock", wait_for_lock)
+        prepare_it()
+        return wait_for_lock(*args)
+
+    monkeypatch.setattr(prepare, "write_beside", lambda *args: [written.append(1), write(*args)])
+    monkeypatch.setattr(files, "wait_for_lock", wait_late)
+    prepare_it()
+    assert written == [1]
+    prepare_it()
+    assert written == [1, 1], "asked for again it is made anew"
+
 @pytest.mark.parametrize("without", ["fcntl", "working locks"])
 def test_locks_where_there_are_none(tmp_path, monkeypatch, without):
     """By a file that names host and process: it keeps others out, and a dead process's is no obstacle."""
@@ -5324,6 +5345,10 @@ def test_checkpoints_that_are_no_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "run/step-0000006")
     with pytest.raises(cli.InputError, match=f"give the run's folder, --resume={tmp_path}/run$"):
         train.train(resume=".", num_steps=7)
+    (tmp_path / "run/latest").unlink(), (tmp_path / "run/latest").symlink_to("gone")
+    for flags in (dict(num_steps=7), dict(eval_only=True)):
+        with pytest.raises(cli.InputError, match=f"give the run's folder, --resume={tmp_path}/run$"):
+            train.train(resume=tmp_path / "run/latest", **flags)
     with pytest.raises(cli.InputError, match="it is one itself: put it, named step-NUMBER, into a folder of its own"):
         train.train(resume=tmp_path / "alone/copy", num_steps=7)
     os.rename(tmp_path / "alone/copy", tmp_path / "alone/step-0000006")

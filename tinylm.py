@@ -475,7 +475,7 @@ def weights_for_generation(params, dtype, batch_size):
 @torch.inference_mode()
 def generate(params, prompt, config, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop_tokens=(),
              generator=None, dtype=torch.float32):
-    """Continue prompts token by token, yielding (B) of int64, inference tensors, max_new_tokens times, or until all stop.
+    """Continue prompts, yielding (B) of int64, an inference tensor, max_new_tokens times, or until all rows have stopped.
 
     prompt (B, T) of int64, T ≥ 1. A row that has stopped repeats the first stop token. The model sees context_length
     tokens at most, of a longer prompt the last; then it drops the older half and reads the newer half again.

@@ -444,6 +444,8 @@ def evaluate_only(resume, init_from, given):
     if resume and not has_state:
         is_model = (folder / "config.json").is_file()
         advice = f"give the model as --init_from={resume}" if is_model else "expected a folder that train.py wrote"
+        if newest(Path(resume).parent):
+            advice = f"give the run's folder, --resume={cli.quoted(Path(resume).parent)}"
         raise InputError(f"--resume={resume}: no checkpoint of a run there; {advice}")
     params, config = checkpoint.load_checkpoint(folder)
     checkpoint.check_vocabulary(folder, bpe.load(folder), config)

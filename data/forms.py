@@ -25,7 +25,7 @@ UNKNOWN = ("whether faster forms follow their definitions is not known, as a sma
 def check_forms(config, settings, loss):
     """Raise InputError where faster forms give other numbers than the definitions, as where one was changed.
 
-    A small model is compared: on the device its `loss`, train.py's, gradients and what `reading` has, in float64 and
+    A small model is compared: on the device its `loss`, train.py's, gradients and what is read, in float64 and
     roughly in the dtype of training, what it writes, and losses of many ids; on the CPU clipping and three updates. To
     be split, all blocks are read too. Where a model can't be small, that is said.
     """

@@ -277,7 +277,7 @@ class Log:
             ruined, begin = saved.pop(step - PATIENCE, None), ""
             if saved:
                 begin = f"remove {cli.quoted(ruined)}, after which no step can be applied, and " if ruined else ""
-                begin += (f"go on from {saved[max(saved)].name} with --resume={cli.quoted(self.run.folder)} "
+                begin += (f"go on from {saved[max(saved)].name} with {self.run.flags_to_resume} "
                           f"--lr_max={self.settings.lr_max / 2:.2g}, or ")
             raise Diverged(f"{PATIENCE} steps in a row were not finite, the last at step {step}: {numbers}; {begin}"
                            "start anew with a smaller --lr_max or a longer --warmup_steps"

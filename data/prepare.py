@@ -353,7 +353,7 @@ def prepare(given):
 
     asked = cli.kept(settings) | {"dataset": dataset, "workers": None, "output": None}
     asked["of"] = digest_of(itertools.chain(*sources), tokenizer and (tokenizer, begin, end))
-    is_new = not output.exists()
+    is_new, was_there = not output.exists(), is_data(output)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -362,7 +362,8 @@ def prepare(given):
     with files.wait_for_lock(output / ".lock", f"{output} is being prepared") as waited:
         if not is_data(output) and is_data(output / ".partial"):  # one was killed while it moved that into place
             put_in_place(output / ".partial", output)
-        if not (waited and is_data(output) and files.read_json(output / "meta.json").get("asked") == asked):
+        is_just_made = is_data(output) and (waited or not was_there)  # by another process
+        if not (is_just_made and files.read_json(output / "meta.json").get("asked") == asked):
             try:
                 write_beside(output / ".partial", sources, settings, tokenizer, begin, end, vocab_size, asked)
             except BaseException as error:

@@ -33,6 +33,7 @@ class Run:
     wandb_id: str | None = None
     saved: str = "none"  # the name of its newest checkpoint
     stopped_by: int = 0  # the signal that ended it before its time
+    is_extended: bool = False  # to more steps than the checkpoint that it goes on from knows of
     meta: dict | None = None  # meta.json of the data
     # What each rank has of its own.
     rank: int = 0
@@ -50,11 +51,17 @@ class Run:
 
     exit_code = property(lambda self: 128 + self.stopped_by if self.stopped_by else 0)  # as shells say it
 
+    @property
+    def flags_to_resume(self):
+        """What goes on with it from any of its checkpoints."""
+        more = f" --num_steps={self.settings.num_steps}" if self.is_extended else ""
+        return f"--resume={cli.quoted(self.folder)}{more}"
+
     def __repr__(self):
         return f"Run({str(self.folder)!r}, step={self.step}, lowest={self.lowest:.4f})"
 
 # Of a run, what the first rank finds out and tells the others.
-SHARED = ("folder", "data", "source", "step", "seconds", "lowest", "best_step", "wandb_id", "meta")
+SHARED = ("folder", "data", "source", "step", "seconds", "lowest", "best_step", "wandb_id", "is_extended", "meta")
 
 class Finished(InputError):
     """A run that a scheduler starts again though it has done all its steps."""
@@ -298,9 +305,10 @@ def resume_run(folder, given, table, check, claims, error_if_done):
     latest = newest(folder)
     if not latest:
         advice, parent = "expected a folder that train.py wrote", files.real(folder).parent
-        if (folder / "training/train_state.json").is_file():
-            advice = f"give the run's folder, --resume={cli.quoted(parent)}" if newest(parent) else (
-                "it is one itself: put it, named step-NUMBER, into a folder of its own, and give that")
+        if newest(parent):  # of a checkpoint in it, or of a link to one that is gone
+            advice = f"give the run's folder, --resume={cli.quoted(parent)}"
+        elif (folder / "training/train_state.json").is_file():
+            advice = "it is one itself: put it, named step-NUMBER, into a folder of its own, and give that"
         raise InputError(f"--resume={folder}: no checkpoint there; {advice}")
     lock = claims.enter_context(hold(folder))
     latest = newest(folder)  # another run may have ended since
@@ -348,7 +356,7 @@ def resume_run(folder, given, table, check, claims, error_if_done):
             cli.say(f"{text} has another size or time than when the run began, which goes on with what it was, in "
                     f"{data}; for a new text begin a new run")
         run = Run(settings, folder, data.absolute(), str(latest), step, seconds, lowest, best_step, state["wandb_id"],
-                  latest.name, claims=claims, lock=lock)
+                  latest.name, is_extended=settings.num_steps > kept["num_steps"], claims=claims, lock=lock)
         run.meta, run.ids = prepare.open_data(run.data)
         check_same_data(run, state["data"], latest)
         evaluated = {min(of["eval_tokens"], len(run.ids["val"]) - 1) for of in (kept, kept | given)}
@@ -566,7 +574,7 @@ def conclude(run, step, problem):
     if problem:
         then = "run it again"
         if run.saved != "none":
-            then = f"go on from {run.saved} with --resume={cli.quoted(run.folder)}"
+            then = f"go on from {run.saved} with {run.flags_to_resume}"
         raise InputError(f"{run.folder}: the run ended without its last checkpoint ({problem}); see to that, and "
                          f"{then}")
     if run.rank:
