@@ -171,10 +171,12 @@ def init_cache(config, batch_size, length, dtype, device):
 
 @operation
 def cached_attention(q, k, v, cache):
-    """`attention` to earlier positions too. k, v (B, H_kv, T, D) go behind those in a layer's `cache`, donated here."""
-    start, T = cache["filled"], q.shape[2]
-    cache["k"].narrow(2, start, T)[:], cache["v"].narrow(2, start, T)[:] = k, v  # narrow fails where they are full
-    return attention(q, cache["k"][:, :, :start + T], cache["v"][:, :, :start + T])
+    """`attention` to earlier positions too. k, v (B, H_kv, T, D) go into a layer's `cache`; ValueError if full."""
+    start, end, room = cache["filled"], cache["filled"] + q.shape[2], cache["k"].shape[2]
+    if end > room:
+        raise ValueError(f"{int(end)} positions in a cache of {room}; let init_cache make a longer one")
+    cache["k"][:, :, start:end], cache["v"][:, :, start:end] = k, v
+    return attention(q, cache["k"][:, :, :end], cache["v"][:, :, :end])
 
 def multi_head_attention(x, cos, sin, cache, config, wq, wk, wv, wo):
     """Project to heads, rotate queries and keys, attend, and join the heads (Vaswani et al. 2017, §3.2.2).
@@ -475,7 +477,7 @@ def weights_for_generation(params, dtype, batch_size):
 @torch.inference_mode()
 def generate(params, prompt, config, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop_tokens=(),
              generator=None, dtype=torch.float32):
-    """Continue prompts, yielding (B) of int64, an inference tensor, max_new_tokens times, or until all rows have stopped.
+    """Continue prompts, yielding (B) of int64, an inference tensor, max_new_tokens times or until all rows are stopped.
 
     prompt (B, T) of int64, T ≥ 1. A row that has stopped repeats the first stop token. The model sees context_length
     tokens at most, of a longer prompt the last; then it drops the older half and reads the newer half again.
@@ -1005,7 +1007,7 @@ class Int8Matrix:
     rows: torch.Tensor
     scales: torch.Tensor
     ndim = 0  # so that what casts matrices leaves it as it is
-    is_cpu = property(lambda self: self.rows.is_cpu)
+    is_cpu, is_mkldnn = property(lambda self: self.rows.is_cpu), False
 
     def __len__(self):
         return len(self.rows)

@@ -120,6 +120,9 @@ MOST_BYTES = 2 * CHUNK_BYTES  # a chunk is longer only if it ends with a word wi
 MOST_PAIRS = 1 << 24  # of parts of tokens that merges bring together; those of GPT-2's size have some 100,000
 LONG_WORD = 1 << 14  # bytes from which on a word is encoded before its end is known
 PIECE_BYTES = 1 << 18  # of a chunk, split at once: enough for arrays to pay, and few enough to stay in a core's cache
+# How processes start where nobody has chosen: a lock, as tqdm makes, settles on Python's default, which from 3.14 on is
+# no copy of the caller.
+UNCHOSEN = None, multiprocessing.get_all_start_methods()[0]
 
 # ---- Splitting text into words ----
 
@@ -1089,7 +1092,7 @@ def over_processes(make, arguments, spans, workers):
 def start_process(processes, pipes, make, arguments):
     """Start one more process for `over_processes`, and add it and the pipe to it."""
     # A process that is not a copy runs the user's script again, up to its if __name__ == "__main__": if it has one.
-    is_free = sys.platform == "linux" and multiprocessing.get_start_method(allow_none=True) is None
+    is_free = sys.platform == "linux" and multiprocessing.get_start_method(allow_none=True) in UNCHOSEN
     context = multiprocessing.get_context("fork" if is_free else None)
     ours, theirs = context.Pipe()
     process = context.Process(target=serve, args=(theirs, ours, make, arguments), daemon=True)
