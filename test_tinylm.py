@@ -109,12 +109,13 @@ def variables_of_rank(rank=0, num_ranks=2, address="x", port=1):
     return dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks), MASTER_ADDR=address,
                 MASTER_PORT=str(port))
 
+STORES = []  # where ranks meet
+
 def variables_of_ranks(num_ranks):
-    """Of each rank, where they can meet."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return [variables_of_rank(rank, num_ranks, "127.0.0.1", port) for rank in range(num_ranks)]
+    """Of each rank: they meet in a store that this process keeps, as torchrun has one."""
+    STORES.append(torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
+    return [variables_of_rank(rank, num_ranks, "127.0.0.1", STORES[-1].port) | {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+            for rank in range(num_ranks)]
 
 @pytest.fixture
 def as_rank(monkeypatch):
@@ -3724,8 +3725,9 @@ def test_a_run_that_diverges_gives_up_and_keeps_its_checkpoint(tmp_path, monkeyp
     assert float(lr_max) < train.Settings.complete(TINY).lr_max
     assert train.train(resume=folder, lr_max=float(lr_max), num_steps=6).settings.lr_max == float(lr_max)
     poisoned(monkeypatch, range(6, 20))
-    with pytest.raises(log.Diverged, match=f"go on from step-0000003 with --resume={folder} --num_steps=20 --lr_max="):
-        train.train(resume=folder, num_steps=20)
+    advice = f"go on from step-0000003 with --resume={folder} --num_steps=20 --save_dtype=float16 --lr_max=0.00"
+    with pytest.raises(log.Diverged, match=advice):
+        train.train(resume=folder, num_steps=20, save_dtype="float16", lr_max=0.01)
 
 def test_room_for_the_checkpoints_of_a_run(tmp_path, monkeypatch):
     """For no more than it writes, however many it may keep."""
@@ -7078,9 +7080,13 @@ def test_a_cache_that_is_full(T):
     for context in (contextlib.nullcontext(), tinylm.definitions_alone()):
         with context, pytest.raises(ValueError, match="5 positions in a cache of 4; let init_cache make a longer one"):
             tinylm.hidden_states(random_params(config), random_tokens(config, 2, T), config, cache=cache)
+    with pytest.raises(ValueError, match="5 positions in a cache of 4; let init_cache make a longer one"):  # on CUDA
+        tinylm.next_token_in_graph(random_params(config), random_tokens(config, 2, 1), config, torch.float32,
+                                   cache | {"filled": 4}, torch.rand(2, 1), torch.zeros(2) > 0, 1.0, 0, 1.0, ())
 
-def test_targets_of_another_shape():
+def test_targets_of_another_shape(monkeypatch):
     """Serve every row, as they stand, or are refused, where gather would take them for the first rows."""
+    monkeypatch.setattr(tinylm, "LOGITS_AT_ONCE", 200)  # pieces
     config = small_config()
     params, inputs = random_params(config), random_tokens(config, 3, 5)
     functions = (tinylm.loss_fn, tinylm.loss_fn.definition, tinylm.loss_in_pieces, lambda *args: (
@@ -7091,6 +7097,8 @@ def test_targets_of_another_shape():
         same(function(params, inputs, one, config), function(params, inputs, one.repeat(3, 1), config), 1e-6)
         with pytest.raises(RuntimeError, match="expanded size"):
             function(params, inputs, random_tokens(config, 2, 5), config)
+    with pytest.raises(RuntimeError, match="expanded size"):
+        tinylm.mean_loss(randn(6, 8), randn(20, 8), torch.arange(4))
 
 def test_one_number_draws_a_token_of_each_row():
     """By the form as by the definition."""
@@ -7099,14 +7107,25 @@ def test_one_number_draws_a_token_of_each_row():
     assert drawn.equal(tinylm.sample_token.definition(logits, chance, 1.0, 0, 0.9)) and len(drawn) == 4
 
 def test_definitions_alone_in_two_threads():
-    """One that ends after the other puts all forms back, which stay off until then."""
+    """One that ends after the other leaves the forms that the first has put back."""
     forms = {name: operation.forms[:] for name, operation in tinylm.OPERATIONS.items()}
     first, second = tinylm.definitions_alone(), tinylm.definitions_alone(["linear"])
     first.__enter__(), second.__enter__()
-    first.__exit__(None, None, None)
-    assert not tinylm.linear.forms and tinylm.attention.forms == forms["attention"]
-    second.__exit__(None, None, None)
-    assert forms == {name: operation.forms for name, operation in tinylm.OPERATIONS.items()} and not tinylm.FORMS_OFF
+    first.__exit__(None, None, None), second.__exit__(None, None, None)
+    assert forms == {name: operation.forms for name, operation in tinylm.OPERATIONS.items()}
+
+def test_definitions_alone_within_compiled_code():
+    """Is compiled whole; and a name that is none leaves all as it is."""
+    @functools.partial(torch.compile, fullgraph=True, backend="eager")
+    def norm(x, gain):
+        with tinylm.definitions_alone():
+            return tinylm.rmsnorm(x, gain, 1e-5)
+
+    forms, x, gain = tinylm.linear.forms[:], randn(3, 8), randn(8, seed=1)
+    same(norm(x, gain), tinylm.rmsnorm(x, gain, 1e-5), 1e-6)
+    with pytest.raises(KeyError), tinylm.definitions_alone(["linear", "silu"]):
+        pass
+    assert tinylm.linear.forms == forms
 
 def test_a_cache_of_more_than_keys_and_values(monkeypatch):
     """Keeps the dtype that its definition gives it, but for these."""
@@ -7115,6 +7134,8 @@ def test_a_cache_of_more_than_keys_and_values(monkeypatch):
         config, batch_size, length, dtype, device) | {"last": torch.zeros(batch_size, 1, dtype=dtype)})
     cache = tinylm.init_cache(small_config(), 2, 5, torch.bfloat16, "cpu")
     assert [cache[name].dtype for name in ("k", "v", "last")] == [torch.float32, torch.float32, torch.bfloat16]
+    monkeypatch.setattr(tinylm.init_cache, "definition", lambda *_: {"latent": torch.zeros(2, dtype=torch.bfloat16)})
+    assert tinylm.init_cache(small_config(), 2, 5, torch.bfloat16, "cpu")["latent"].dtype == torch.bfloat16
 
 @pytest.mark.parametrize("name, form", [
     ("attention", lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[-2] > 1, scale=0.1)),
@@ -7135,6 +7156,12 @@ def test_a_definition_that_is_changed_in_a_process_that_wrote(trained, monkeypat
     monkeypatch.setattr(data.forms.threading, "active_count", lambda: 1)  # other tests may have left some
     sample.sample(checkpoint=trained / "runs/tiny", max_new_tokens=2)
     monkeypatch.setattr(tinylm, "silu", torch.relu)
+    with told_of("gated_silu"):
+        sample.sample(checkpoint=trained / "runs/tiny", max_new_tokens=2)
+    monkeypatch.undo()
+    monkeypatch.setattr(data.forms.threading, "active_count", lambda: 1)
+    sample.sample(checkpoint=trained / "runs/tiny", max_new_tokens=2)
+    monkeypatch.setattr(tinylm.gated_silu, "forms", [(tinylm.always, torch.mul)])
     with told_of("gated_silu"):
         sample.sample(checkpoint=trained / "runs/tiny", max_new_tokens=2)
 

@@ -521,29 +521,20 @@ def faster(target, fits):
         return form
     return attach
 
-FORMS_OFF, SWITCHING = {}, threading.Lock()  # name of an operation → how many have switched its forms off, and these
-
 @contextmanager
 def definitions_alone(names=None):
     """Switch forms off: within it each operation, or each of these names, is computed as it is defined. In all threads,
-    until the last that asked for it is done.
+    and where several overlap until the first ends.
     """
-    names = list(names or OPERATIONS)
-    with SWITCHING:
-        for name in names:
-            count, forms = FORMS_OFF.get(name, (0, OPERATIONS[name].forms[:]))
-            FORMS_OFF[name] = count + 1, forms
-            OPERATIONS[name].forms.clear()
+    forms = {name: OPERATIONS[name].forms[:] for name in names or OPERATIONS}
+    for name in forms:
+        OPERATIONS[name].forms.clear()
     try:
         yield
     finally:
-        with SWITCHING:
-            for name in names:
-                count, forms = FORMS_OFF.pop(name)
-                if count > 1:
-                    FORMS_OFF[name] = count - 1, forms
-                else:
-                    OPERATIONS[name].forms[:] = forms
+        for name in forms:
+            if forms[name]:  # else another, which may have ended before, puts them back
+                OPERATIONS[name].forms[:] = forms[name]
 
 def forms_that_differ(compute, tolerance=1e-4):
     """The names of operations whose forms change what compute() gives, a tree of {what: tensors}, or whether it fails;
@@ -856,7 +847,7 @@ class LossInPieces(torch.autograd.Function):
     def forward(ctx, x, w, targets):
         matrix, loss, dxs, dw = w.to(x.dtype), 0.0, [], 0.0
         vocabulary, size = torch.arange(len(w), device=w.device), max(1, LOGITS_AT_ONCE // len(w))
-        for rows, theirs in zip(x.split(size), targets[:, None].split(size)):
+        for rows, theirs in zip(x.split(size), targets.expand(len(x))[:, None].split(size)):
             if dxs and is_compiled():  # which would compute all pieces at once
                 rows = computed(rows, [loss, dw, dxs[-1]])
             logits = at_least_float32(rows @ matrix.T)  # (rows, V)
@@ -1157,7 +1148,8 @@ def linear_in_int8(x, w):
 def init_cache_on_cpu(config, batch_size, length, dtype, device):
     """Keys and values in float32 at least, in which a CPU sums half precision: else they'd be converted every token."""
     cache = init_cache.definition(config, batch_size, length, dtype, device)
-    return cache | {name: cache[name].to(torch.promote_types(dtype, torch.float32)) for name in ("k", "v")}
+    wider = torch.promote_types(dtype, torch.float32)
+    return cache | {name: cache[name].to(wider) for name in cache.keys() & {"k", "v"}}
 
 @faster(clip_gradients, lambda grads, norm, max_norm: norm.is_cpu and is_eager())
 def clip_gradients_on_cpu(grads, norm, max_norm):
@@ -1812,6 +1804,8 @@ def next_token_in_graph(params, tokens, config, dtype, cache, chance, stopped, t
     """
     filled, keys = cache["filled"], cache["k"].shape[3]
     angles_at(filled, 1, config, tokens.device)  # raises beyond the last position
+    if filled >= keys:
+        raise ValueError(f"{filled + 1} positions in a cache of {keys}; let init_cache make a longer one")
     if not has_next_attention(cache["k"]):
         keys = min(keys, max(KEYS_AT_LEAST, 1 << filled.bit_length()))
     position = torch.full((1,), filled, device=tokens.device)

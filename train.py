@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 import tinylm
-from data import bpe, checkpoint, cli, machine, plot, prepare
+from data import bpe, checkpoint, cli, files, machine, plot, prepare
 from data.cli import InputError, flag
 from data.forms import check_forms, check_reading
 from data.log import Log, check_wandb
@@ -442,10 +442,11 @@ def evaluate_only(resume, init_from, given):
     folder = newest(resume) or Path(resume) if resume else find_checkpoint(init_from, "init_from")
     has_state = (folder / "training/train_state.json").is_file()
     if resume and not has_state:
-        is_model = (folder / "config.json").is_file()
-        advice = f"give the model as --init_from={resume}" if is_model else "expected a folder that train.py wrote"
-        if newest(Path(resume).parent):
-            advice = f"give the run's folder, --resume={cli.quoted(Path(resume).parent)}"
+        advice, parent = "expected a folder that train.py wrote", files.real(folder).parent
+        if (folder / "config.json").is_file():
+            advice = f"give the model as --init_from={resume}"
+        elif newest(parent):  # of a link to a checkpoint that is gone
+            advice = f"give the run's folder, --resume={cli.quoted(parent)}"
         raise InputError(f"--resume={resume}: no checkpoint of a run there; {advice}")
     params, config = checkpoint.load_checkpoint(folder)
     checkpoint.check_vocabulary(folder, bpe.load(folder), config)

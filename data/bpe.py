@@ -121,7 +121,7 @@ MOST_PAIRS = 1 << 24  # of parts of tokens that merges bring together; those of 
 LONG_WORD = 1 << 14  # bytes from which on a word is encoded before its end is known
 PIECE_BYTES = 1 << 18  # of a chunk, split at once: enough for arrays to pay, and few enough to stay in a core's cache
 # How processes start where nobody has chosen: a lock, as tqdm makes, settles on Python's default, which from 3.14 on is
-# no copy of the caller.
+# no copy of the caller. (Nor can it be told from a caller's choice of the same.)
 UNCHOSEN = None, multiprocessing.get_all_start_methods()[0]
 
 # ---- Splitting text into words ----

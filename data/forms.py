@@ -1,6 +1,7 @@
 """Whether faster forms follow their definitions, seen on a small model before the work begins."""
 
 import threading
+from collections.abc import Hashable
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -87,7 +88,8 @@ def check_reading(config, device):
     sees a changed definition. Not beside other threads, as it switches forms off for all.
     """
     if threading.active_count() == 1:
-        compare_reading(config, device, tuple(filter(callable, vars(tinylm).values())))
+        functions = [*vars(tinylm).values(), *(form for op in tinylm.OPERATIONS.values() for _, form in op.forms)]
+        compare_reading(config, device, tuple(f for f in functions if callable(f) and isinstance(f, Hashable)))
 
 @lru_cache(maxsize=8)  # of a process that writes many texts: anew where a function is another
 def compare_reading(config, device, functions):

@@ -277,8 +277,8 @@ class Log:
             ruined, begin = saved.pop(step - PATIENCE, None), ""
             if saved:
                 begin = f"remove {cli.quoted(ruined)}, after which no step can be applied, and " if ruined else ""
-                begin += (f"go on from {saved[max(saved)].name} with {self.run.flags_to_resume} "
-                          f"--lr_max={self.settings.lr_max / 2:.2g}, or ")
+                flags = self.run.flags_to_resume(lr_max=f"{self.settings.lr_max / 2:.2g}")
+                begin += f"go on from {saved[max(saved)].name} with {flags}, or "
             raise Diverged(f"{PATIENCE} steps in a row were not finite, the last at step {step}: {numbers}; {begin}"
                            "start anew with a smaller --lr_max or a longer --warmup_steps"
                            + ", or in --dtype=float32" * (self.settings.dtype != "float32"))

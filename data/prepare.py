@@ -326,6 +326,7 @@ def prepare(given):
     tokenizer, begin, end = load_tokenizer(settings.tokenizer) if settings.tokenizer else (None, [], None)
     name = dataset or (files.real(source).stem if Path(source).is_file() else files.real(source).name)
     output = Path(settings.output or DATA / name)
+    is_new, was_there = not output.exists(), is_data(output)
     own = {".lock", ".lock.held", ".partial"}  # what a killed process of this command may have left
     if is_data(output / ".partial"):  # while it moved that into place
         own |= {"tokenizer.json", *(f"{split}.{kind}" for split in ("train", "val") for kind in ("bin", "txt"))}
@@ -353,7 +354,6 @@ def prepare(given):
 
     asked = cli.kept(settings) | {"dataset": dataset, "workers": None, "output": None}
     asked["of"] = digest_of(itertools.chain(*sources), tokenizer and (tokenizer, begin, end))
-    is_new, was_there = not output.exists(), is_data(output)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -33,7 +33,7 @@ class Run:
     wandb_id: str | None = None
     saved: str = "none"  # the name of its newest checkpoint
     stopped_by: int = 0  # the signal that ended it before its time
-    is_extended: bool = False  # to more steps than the checkpoint that it goes on from knows of
+    given: dict | None = None  # flags that its checkpoints of before may not have
     meta: dict | None = None  # meta.json of the data
     # What each rank has of its own.
     rank: int = 0
@@ -51,17 +51,16 @@ class Run:
 
     exit_code = property(lambda self: 128 + self.stopped_by if self.stopped_by else 0)  # as shells say it
 
-    @property
-    def flags_to_resume(self):
-        """What goes on with it from any of its checkpoints."""
-        more = f" --num_steps={self.settings.num_steps}" if self.is_extended else ""
-        return f"--resume={cli.quoted(self.folder)}{more}"
+    def flags_to_resume(self, **others):
+        """What goes on with it from any of its checkpoints, with other flags."""
+        flags = {"resume": self.folder} | (self.given or {}) | others
+        return " ".join(f"--{name}={cli.quoted(value)}" for name, value in flags.items())
 
     def __repr__(self):
         return f"Run({str(self.folder)!r}, step={self.step}, lowest={self.lowest:.4f})"
 
 # Of a run, what the first rank finds out and tells the others.
-SHARED = ("folder", "data", "source", "step", "seconds", "lowest", "best_step", "wandb_id", "is_extended", "meta")
+SHARED = ("folder", "data", "source", "step", "seconds", "lowest", "best_step", "wandb_id", "meta")
 
 class Finished(InputError):
     """A run that a scheduler starts again though it has done all its steps."""
@@ -345,6 +344,7 @@ def resume_run(folder, given, table, check, claims, error_if_done):
                 has = f"no {flag}" if chosen is None else f"{flag} {chosen}"
                 raise InputError(f"--{flag}={value}: the run has {has}, which can't change on resuming; start a new "
                                  "run for that")
+        given_again = {flag: value for flag, value in given.items() if value != kept.get(flag)}
         if given.get("lr_max", kept["lr_max"]) != kept["lr_max"] and "lr_min" not in given:  # in proportion
             given["lr_min"] = kept["lr_min"] * given["lr_max"] / (kept["lr_max"] or 1)
     settings = table.complete(kept | given)  # outside, as a mistake in the code is no damage
@@ -356,7 +356,7 @@ def resume_run(folder, given, table, check, claims, error_if_done):
             cli.say(f"{text} has another size or time than when the run began, which goes on with what it was, in "
                     f"{data}; for a new text begin a new run")
         run = Run(settings, folder, data.absolute(), str(latest), step, seconds, lowest, best_step, state["wandb_id"],
-                  latest.name, is_extended=settings.num_steps > kept["num_steps"], claims=claims, lock=lock)
+                  latest.name, given=given_again | {"num_steps": settings.num_steps}, claims=claims, lock=lock)
         run.meta, run.ids = prepare.open_data(run.data)
         check_same_data(run, state["data"], latest)
         evaluated = {min(of["eval_tokens"], len(run.ids["val"]) - 1) for of in (kept, kept | given)}
@@ -574,7 +574,7 @@ def conclude(run, step, problem):
     if problem:
         then = "run it again"
         if run.saved != "none":
-            then = f"go on from {run.saved} with {run.flags_to_resume}"
+            then = f"go on from {run.saved} with {run.flags_to_resume()}"
         raise InputError(f"{run.folder}: the run ended without its last checkpoint ({problem}); see to that, and "
                          f"{then}")
     if run.rank:
