@@ -1892,19 +1892,16 @@ def attention_compiled(q, k, v):
 
 # To torch.compile each of the two is one operation: it would lay out the loops, for minutes, and gain nothing.
 
-@torch.library.custom_op("tinylm::attention_forward", mutates_args=())
+@opaque(lambda q, k, v: (q.new_empty(q.shape), at_least_float32(q.new_empty(*q.shape[:-1], 1))))
 def attention_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`TiledAttention`'s forward pass → out (N, T, group, D), base-2 logarithm of each row's sum (N, T, group, 1)."""
     return attention_parts(q)[0](q, k, v)[:2]
 
-@torch.library.custom_op("tinylm::attention_backward", mutates_args=())
+@opaque(lambda d_out, q, k, v, *_: tuple(x.new_empty(x.shape) for x in (q, k, v)))
 def attention_backward(d_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor,
                        log_sum: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`TiledAttention`'s backward pass → d q, d k, d v."""
     return attention_parts(q)[1](d_out, q, k, v, out, log_sum)
-
-attention_forward.register_fake(lambda q, k, v: (q.new_empty(q.shape), at_least_float32(q.new_empty(*q.shape[:-1], 1))))
-attention_backward.register_fake(lambda d_out, q, k, v, *_: tuple(x.new_empty(x.shape) for x in (q, k, v)))
 
 def layer_by_layer(function, compiled):
     """A function of a model whose blocks and loss are compiled by themselves, not together: so what belongs to one of
