@@ -507,7 +507,7 @@ import platform
 import shutil
 import sysconfig
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 from types import FunctionType
@@ -2167,14 +2167,10 @@ def transformer_blocks_over_ranks(blocks, x, cos, sin, cache, config, remat=Fals
                 again.extend(take())
             return again[kept[0]].as_strided(*kept[1:])
 
-        def compute_whole():
-            whole_block = tree_build((dict(tree_leaves(blocks[layer])) | dict(zip(paths, whole))).items())
+        whole_block = tree_build((dict(tree_leaves(blocks[layer])) | dict(zip(paths, whole))).items())
+        # With remat a block keeps nothing by itself.
+        with nullcontext() if remat else torch.autograd.graph.saved_tensors_hooks(pack_saved, unpack_saved):
             return transformer_blocks.definition({layer: whole_block}, x, cos, sin, cache, config)
-
-        if remat:  # which keeps nothing of a block by itself
-            return compute_whole()
-        with torch.autograd.graph.saved_tensors_hooks(pack_saved, unpack_saved):
-            return compute_whole()
 
     for number, layer in enumerate(blocks):
         x = checkpoint(compute, number, layer, x, use_reentrant=False) if remat else compute(number, layer, x)
