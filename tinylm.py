@@ -759,11 +759,6 @@ class TokenLosses(torch.autograd.Function):
 def token_losses_in_place(logits, targets):
     return TokenLosses.apply(logits, targets)
 
-def bias_corrections(step, lr, beta1, beta2, eps):
-    """What AdamW adds to √v, eps · √(1 - beta2^step), and what it multiplies that sum by. → float32 (2)."""
-    correction1, correction2 = 1 - beta1 ** step.double(), (1 - beta2 ** step.double()).sqrt()
-    return torch.stack((eps * correction2, correction1 / (lr * correction2))).float()
-
 @opaque(lambda x, after: torch.empty_like(x))
 def computed(x: torch.Tensor, after: list[torch.Tensor]) -> torch.Tensor:
     """A copy of x, so that compiled code computes x once, not again for each number made of it, and when all of `after`
@@ -774,7 +769,9 @@ def computed(x: torch.Tensor, after: list[torch.Tensor]) -> torch.Tensor:
 def adamw_update_in_few_passes(params, grads, state, lr, beta1=0.8, beta2=0.98, eps=1e-8, weight_decay=0.1):
     """lr · m̂ / (√v̂ + eps) with the corrections and lr moved to where they cost one pass over memory."""
     step = state["step"] + 1
-    floor, scale = computed(bias_corrections(step, lr, beta1, beta2, eps), [])
+    correction1, correction2 = 1 - beta1 ** step.double(), (1 - beta2 ** step.double()).sqrt()
+    # What is added to √v, and what the sum is multiplied by.
+    floor, scale = computed(torch.stack((eps * correction2, correction1 / (lr * correction2))).float(), [])
     keep = 1 - lr * weight_decay
 
     def update(p, g, m, v):
