@@ -781,7 +781,7 @@ def adamw_update_in_few_passes(params, grads, state, lr, beta1=0.8, beta2=0.98, 
         return decayed.addcdiv_(m, v.sqrt().add_(floor).mul_(scale), value=-1), m, v
 
     updated = tree_map(update, params, grads, state["m"], state["v"])
-    params, m, v = (tree_map(lambda _, new: new[i], params, updated) for i in range(3))
+    params, m, v = (tree_map(lambda new: new[i], updated) for i in range(3))
     return params, {"step": step, "m": m, "v": v}
 
 @faster(orthogonalize, lambda g: g.ndim == 3 and g.is_cpu)
