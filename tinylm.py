@@ -1264,7 +1264,7 @@ def add_product(target, a, b, scale=1.0):
     if target.is_contiguous():
         target.baddbmm_(a, b, alpha=scale)
     else:
-        target.add_(torch.bmm(a, b).view(target.shape), alpha=scale)
+        target.add_(torch.bmm(a, b), alpha=scale)
 
 def attention_in_tiles(q, k, v):
     """Attention in tiles of queries, none of which sees keys that lie in its future; see `TiledAttention`."""
