@@ -1189,9 +1189,8 @@ def has_adamw_in_place(update, device):
     """Whether `adamw_in_place` may stand for an update on a device: for AdamW on a CPU, if nothing is asked before its
     form there.
     """
-    first = [form for _, form in getattr(update, "forms", [])][:2]
     return (device == "cpu" and update is OPERATIONS["adamw_update"]
-            and first == [adamw_update_over_ranks, adamw_update_on_cpu])
+            and [form for _, form in update.forms[:2]] == [adamw_update_over_ranks, adamw_update_on_cpu])
 
 @faster(sample_token, lambda logits, chance, temperature, top_k, top_p: logits.is_cpu and is_eager() and temperature
         and (top_k or top_p < 1))
