@@ -1598,9 +1598,8 @@ def is_h100_or_b200(x):
 
 def has_kernels(q):
     """Whether attention of these queries runs as Triton kernels: in half precision, or in TF32 on an H100 or B200."""
-    in_tf32 = lambda: (q.shape[-1] <= 64 and is_h100_or_b200(q)
-                       and torch.backends.cuda.matmul.fp32_precision == "tf32")
-    return has_next_attention(q) and (q.dtype != torch.float32 or in_tf32())
+    return has_next_attention(q) and (q.dtype != torch.float32 or q.shape[-1] <= 64 and is_h100_or_b200(q)
+                                      and torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 # ROWS, KEYS, warps and stages of each kernel for heads of up to 64 features, of up to 128, and on an H100 or B200, in
 # half precision and for up to 64 features in float32. There they are, of about 25 (in float32 5) that spill no
