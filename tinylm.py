@@ -904,7 +904,7 @@ def linear_on_cpu(x, w):
     if is_large_product(rows, x, w):
         return LargeLinear.apply(x, w)
     least = 1 << (13 if x.dtype == torch.bfloat16 else 16)  # oneDNN makes bfloat16 slow sooner, see `linear_of_one`
-    if w.numel() < least or IS_INTEL and rows <= 8:
+    if is_compiled() or w.numel() < least or IS_INTEL and rows <= 8:  # compiled, small products are as defined
         return x @ w.T
     if rows == 1 and x.dtype in (torch.float32, torch.bfloat16):
         return linear_of_one(x, w)
@@ -1870,12 +1870,6 @@ def orthogonalize_on_cuda(g):
     return polar_express(g.bfloat16()).to(g.dtype)
 
 # ---- The compiler: what it should not take apart, and what it should join ----
-
-@faster(linear, is_compiled)
-def linear_compiled(x, w):
-    if w.is_cpu and is_large_product(x.numel() // x.shape[-1], x, w):
-        return LargeLinear.apply(x, w.to(x.dtype))
-    return linear.definition(x, w)
 
 @faster(attention, is_compiled)
 def attention_compiled(q, k, v):
