@@ -788,8 +788,7 @@ def adamw_update_in_few_passes(params, grads, state, lr, beta1=0.8, beta2=0.98, 
 def polar_express(g):
     """`orthogonalize` of stacked matrices (N, m, n), by products that also add and scale."""
     tall = g.shape[1] > g.shape[2]
-    x = g.mT if tall else g
-    x = x / (1.02 * torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) + 1e-7)
+    x = (g.mT if tall else g) / (1.02 * torch.linalg.vector_norm(g, dim=(1, 2), keepdim=True) + 1e-7)
     for a, b, c in POLAR_EXPRESS:
         A = torch.bmm(x, x.mT)  # (N, m, m)
         x = torch.baddbmm(x, torch.baddbmm(A, A, A, beta=b, alpha=c), x, beta=a)
