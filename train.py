@@ -408,8 +408,8 @@ def evaluate(losses, params, ids, settings, rank=0, num_ranks=1):
     ids = ids[:settings.eval_tokens + 1]
     for inputs, targets, real in eval_batches(ids, settings.batch_size, settings.context_length):
         batch = losses(params, *machine.on_device(inputs[here], targets[here], settings.device))
-        real = min(max(real - rank * size, 0), size)
-        loss_sum = loss_sum + batch.flatten()[:real].double().sum()  # no number is read before all batches are begun
+        own = batch.flatten()[:max(real - rank * size, 0)]  # of what is real
+        loss_sum = loss_sum + own.double().sum()  # no number is read before all batches are begun
     return machine.sum_over_ranks(loss_sum).item() / (len(ids) - 1)
 
 def sample_text(run):
