@@ -440,7 +440,7 @@ def nucleus_floor(probabilities, top_p):
     """The least probability in a nucleus, the fewest tokens with mass top_p (Holtzman et al. 2020). (B, V) → (B, 1)."""
     best_first = probabilities.sort(-1, descending=True).values  # (B, V)
     before = best_first.cumsum(-1) - best_first  # the mass of all better tokens
-    return best_first.masked_fill(before >= top_p, math.inf).amin(-1, keepdim=True).minimum(best_first[:, :1])
+    return best_first.masked_fill(before >= max(top_p, 1e-20), math.inf).amin(-1, keepdim=True)  # the best stays
 
 @operation
 def sample_token(logits, chance, temperature, top_k, top_p):
