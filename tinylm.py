@@ -119,7 +119,7 @@ def token_losses(logits, targets):
     """-log softmax(logits)[target], in nats and float32 at least. logits (..., V), targets (...) of int64 → (...)."""
     logits = at_least_float32(logits)
     logits = logits - logits.detach().amax(-1, keepdim=True)  # it cancels, and exp can't overflow
-    targets = targets.expand(logits.shape[:-1]).unsqueeze(-1)  # (..., 1); gather would take fewer
+    targets = targets.expand(logits.shape[:-1]).unsqueeze(-1)  # (..., 1), one for each row: gather would leave rows out
     return torch.log(torch.exp(logits).sum(-1)) - logits.gather(-1, targets).squeeze(-1)
 
 def cross_entropy(logits, targets):
