@@ -190,7 +190,7 @@ def multi_head_attention(x, cos, sin, cache, config, wq, wk, wv, wo):
 
 @operation
 def transformer_block(x, cos, sin, cache, config, attention_norm, attention, mlp_norm, mlp):
-    """Pre-norm block: x + attention(rmsnorm(x)), then x + swiglu(rmsnorm(x)). x (B, T, d_model), cos, sin (T, D/2)."""
+    """Pre-norm: x + multi_head_attention(rmsnorm(x)), then x + swiglu(rmsnorm(x)). x (B, T, d_model) → like x."""
     x = x + multi_head_attention(rmsnorm(x, attention_norm, config.norm_eps), cos, sin, cache, config, **attention)
     return x + swiglu(rmsnorm(x, mlp_norm, config.norm_eps), **mlp)
 
