@@ -457,7 +457,7 @@ def sample_token(logits, chance, temperature, top_k, top_p):
     if top_p < 1:
         probabilities = probabilities.masked_fill(probabilities < nucleus_floor(probabilities, top_p), 0.0)
     reached = probabilities.double().cumsum(-1)
-    return torch.searchsorted(reached, (1 - chance) * reached[:, -1:]).squeeze(-1)  # above 0, as tokens may have 0
+    return torch.searchsorted(reached, (1 - chance) * reached[:, -1:]).squeeze(-1)  # above 0: none of mass 0 is drawn
 
 @operation
 def next_token(params, tokens, config, dtype, cache, chance, stopped, temperature, top_k, top_p, stop_tokens):
