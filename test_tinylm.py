@@ -1815,17 +1815,17 @@ def test_part_one_is_as_short_as_the_readme_says():
 def test_what_is_imported(tmp_path):
     """torch only where it computes; DTensor, Triton and the compiler, which take seconds, only where they are used."""
     flags = TINY | dict(data=str(prepared(tmp_path)), output_dir=str(tmp_path / "run"))
-    codes = {  # and what they don't import
-        "from data import bpe, cli, files, plot, prepare, stories": ["torch", "fire", "wandb"],
-        "import tinylm": ["torch.distributed.tensor", "triton", "fire", "wandb", "data"],
-        "import sample": ["train", "fire", "wandb", "triton"],
-        f"import train; train.train(**{flags}); import sample; sample.sample(checkpoint={flags['output_dir']!r}, "
-        "max_new_tokens=5)": ["torch._dynamo", "torch._inductor", "torch.distributed.tensor", "sympy", "triton",
-                              "wandb"]}
-    processes = [subprocess.Popen(
-        [sys.executable, "-c", f"import sys; {code}; print([name for name in {names} if name in sys.modules])"],
-        cwd=ROOT, stdout=subprocess.PIPE, text=True) for code, names in codes.items()]
-    assert [process.communicate()[0].splitlines()[-1] for process in processes] == ["[]"] * len(codes)
+    programs = [  # one after the other, in a process each, and what is not imported until then
+        {"from data import bpe, cli, files, plot, prepare, stories": ["torch", "fire", "wandb"]},
+        {"import tinylm": ["torch.distributed.tensor", "triton", "fire", "wandb", "data"],
+         "import sample": ["train", "fire", "wandb", "triton"],
+         f"import train; train.train(**{flags}); sample.sample(checkpoint={flags['output_dir']!r}, max_new_tokens=5)": [
+             "torch._dynamo", "torch._inductor", "torch.distributed.tensor", "sympy", "triton", "wandb"]}]
+    for codes in programs:
+        shown = "; print('imported', [name for name in {} if name in sys.modules])\n"
+        program = "import sys\n" + "".join(code + shown.format(names) for code, names in codes.items())
+        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        assert re.findall("^imported (.*)$", done.stdout, re.M) == ["[]"] * len(codes)
 
 @pytest.mark.parametrize("module", ["train", "sample"])
 @pytest.mark.parametrize("given, expected", [({}, "10000 None"), ({"GOMP_SPINCOUNT": "7"}, "7 None"),
