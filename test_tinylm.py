@@ -5636,13 +5636,14 @@ def test_a_terminal_that_is_not_utf8(trained, tmp_path):
     assert run.newest(tmp_path / "run").name == "step-0000006"
 
 @pytest.mark.parametrize("arguments", [["train.py", "--data=data", *tiny_flags(num_steps=40, eval_interval=20)],
-                                       ["sample.py", "--max_new_tokens=300", "--top_p=1"], ["train.py", "--help"]],
-                         ids=["train", "sample", "help"])
+                                       ["sample.py", "--max_new_tokens=300", "--top_p=1"],
+                                       ["data/prepare.py", "--help"]], ids=["train", "sample", "help"])
 def test_a_reader_that_is_gone(trained, tmp_path, arguments):
     """As behind `| head -1`: a run goes on to its end and saves, a writer stops, and nobody complains."""
     output = [f"--output_dir={tmp_path}/run"] if "--data=data" in arguments else []
     process = command(trained, *arguments, *output)
-    process.stdout.read(1)
+    if "--help" not in arguments:  # which is written at once
+        process.stdout.read(1)
     process.stdout.close()
     error = process.stderr.read()
     assert process.wait(60) == 0 and "Traceback" not in error and "Broken pipe" not in error, error
