@@ -4200,7 +4200,7 @@ class Host(TorchDispatchMode):
     def stop(self):
         assert not self.records, "a stop while the device records"
         names = [frame.name for frame in traceback.extract_stack() if Path(frame.filename).parent == ROOT]
-        places = "check_forms", "sample_text", "generate", "evaluate", "train"
+        places = "sample_text", "generate", "evaluate", "train"
         self.stops.append(next(name for name in places if name in names))
 
     def current_stream(self, device):
@@ -4307,8 +4307,7 @@ def train_and_write_on_device(data, folder, flags):
         first = max(np.diff(launches)[:2], default=0)  # not recorded yet
         assert first <= (113 if has_triton else 172), f"{np.diff(launches)} operations a token"
     stops = {place: host.stops.count(place) for place in set(host.stops)}
-    most = dict.fromkeys(("train", "evaluate"), flags["num_steps"] // 2) | {"check_forms": 2, "sample_text": 8,
-                                                                            "generate": tokens}
+    most = dict.fromkeys(("train", "evaluate"), flags["num_steps"] // 2) | {"sample_text": 8, "generate": tokens}
     assert all(count <= most[place] for place, count in stops.items()), f"stops: {stops}, at most {most}"
 
 PATHS = {
