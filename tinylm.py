@@ -329,7 +329,7 @@ def adamw_update(params, grads, state, lr, beta1=0.8, beta2=0.98, eps=1e-8, weig
 
     def update(p, m, v):
         direction = (m / correction1) / ((v / correction2).sqrt() + eps)
-        return (p - lr * (direction + (weight_decay * p if p.ndim >= 2 else 0))).to(p.dtype)  # a scalar p is float64
+        return (p - lr * (direction + (weight_decay * p if p.ndim >= 2 else 0))).to(p.dtype)  # a scalar's is float64
 
     return tree_map(update, params, m, v), {"step": step, "m": m, "v": v}
 
