@@ -7121,6 +7121,14 @@ def test_definitions_alone_in_two_threads():
     first.__exit__(None, None, None), second.__exit__(None, None, None)
     assert forms == {name: operation.forms for name, operation in tinylm.OPERATIONS.items()}
 
+@torch.no_grad()
+def test_tangents_of_a_single_row():
+    """Go through the form for it, too."""
+    x, gain, tangent = (randn(1, 8, seed=seed).float() for seed in range(3))
+    actual, expected = (torch.func.jvp(lambda x: norm(x, gain[0], 1e-5), (x,), (tangent,))[1]
+                        for norm in (tinylm.rmsnorm, tinylm.rmsnorm.definition))
+    same(actual, expected, 1e-5)
+
 def test_definitions_alone_within_compiled_code():
     """Is compiled whole; and a name that is none leaves all as it is."""
     @functools.partial(torch.compile, fullgraph=True, backend="eager")

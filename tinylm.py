@@ -627,7 +627,7 @@ def normalized(x, gain, eps):
 @faster(rmsnorm, lambda x, gain, eps: x.is_cpu and is_eager())
 def rmsnorm_on_cpu(x, gain, eps):
     """For one row, as when one token is read, in Python's numbers: to call an operation takes longer than its work."""
-    if x.numel() == x.shape[-1] and not torch.is_grad_enabled():
+    if x.numel() == x.shape[-1] and torch.is_inference_mode_enabled():  # else a tangent would be lost
         x32 = at_least_float32(x)
         norm = torch.linalg.vector_norm(x32).item()
         return (x32 * gain).div_(math.sqrt(norm * norm / x.numel() + eps)).to(x.dtype)
