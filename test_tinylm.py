@@ -151,6 +151,15 @@ def test_rmsnorm_with_a_gain_for_each_head():
     same_with_gradients(lambda x, gain: tinylm.rmsnorm(x, gain, 1e-5),
                         lambda x, gain: F.rms_norm(x, (8,), None, 1e-5) * gain, leaf(3, 2, 8), leaf(2, 8, seed=1))
 
+@torch.inference_mode()
+def test_rmsnorm_in_inference():
+    """Of one row it goes through Python's numbers."""
+    for dtype in TOLERANCES:
+        for example in EXAMPLES["rmsnorm"](dtype):
+            actual, expected = tinylm.rmsnorm(*example), tinylm.rmsnorm.definition(*example)
+            assert actual.dtype == dtype
+            same(actual.double(), expected.double(), TOLERANCES[dtype])
+
 def test_rmsnorm_takes_the_mean_in_float32():
     x = torch.full((4096,), 256.0, dtype=torch.bfloat16)
     same(tinylm.rmsnorm(x, torch.ones(4096), 1e-5).float(), torch.ones(4096), 1e-3)
@@ -7123,7 +7132,7 @@ def test_definitions_alone_in_two_threads():
 
 @torch.no_grad()
 def test_tangents_of_a_single_row():
-    """Go through the form for it, too."""
+    """Are those of the definition, as numbers of Python's, which have none, serve in inference alone."""
     x, gain, tangent = (randn(1, 8, seed=seed).float() for seed in range(3))
     actual, expected = (torch.func.jvp(lambda x: norm(x, gain[0], 1e-5), (x,), (tangent,))[1]
                         for norm in (tinylm.rmsnorm, tinylm.rmsnorm.definition))
